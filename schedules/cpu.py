@@ -1,0 +1,262 @@
+"""Tile operations as plain loops and explicit vectors: every CPU target, and the portable fallback.
+
+A worker is one parallel iteration, run by one thread; it owns whole tiles, so rows and columns are plain indices and nothing
+has to be synchronized. `lanes` is the widest vector in fp32 elements; 1 writes scalar loops.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+
+def divisors(n: int) -> tuple[int, ...]:
+    """Divisors of n, ascending."""
+    return tuple(d for d in range(1, n + 1) if n % d == 0)
+
+
+class CpuTiles:
+    """What every algorithm needs of a CPU: a parallel loop and scratch scalars."""
+
+    #: The host part of a kernel can read its tensors, so it checks slots and sequence bounds before it starts.
+    host_checks = True
+
+    def workers(self, count: Any) -> Any:
+        """Loop over independent pieces of work."""
+        return T.parallel(count)
+
+    def scalars(self, count: int) -> Any:
+        """fp32 scratch scalars."""
+        return _local(count)
+
+
+class GatingTiles(CpuTiles):
+    """Row blocks of the gating operator.
+
+    Parameters
+    ----------
+    rows_per_worker : int
+        Rows that one worker computes.
+    """
+
+    def __init__(self, rows_per_worker: int) -> None:
+        self.rows_per_worker = rows_per_worker
+
+
+class RecurrentTiles(CpuTiles):
+    """Tile operations of the token recurrence for one geometry.
+
+    Parameters
+    ----------
+    K, V, v_tile : int
+        State rows, state columns, columns per worker.
+    v_first : bool
+        Whether states are stored ``[V, K]``; vectors then run along K and a product W^T x ends in a sum across lanes.
+    lanes : int
+        fp32 elements per vector in reductions across lanes.
+    unroll : int
+        Rows (K-first) or columns (V-first) unrolled per loop iteration.
+    direct : bool
+        Update states in the pool's own memory where that is exact.
+    """
+
+    def __init__(self, K: int, V: int, *, v_tile: int, v_first: bool, lanes: int, unroll: int, direct: bool) -> None:
+        self.K, self.V, self.v_tile, self.v_first, self.direct = K, V, v_tile, v_first, direct
+        self.lanes = lanes if K % lanes == 0 else 1
+        self.dot = self._dot()
+        self.copy, self.zero = self._copy(unroll), self._zero()
+        if v_first:
+            self.gemv, self.ger_gemv = self._gemv_rows(unroll), self._ger_gemv_rows(unroll)
+        else:
+            self.gemv, self.ger_gemv = self._gemv_columns(unroll), self._ger_gemv_columns(unroll)
+
+    def rows(self, count: int) -> Any:
+        """Loop over the K axis of a vector."""
+        return T.vectorized(count)
+
+    def cols(self, count: int) -> Any:
+        """Loop over the V axis of a vector."""
+        return T.vectorized(count)
+
+    def row(self, i: Any) -> Any:
+        """Index on the K axis of local element i."""
+        return i
+
+    def col(self, j: Any) -> Any:
+        """Index on the V axis of local element j."""
+        return j
+
+    def k_vector(self) -> Any:
+        """fp32 vector along K."""
+        return _local(self.K)
+
+    def v_vector(self) -> Any:
+        """fp32 vector along the worker's columns."""
+        return _local(self.v_tile)
+
+    def state(self) -> Any:
+        """fp32 state tile of the worker's own, indexed [row, column] whatever the storage order."""
+        size = self.K * self.v_tile
+        memory = _local(size)
+        strides = (1, self.K) if self.v_first else (self.v_tile, 1)
+        return T.decl_buffer((self.K, self.v_tile), "float32", data=memory.data, strides=strides, scope="local")
+
+    def view(self, buffer: Any, offset: Any, j0: Any) -> Any:
+        """One head's state in a larger tensor as a [K, v_tile] tile: `offset` elements in, from column `j0`."""
+        strides = (1, self.K) if self.v_first else (self.V, 1)
+        return T.decl_buffer(
+            (self.K, self.v_tile), buffer.dtype, data=buffer.data, elem_offset=offset + j0 * strides[1], strides=strides
+        )
+
+    def _dot(self) -> Any:
+        lanes, chunks = self.lanes, self.K // self.lanes
+
+        @T.inline
+        def dot(m, at, x, y):
+            """m[at] = sum_i x[i] * y[i]."""
+            part = _local(lanes)
+            for lane in T.vectorized(lanes):
+                part[lane] = T.float32(0)
+            for c in T.serial(chunks):
+                for lane in T.vectorized(lanes):
+                    part[lane] = part[lane] + x[c * lanes + lane] * y[c * lanes + lane]
+            m[at] = _sum_lanes(part, lanes)
+
+        return dot
+
+    def _copy(self, unroll: int) -> Any:
+        K, VT, v_first = self.K, self.v_tile, self.v_first
+
+        @T.inline
+        def copy(dst, src):
+            """dst = src, converted to dst's dtype."""
+            if v_first:
+                for j in T.serial(VT):
+                    for i in T.vectorized(K):
+                        dst[i, j] = T.Cast(dst.dtype, src[i, j])
+            else:
+                for io in T.serial(K // unroll):
+                    for ii in T.unroll(unroll):
+                        for j in T.vectorized(VT):
+                            dst[io * unroll + ii, j] = T.Cast(dst.dtype, src[io * unroll + ii, j])
+
+        return copy
+
+    def _zero(self) -> Any:
+        K, VT, v_first = self.K, self.v_tile, self.v_first
+
+        @T.inline
+        def zero(W):
+            if v_first:
+                for j in T.serial(VT):
+                    for i in T.vectorized(K):
+                        W[i, j] = T.float32(0)
+            else:
+                for i in T.serial(K):
+                    for j in T.vectorized(VT):
+                        W[i, j] = T.float32(0)
+
+        return zero
+
+    def _gemv_columns(self, unroll: int) -> Any:
+        K, VT = self.K, self.v_tile
+
+        @T.inline
+        def gemv(acc, W, x):
+            """acc = W^T x."""
+            for j in T.vectorized(VT):
+                acc[j] = T.float32(0)
+            for io in T.serial(K // unroll):
+                for ii in T.unroll(unroll):
+                    for j in T.vectorized(VT):
+                        acc[j] = acc[j] + T.Cast("float32", W[io * unroll + ii, j]) * x[io * unroll + ii]
+
+        return gemv
+
+    def _ger_gemv_columns(self, unroll: int) -> Any:
+        K, VT = self.K, self.v_tile
+
+        @T.inline
+        def ger_gemv(acc, W, d, x, u, y):
+            """W = diag(d) W + x u^T; acc = W^T y, from the unrounded W."""
+            new = _local(VT)
+            for j in T.vectorized(VT):
+                acc[j] = T.float32(0)
+            for io in T.serial(K // unroll):
+                for ii in T.unroll(unroll):
+                    for j in T.vectorized(VT):
+                        new[j] = T.Cast("float32", W[io * unroll + ii, j]) * d[io * unroll + ii] + x[io * unroll + ii] * u[j]
+                    for j in T.vectorized(VT):
+                        W[io * unroll + ii, j] = T.Cast(W.dtype, new[j])
+                    for j in T.vectorized(VT):
+                        acc[j] = acc[j] + new[j] * y[io * unroll + ii]
+
+        return ger_gemv
+
+    def _gemv_rows(self, unroll: int) -> Any:
+        VT, lanes, chunks = self.v_tile, self.lanes, self.K // self.lanes
+
+        @T.inline
+        def gemv(acc, W, x):
+            """acc = W^T x, vectors along K."""
+            part = _local(lanes)
+            for jo in T.serial(VT // unroll):
+                for ji in T.unroll(unroll):
+                    for lane in T.vectorized(lanes):
+                        part[lane] = T.float32(0)
+                    for c in T.unroll(chunks):
+                        for lane in T.vectorized(lanes):
+                            part[lane] = (
+                                part[lane] + T.Cast("float32", W[c * lanes + lane, jo * unroll + ji]) * x[c * lanes + lane]
+                            )
+                    acc[jo * unroll + ji] = _sum_lanes(part, lanes)
+
+        return gemv
+
+    def _ger_gemv_rows(self, unroll: int) -> Any:
+        VT, lanes, chunks = self.v_tile, self.lanes, self.K // self.lanes
+
+        @T.inline
+        def ger_gemv(acc, W, d, x, u, y):
+            """W = diag(d) W + x u^T; acc = W^T y, from the unrounded W, vectors along K."""
+            part = _local(lanes)
+            new = _local(lanes)
+            for jo in T.serial(VT // unroll):
+                for ji in T.unroll(unroll):
+                    for lane in T.vectorized(lanes):
+                        part[lane] = T.float32(0)
+                    for c in T.unroll(chunks):
+                        for lane in T.vectorized(lanes):
+                            new[lane] = (
+                                T.Cast("float32", W[c * lanes + lane, jo * unroll + ji]) * d[c * lanes + lane]
+                                + x[c * lanes + lane] * u[jo * unroll + ji]
+                            )
+                        for lane in T.vectorized(lanes):
+                            W[c * lanes + lane, jo * unroll + ji] = T.Cast(W.dtype, new[lane])
+                        for lane in T.vectorized(lanes):
+                            part[lane] = part[lane] + new[lane] * y[c * lanes + lane]
+                    acc[jo * unroll + ji] = _sum_lanes(part, lanes)
+
+        return ger_gemv
+
+
+def _local(size: int) -> Any:
+    """fp32 array on the worker's stack, where LLVM can keep it in registers.
+
+    Without the annotation TVM 0.27 takes even 64 bytes from the heap, through a call that hides the array from LLVM; its
+    StorageRewrite pass drops the annotation, so builds turn that pass off (`pass_config` in targets/x86.toml).
+    """
+    return T.alloc_buffer((size,), "float32", scope="local", annotations={"disable_lower_builtin": True})
+
+
+def _sum_lanes(part: Any, lanes: int) -> Any:
+    """Sum of a vector's lanes by halves: log2(lanes) shuffles instead of a chain of lanes additions."""
+    if lanes == 1:
+        return part[0]
+    vector = part[T.ramp(0, 1, lanes)]
+    while lanes > 1:
+        lanes //= 2
+        half = "float32" if lanes == 1 else f"float32x{lanes}"
+        vector = T.vectorlow(half, vector) + T.vectorhigh(half, vector)
+    return vector

@@ -1,0 +1,221 @@
+"""(SPEC, geometry, target, schedule) -> compiled library.
+
+Compiling always happens in a process of its own (`python -m tvm_gdn.build`): LLVM aborts on what it cannot select, tvm takes
+seconds to import, and the process that serves a model stays free of both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+from tvm_gdn.digest import source_digest
+from tvm_gdn.errors import BuildError
+from tvm_gdn.pack import LAUNCHER, BuiltKernel
+from tvm_gdn.records import algorithm_digest
+from tvm_gdn.spec import Geometry, OpSpec
+from tvm_gdn.target import TargetSpec, host_features, resolve
+
+_LAUNCHER_FLAGS = ("-O2", "-fPIC", "-shared", "-ldl", "-lpthread")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One kernel to compile; `knobs` None means the schedule that applies (record, default, generic)."""
+
+    spec: OpSpec
+    geometry: Geometry
+    knobs: Mapping[str, Any] | None = None
+
+
+def symbol_of(spec: OpSpec, geometry: Geometry) -> str:
+    """Name of a kernel's function and file."""
+    return f"{spec.name}_{hashlib.sha256(geometry.key.encode()).hexdigest()[:12]}"
+
+
+def prim_func(spec: OpSpec, geometry: Geometry, tiles: Any) -> Any:
+    """The operator's TIR function: the algorithm's, reduced to the parameters that the SPEC names, in its order."""
+    import tvm
+
+    algorithm = import_module(f"tvm_gdn.ops.tir.{spec.algorithm}")
+    function = getattr(algorithm, spec.algorithm)(geometry, tiles)
+    parameters = {param.name: param for param in function.params}
+    names = [tensor.name for tensor in spec.tensors if tensor.name in geometry.dtype]
+    ordered = [
+        arg.name
+        for arg in spec.inputs
+        if arg.name in names or (arg.name in {s.name for s in spec.scalars if s.passed and not s.static})
+    ]
+    ordered += [output.name for output in spec.outputs if not output.when or geometry.attr.get(output.when)]
+    reduced = tvm.tirx.PrimFunc([parameters[name] for name in ordered], function.body, function.ret_type, function.attrs)
+    return reduced.with_attr("global_symbol", symbol_of(spec, geometry))
+
+
+def tvm_target(target: TargetSpec) -> Any:
+    """The TVM target of a descriptor; ``mcpu = "host"`` becomes this CPU's LLVM name."""
+    import tvm
+
+    options = dict(target.codegen)
+    if options.get("mcpu") == "host":
+        options["mcpu"] = tvm.target.codegen.llvm_get_system_cpu()
+    return tvm.target.Target(options)
+
+
+def required_features(target: TargetSpec) -> list[str]:
+    """CPU flags that a pack must demand: those of the descriptor, or for a host build all vector features of this CPU."""
+    if dict(target.codegen).get("mcpu") != "host":
+        return list(target.requires)
+    prefixes = ("sse", "avx", "fma", "f16c", "amx", "bmi")
+    return sorted(flag for flag in host_features() if flag.startswith(prefixes))
+
+
+def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltKernel:
+    """Compile one kernel in this process.
+
+    Parameters
+    ----------
+    request : Request
+        What to compile.
+    target : TargetSpec
+        For which target.
+    folder : Path
+        Where the library is written.
+
+    Returns
+    -------
+    BuiltKernel
+    """
+    import tvm
+
+    from tvm_gdn import schedule
+
+    choice = schedule.choose(request.spec, request.geometry, target, request.knobs)
+    function = prim_func(request.spec, request.geometry, choice.tiles(request.geometry))
+    symbol = symbol_of(request.spec, request.geometry)
+    path = folder / f"{symbol}.so"
+    with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config)):
+        library = tvm.compile(function, target=tvm_target(target))
+    library.export_library(str(path))
+    return BuiltKernel(
+        spec=request.spec, geometry=request.geometry, file=path, symbol=symbol, schedule=choice.origin, knobs=choice.knobs,
+        source=kernel_digest(request.spec, target),
+    )  # fmt: skip
+
+
+def kernel_digest(spec: OpSpec, target: TargetSpec) -> str:
+    """Digest of everything that decides what a kernel computes and how it is called."""
+    return f"{algorithm_digest(spec, target)}-{spec_digest(spec)}"
+
+
+def spec_digest(spec: OpSpec) -> str:
+    """Digest of an operator's kernel interface and maths: its arguments and outputs in order, and its TIR."""
+    interface = repr((spec.name, spec.inputs, spec.outputs, spec.static_axes))
+    interface = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", interface)
+    return hashlib.sha256((interface + source_digest(f"tvm_gdn.ops.tir.{spec.algorithm}")).encode()).hexdigest()[:16]
+
+
+def build_launcher(folder: Path) -> Path:
+    """Compile the thread launcher with the C compiler of this machine.
+
+    Raises
+    ------
+    BuildError
+        No compiler, or it failed.
+    """
+    compiler = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
+    if compiler is None:
+        raise BuildError("no C compiler found (cc, gcc or clang): it links kernels; install one, or use a prebuilt pack")
+    path = folder / LAUNCHER
+    with resources.as_file(resources.files("tvm_gdn") / "csrc" / "omp_launcher.c") as source:
+        done = subprocess.run([compiler, str(source), "-o", str(path), *_LAUNCHER_FLAGS], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{compiler} cannot compile the thread launcher:\n{done.stderr}")
+    return path
+
+
+def run_builder(requests: Sequence[Request], target: TargetSpec, folder: Path, timeout: float = 600.0) -> list[BuiltKernel]:
+    """Compile kernels in a process of their own.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+        What to compile.
+    target : TargetSpec
+        For which target.
+    folder : Path
+        Where the libraries are written.
+    timeout : float
+        Seconds after which the process is killed.
+
+    Returns
+    -------
+    list of BuiltKernel
+
+    Raises
+    ------
+    BuildError
+        With the end of the compiler's output.
+    """
+    from tvm_gdn.ops import OPS
+
+    job = {
+        "target": target.name, "folder": str(folder),
+        "kernels": [
+            {"op": r.spec.name, "geometry": r.geometry.to_json(), "knobs": None if r.knobs is None else dict(r.knobs)}
+            for r in requests
+        ],
+    }  # fmt: skip
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "tvm_gdn.build"], input=json.dumps(job), capture_output=True, text=True, timeout=timeout,
+            check=False, env=_builder_environment(),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise BuildError(f"compiling {len(requests)} kernel(s) for {target.name} took over {timeout:.0f} s") from error
+    if done.returncode:
+        tail = "\n".join(done.stderr.strip().splitlines()[-12:])
+        raise BuildError(f"compiling for {target.name} failed (exit status {done.returncode}):\n{tail}")
+    return [
+        BuiltKernel(
+            spec=OPS[entry["op"]], geometry=Geometry.from_json(entry["geometry"]), file=Path(entry["file"]),
+            symbol=entry["symbol"], schedule=entry["schedule"], knobs=entry["knobs"], source=entry["source"],
+        )
+        for entry in json.loads(done.stdout.splitlines()[-1])
+    ]  # fmt: skip
+
+
+def _builder_environment() -> dict[str, str]:
+    """The environment of a compiling process: this process's import path, and readable parser errors."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TVM_BACKTRACE": "1"}
+
+
+def _main() -> None:
+    from tvm_gdn.ops import OPS
+
+    job = json.load(sys.stdin)
+    target, folder = resolve(job["target"]), Path(job["folder"])
+    built = []
+    for entry in job["kernels"]:
+        request = Request(OPS[entry["op"]], Geometry.from_json(entry["geometry"]), entry["knobs"])
+        kernel = compile_kernel(request, target, folder)
+        built.append(
+            {
+                "op": kernel.spec.name, "geometry": kernel.geometry.to_json(), "file": str(kernel.file),
+                "symbol": kernel.symbol, "schedule": kernel.schedule, "knobs": kernel.knobs, "source": kernel.source,
+            }
+        )  # fmt: skip
+    sys.stdout.write("\n" + json.dumps(built) + "\n")
+
+
+if __name__ == "__main__":
+    _main()

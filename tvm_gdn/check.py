@@ -1,0 +1,153 @@
+"""Explains a refused call: finds the first argument that breaks the SPEC and says what is allowed.
+
+A call's hot path checks nothing in Python: the compiled kernel checks dtypes, shapes, strides and, on CPUs, slots and sequence
+bounds before it writes anything. When it refuses, this module turns the refusal into an error that names the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tvm_gdn.errors import ArgumentError, ArgumentTypeError
+from tvm_gdn.ops.rules import has_overlap
+from tvm_gdn.spec import Geometry, OpSpec, Scalar, Tensor
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64")
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def validate(spec: OpSpec, args: Mapping[str, Any]) -> dict[str, int]:
+    """Check every rule of an operator's arguments.
+
+    Parameters
+    ----------
+    spec : OpSpec
+        The operator.
+    args : mapping
+        Arguments by name, as given to the torch operator.
+
+    Returns
+    -------
+    dict
+        Axis sizes by name.
+
+    Raises
+    ------
+    ArgumentTypeError
+        Not a tensor, wrong dtype, wrong device.
+    ArgumentError
+        Wrong rank, size, stride or value.
+    """
+    sizes: dict[str, int] = {}
+    first: dict[str, tuple[str, Any]] = {}
+    device: tuple[str, torch.device] | None = None
+    for tensor in spec.tensors:
+        value = args.get(tensor.name)
+        if value is None:
+            if not tensor.optional:
+                raise ArgumentTypeError(f"{spec.name}: {tensor.name} is None; pass a tensor [{tensor.axes}]")
+            continue
+        if not isinstance(value, torch.Tensor):
+            raise ArgumentTypeError(f"{spec.name}: {tensor.name} is a {type(value).__name__}; pass a torch.Tensor")
+        if device is None:
+            device = (tensor.name, value.device)
+        elif value.device != device[1]:
+            raise ArgumentTypeError(
+                f"{spec.name}: {tensor.name} is on {value.device}, {device[0]} on {device[1]}; move it with .to({device[1]!s})"
+            )
+        _check_dtype(spec, tensor, value, first)
+        _check_shape(spec, tensor, value, tensor.axis_names(args), sizes)
+        _check_memory(spec, tensor, value)
+    if "N" not in sizes and "B" in sizes:
+        sizes["N"] = sizes["B"]
+    if spec.check is not None:
+        try:
+            spec.check(args, sizes)
+        except ArgumentError as error:
+            raise ArgumentError(f"{spec.name}: {error}") from None
+    return sizes
+
+
+def _check_dtype(spec: OpSpec, tensor: Tensor, value: torch.Tensor, first: dict[str, tuple[str, Any]]) -> None:
+    allowed = [TORCH_DTYPES[name] for name in tensor.dtypes]
+    if value.dtype not in allowed:
+        raise ArgumentTypeError(
+            f"{spec.name}: {tensor.name} has dtype {value.dtype}; allowed: {', '.join(map(str, allowed))}"
+        )
+    name, dtype = first.setdefault(tensor.dtype_role, (tensor.name, value.dtype))
+    if value.dtype != dtype:
+        raise ArgumentTypeError(
+            f"{spec.name}: {tensor.name} has dtype {value.dtype}, {name} has {dtype}; they must be the same"
+        )
+
+
+def _check_shape(
+    spec: OpSpec, tensor: Tensor, value: torch.Tensor, names: tuple[str, ...], sizes: dict[str, int]
+) -> None:
+    if value.ndim != len(names):
+        raise ArgumentError(
+            f"{spec.name}: {tensor.name} has {value.ndim} axes {tuple(value.shape)}; allowed: {len(names)}, [{', '.join(names)}]"
+        )
+    for axis, (name, size) in enumerate(zip(names, value.shape, strict=True)):
+        base, _, offset = name.partition("+")
+        expected = sizes.setdefault(base, size - int(offset or 0))
+        if size != expected + int(offset or 0):
+            raise ArgumentError(
+                f"{spec.name}: {tensor.name} has {size} on axis {axis} ({name}), other arguments have {base} = {expected}; "
+                f"{tensor.name} is [{', '.join(names)}]"
+            )
+
+
+def _check_memory(spec: OpSpec, tensor: Tensor, value: torch.Tensor) -> None:
+    if value.numel() == 0:
+        return
+    free = {"any": value.ndim, "inner": value.ndim - 1, "outer": 1, "outer2": 2, "dense": 0}[tensor.strides]
+    expected = 1
+    for axis in reversed(range(free, value.ndim)):
+        if value.shape[axis] != 1 and value.stride(axis) != expected:
+            raise ArgumentError(
+                f"{spec.name}: {tensor.name} has strides {value.stride()}; its last {value.ndim - free} axes must be "
+                f"contiguous: pass {tensor.name}.contiguous()"
+                + (" (a copy: for a pool allocate it contiguously instead)" if tensor.mutated else "")
+            )
+        expected *= value.shape[axis]
+    if tensor.mutated and has_overlap(value):
+        raise ArgumentError(
+            f"{spec.name}: {tensor.name} has overlapping elements (strides {value.stride()}); it is written to, so every "
+            "element needs memory of its own: pass a real allocation, not an expanded view"
+        )
+    if tensor.mutated and value.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(f"{spec.name}: {tensor.name} requires grad but is updated in place; pass {tensor.name}.detach()")
+
+
+def geometry_of(spec: OpSpec, args: Mapping[str, Any]) -> Geometry:
+    """Geometry of a call; `validate` must have passed or be about to explain a failure.
+
+    Parameters
+    ----------
+    spec : OpSpec
+        The operator.
+    args : mapping
+        Arguments by name.
+
+    Returns
+    -------
+    Geometry
+    """
+    axes = []
+    for axis in spec.static_axes:
+        name, position = spec.axis_source(axis, args)
+        axes.append((axis, int(args[name].shape[position])))
+    dtypes = [(t.name, DTYPE_NAMES[args[t.name].dtype]) for t in spec.tensors if args.get(t.name) is not None]
+    attrs = [(s.name, bool(args[s.name]) if s.type == "bool" else args[s.name]) for s in spec.scalars if s.static]
+    return Geometry(axes=tuple(axes), dtypes=tuple(dtypes), attrs=tuple(attrs))
+
+
+def scalar_value(scalar: Scalar, value: Any, axes: Mapping[str, int]) -> Any:
+    """Value that the kernel gets for a scalar argument."""
+    return scalar.resolve(axes) if value is None and scalar.resolve is not None else value

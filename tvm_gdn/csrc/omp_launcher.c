@@ -1,0 +1,110 @@
+/* Runs TVM's parallel regions on the OpenMP threads that torch already uses.
+ *
+ * TVM's own pool pins and spins a second set of threads next to torch's. This file hands the work to the OpenMP runtime that
+ * is already mapped into the process (torch's libgomp, or libiomp5/libomp, which export the same entry point), so there is one
+ * pool and torch.set_num_threads governs it. It is linked against no OpenMP library on purpose: linking could load a second one.
+ *
+ * Built once per pack; `load.py` puts the three functions below into every kernel library.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef struct {
+  void* sync_handle;
+  int32_t num_task;
+} TVMParallelGroupEnv;
+typedef int (*ParallelLambda)(int task_id, TVMParallelGroupEnv* env, void* cdata);
+
+typedef void (*GompParallel)(void (*fn)(void*), void* data, unsigned num_threads, unsigned flags);
+typedef int (*OmpQuery)(void);
+
+static GompParallel gomp_parallel;
+static OmpQuery omp_thread_num, omp_max_threads, omp_inside, omp_team_size, torch_threads;
+static char omp_path[1024];
+static int forked;
+
+static void after_fork(void) { forked = 1; }
+
+static int visit(struct dl_phdr_info* info, size_t size, void* data) {
+  (void)size;
+  (void)data;
+  const char* name = info->dlpi_name;
+  if (!name || !*name) return 0;
+  const char* base = strrchr(name, '/');
+  base = base ? base + 1 : name;
+  int is_omp = !strncmp(base, "libgomp", 7) || !strncmp(base, "libiomp5", 8) || !strncmp(base, "libomp", 6);
+  int is_torch = !strncmp(base, "libtorch_cpu.so", 15);
+  if (!is_omp && !is_torch) return 0;
+  void* lib = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
+  if (!lib) return 0;
+  if (is_torch) torch_threads = (OmpQuery)dlsym(lib, "_ZN2at15get_num_threadsEv"); /* int at::get_num_threads() */
+  if (is_omp && !gomp_parallel) {
+    omp_thread_num = (OmpQuery)dlsym(lib, "omp_get_thread_num");
+    omp_max_threads = (OmpQuery)dlsym(lib, "omp_get_max_threads");
+    omp_inside = (OmpQuery)dlsym(lib, "omp_in_parallel");
+    omp_team_size = (OmpQuery)dlsym(lib, "omp_get_num_threads");
+    gomp_parallel = (GompParallel)dlsym(lib, "GOMP_parallel");
+    if (gomp_parallel) strncpy(omp_path, name, sizeof omp_path - 1);
+  }
+  return 0;
+}
+
+/* Finds torch's OpenMP runtime. Returns its path, or "" when kernels will run on the calling thread alone. */
+const char* tvm_gdn_launcher_init(void) {
+  if (!omp_path[0]) {
+    dl_iterate_phdr(visit, 0);
+    /* A forked child has no pool threads left; starting a team there hangs. */
+    pthread_atfork(0, 0, after_fork);
+  }
+  return omp_path;
+}
+
+typedef struct {
+  ParallelLambda lambda;
+  void* cdata;
+  TVMParallelGroupEnv env;
+  int error;
+} Region;
+
+static void run_region(void* data) {
+  Region* region = data;
+  int step = omp_team_size();
+  /* The runtime may grant fewer threads than asked for: every task still runs. */
+  for (int task = omp_thread_num(); task < region->env.num_task; task += step)
+    if (region->lambda(task, &region->env, region->cdata)) __atomic_store_n(&region->error, 1, __ATOMIC_RELAXED);
+}
+
+/* at::get_num_threads also makes torch's setting hold in a thread that never ran a torch operator. */
+int tvm_gdn_num_threads(void) {
+  if (!gomp_parallel || forked || omp_inside()) return 1;
+  return torch_threads ? torch_threads() : omp_max_threads();
+}
+
+int tvm_gdn_parallel_launch(ParallelLambda lambda, void* cdata, int num_task) {
+  int threads = tvm_gdn_num_threads();
+  Region region = {lambda, cdata, {0, num_task > 0 ? num_task : threads}, 0};
+  if (threads == 1) {
+    for (int task = 0; task < region.env.num_task; ++task)
+      if (lambda(task, &region.env, cdata)) region.error = 1;
+  } else {
+    gomp_parallel(run_region, &region, (unsigned)threads, 0);
+  }
+  return region.error ? -1 : 0;
+}
+
+void* tvm_gdn_alloc_workspace(int device_type, int device_id, uint64_t bytes, int dtype_code, int dtype_bits) {
+  (void)device_type, (void)device_id, (void)dtype_code, (void)dtype_bits;
+  void* data = 0;
+  return posix_memalign(&data, 64, bytes ? bytes : 64) ? 0 : data;
+}
+
+int tvm_gdn_free_workspace(int device_type, int device_id, void* data) {
+  (void)device_type, (void)device_id;
+  free(data);
+  return 0;
+}

@@ -1,0 +1,72 @@
+"""Identity of sources and versions: what a compiled kernel or a tuned record was made from."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+#: Sources under these packages decide what a kernel computes and how.
+_TRACKED = ("tvm_gdn.ops.tir.", "tvm_gdn.schedules.")
+
+
+@functools.cache
+def version_of(package: str) -> str:
+    """Installed version of a distribution, or ``"none"``."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def abi_of(version: str) -> str:
+    """The part of a tvm_ffi version within which compiled kernels can be loaded."""
+    return ".".join(version.split(".")[:2])
+
+
+def _module_path(module: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    return Path(spec.origin)
+
+
+def _collect(module: str, seen: dict[str, str]) -> None:
+    if module in seen:
+        return
+    text = _module_path(module).read_text(encoding="utf-8")
+    seen[module] = text
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(_TRACKED):
+            _collect(node.module, seen)
+
+
+@functools.cache
+def source_digest(*modules: str) -> str:
+    """Hash of modules and of the TIR and schedule modules that they import; needs no tvm.
+
+    Parameters
+    ----------
+    *modules : str
+        Dotted names.
+
+    Returns
+    -------
+    str
+        16 hexadecimal digits.
+    """
+    seen: dict[str, str] = {}
+    for module in modules:
+        _collect(module, seen)
+    digest = hashlib.sha256()
+    for name in sorted(seen):
+        digest.update(f"{name}\n{seen[name]}".encode())
+    return digest.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,255 @@
+"""(operator, geometry, device) -> loaded kernel, or the torch reference with the reason.
+
+A kernel is looked for in the packs (`TVM_GDN_PACK_PATH`, then the cache's ``packs``), then among the kernels compiled earlier,
+and is compiled at last, under a file lock, so that two first calls compile once. Only with the target ``auto`` may the torch
+reference stand in, with one log line; an explicit target that cannot be served raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from tvm_gdn import build, env, load, records, reference
+from tvm_gdn import pack as packs
+from tvm_gdn.digest import version_of
+from tvm_gdn.errors import BuildError, PackError, TargetError, TvmGdnError
+from tvm_gdn.spec import Geometry, OpSpec
+from tvm_gdn.target import TargetSpec, resolve, runnable
+
+_log = logging.getLogger("tvm_gdn")
+_lock = threading.Lock()
+_served: dict[str, Served] = {}
+_reset_hooks: list[Callable[[], None]] = []
+
+
+@dataclass(frozen=True)
+class Served:
+    """What serves a geometry: a loaded kernel, or None and the reason why the reference does."""
+
+    kernel: Callable[..., Any] | None
+    target: str
+    schedule: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        if self.kernel is None:
+            return f"fallback (torch reference): {self.reason}"
+        return f"compiled ({self.target}, {self.schedule})"
+
+
+def on_reset(hook: Callable[[], None]) -> None:
+    """Call `hook` whenever loaded kernels must be forgotten."""
+    _reset_hooks.append(hook)
+
+
+def reset() -> None:
+    """Forget every dispatch decision: the next calls read packs, records and environment again."""
+    _served.clear()
+    _read_packs.cache_clear()
+    records.reload()
+    for hook in _reset_hooks:
+        hook()
+
+
+def served_by(op: str) -> str:
+    """What served the last new geometry of an operator in this process.
+
+    Parameters
+    ----------
+    op : str
+        Operator name.
+
+    Returns
+    -------
+    str
+        For example ``"compiled (x86-avx512, tuned)"``, ``"fallback (torch reference): ..."`` or ``"not called yet"``.
+    """
+    return str(_served.get(op, "not called yet"))
+
+
+def run_reference(spec: OpSpec, *args: Any) -> Any:
+    """Run the torch reference behind the torch operator's signature."""
+    names = [arg.name for arg in spec.inputs]
+    defaults = {arg.name: None if hasattr(arg, "axes") else arg.default for arg in spec.inputs[len(args) :]}
+    result = getattr(reference, spec.name)(**dict(zip(names, args, strict=False)), **defaults)
+    if len(spec.outputs) == 1:
+        return result
+    # A torch operator cannot return None: an output that was not asked for is an empty tensor, as in the compiled path.
+    return tuple(torch.empty(0) if value is None else value for value in result)
+
+
+def lookup(spec: OpSpec, geometry: Geometry, device: str) -> Served:
+    """Find or make the kernel of a geometry.
+
+    Parameters
+    ----------
+    spec : OpSpec
+        The operator.
+    geometry : Geometry
+        What the kernel must serve.
+    device : str
+        Torch device type of the call.
+
+    Returns
+    -------
+    Served
+
+    Raises
+    ------
+    TvmGdnError
+        An explicit target cannot be served, or compiling is disabled and no pack has the kernel.
+    """
+    with _lock:
+        served = _lookup(spec, geometry, device)
+        _served[spec.name] = served
+        return served
+
+
+def _lookup(spec: OpSpec, geometry: Geometry, device: str) -> Served:
+    name = env.target_name()
+    try:
+        target = runnable(resolve(name))
+        if target.device != device:
+            raise TargetError(f"target {target.name} runs on {target.device}, the tensors are on {device}")
+        found = _from_packs(spec, geometry, target, explicit=name != "auto")
+        return found or _from_cache_or_compiler(spec, geometry, target)
+    except TvmGdnError as error:
+        if name != "auto" or env.jit_disabled():
+            raise
+        reason = str(error).splitlines()[0]
+        _log.warning("%s [%s] runs on the torch reference: %s", spec.name, geometry, reason)
+        return Served(None, "reference", "none", reason)
+
+
+@functools.cache
+def _read_packs(folders: tuple[Path, ...]) -> tuple[list[packs.Pack], list[str]]:
+    """Usable packs in order of preference, and why the others are refused."""
+    found, refused = [], []
+    for folder in folders:
+        candidates = [folder] if (folder / packs.MANIFEST).exists() else sorted(folder.glob(f"*/{packs.MANIFEST}"))
+        for candidate in candidates:
+            try:
+                found.append(packs.read(candidate if candidate.is_dir() else candidate.parent))
+            except PackError as error:
+                refused.append(str(error))
+                _log.warning("%s", error)
+    found.sort(key=lambda pack: -int(pack.manifest["rank"]))
+    return found, refused
+
+
+def pack_folders() -> tuple[Path, ...]:
+    """Folders in which packs are looked for, first match first."""
+    return (*env.pack_path(), env.cache_dir() / "packs")
+
+
+def _from_packs(spec: OpSpec, geometry: Geometry, target: TargetSpec, *, explicit: bool) -> Served | None:
+    found, refused = _read_packs(pack_folders())
+    for pack in found:
+        if pack.manifest["device"] != target.device or (explicit and pack.target != target.name):
+            continue
+        for entry in pack.manifest["kernels"]:
+            if entry["op"] != spec.name or Geometry.from_json(entry["geometry"]).key != geometry.key:
+                continue
+            if entry["source"].split("-")[1] != build.spec_digest(spec):
+                refused.append(f"pack {pack.folder}: {entry['symbol']} was built from another version of {spec.name}")
+                _log.warning("%s; rebuild it with `tvm_gdn build`", refused[-1])
+                continue
+            return Served(load.load_kernel(pack, entry), pack.target, entry["schedule"])
+    return None
+
+
+def _from_cache_or_compiler(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> Served:
+    folder = env.cache_dir() / "kernels" / kernel_key(spec, geometry, target)
+    served = _load_single(folder)
+    if served is not None:
+        return served
+    if env.jit_disabled():
+        _, refused = _read_packs(pack_folders())
+        also = f" Refused packs: {'; '.join(refused)}." if refused else ""
+        raise PackError(
+            f"{spec.name} [{geometry}] is in no pack and TVM_GDN_DISABLE_JIT is set. Searched: "
+            f"{', '.join(map(str, pack_folders()))}.{also} Build it with: tvm_gdn build --target {target.name} "
+            f"--op {spec.name} --geometry '{geometry.key}'"
+        )
+    if version_of("apache-tvm") == "none":
+        raise BuildError(f"no pack has {spec.name} [{geometry}] and apache-tvm is not installed to compile it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        served = _load_single(folder)
+        if served is None:
+            start = time.perf_counter()
+            compile_into(folder, [build.Request(spec, geometry)], target)
+            _log.info("compiled %s [%s] for %s in %.1f s", spec.name, geometry, target.name, time.perf_counter() - start)
+            served = _load_single(folder)
+    if served is None:
+        raise BuildError(f"{folder} holds no kernel after compiling {spec.name}; is the cache folder being cleared?")
+    return served
+
+
+def _load_single(folder: Path) -> Served | None:
+    """The kernel of a one-kernel pack in the cache; a damaged one is compiled anew."""
+    if not folder.is_dir():
+        return None
+    try:
+        pack = packs.read(folder)
+        entry = pack.manifest["kernels"][0]
+        return Served(load.load_kernel(pack, entry), pack.target, entry["schedule"])
+    except PackError as error:
+        _log.warning("%s; compiling it again", error)
+        return None
+
+
+def kernel_key(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> str:
+    """Name of a kernel's folder in the cache: everything that decides its code."""
+    record = records.lookup(spec, geometry, target)
+    parts = [
+        spec.name, geometry.key, target.digest(), build.kernel_digest(spec, target), version_of("apache-tvm"),
+        version_of("apache-tvm-ffi"), json.dumps(record["knobs"] if record else None, sort_keys=True),
+    ]  # fmt: skip
+    return f"{spec.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+
+
+def compile_into(folder: Path, requests: list[build.Request], target: TargetSpec) -> list[packs.BuiltKernel]:
+    """Compile kernels and write them as a pack.
+
+    Parameters
+    ----------
+    folder : Path
+        The pack.
+    requests : list of Request
+        Its kernels.
+    target : TargetSpec
+        Their target.
+
+    Returns
+    -------
+    list of BuiltKernel
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".build-") as scratch:
+        built = build.run_builder(requests, target, Path(scratch))
+        launcher = build.build_launcher(Path(scratch)) if target.device == "cpu" else None
+        packs.write(folder, target, build.required_features(target), built, launcher)
+    return built
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)

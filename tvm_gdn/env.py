@@ -1,0 +1,49 @@
+"""Every environment variable that the package reads, in one place (README lists them)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+__all__ = ["cache_dir", "checks_enabled", "jit_disabled", "log_level", "pack_path", "target_name"]
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+
+
+def _flag(name: str, default: bool) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    return default if not value else value in _TRUE
+
+
+def target_name() -> str:
+    """`TVM_GDN_TARGET`: the target of CPU calls; an explicit name that cannot be served raises. Default ``auto``."""
+    return os.environ.get("TVM_GDN_TARGET", "auto") or "auto"
+
+
+def cache_dir() -> Path:
+    """`TVM_GDN_CACHE_DIR`: compiled kernels, locks, tuning studies and records of this user."""
+    value = os.environ.get("TVM_GDN_CACHE_DIR")
+    return Path(value) if value else Path(platformdirs.user_cache_dir("tvm_gdn", appauthor=False))
+
+
+def pack_path() -> list[Path]:
+    """`TVM_GDN_PACK_PATH`: folders with packs, searched before the cache's own ``packs`` folder."""
+    value = os.environ.get("TVM_GDN_PACK_PATH", "")
+    return [Path(part) for part in value.split(os.pathsep) if part]
+
+
+def jit_disabled() -> bool:
+    """`TVM_GDN_DISABLE_JIT=1`: never compile during a call; a kernel that no pack holds is an error."""
+    return _flag("TVM_GDN_DISABLE_JIT", default=False)
+
+
+def checks_enabled() -> bool:
+    """`TVM_GDN_CHECKS=1`: check slot indices and cu_seqlens on accelerators too, which synchronizes the device."""
+    return _flag("TVM_GDN_CHECKS", default=False)
+
+
+def log_level() -> str:
+    """`TVM_GDN_LOG`: level of the package's logger on stderr. Default ``INFO``."""
+    return os.environ.get("TVM_GDN_LOG", "INFO").upper() or "INFO"

@@ -1,0 +1,319 @@
+"""Serve the Gated DeltaNet layers of a transformers model with tvm_gdn's operators.
+
+A layer's ``forward`` calls ``torch_recurrent_gated_delta_rule`` of its modeling module for a cached single-token step.
+:func:`patch` puts a router in the place of that module-level function, and a forward pre-hook on every Gated DeltaNet
+layer of *one* model. The hook adds a keyword that ``forward`` hands on to the function; the router serves calls that
+carry it and passes all others on. So other models of the same class, and other threads, are not affected.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from tvm_gdn.errors import ArgumentError, ArgumentTypeError
+
+__all__ = ["SUPPORTED_LAYERS", "SUPPORTED_OPERATORS", "Patched", "patch"]
+
+logger = logging.getLogger("tvm_gdn")
+
+SUPPORTED_LAYERS = (
+    "Qwen3NextGatedDeltaNet",
+    "Qwen3_5GatedDeltaNet",
+    "Qwen3_5MoeGatedDeltaNet",
+    "Qwen4ExpTextGatedDeltaNet",
+    "OlmoHybridGatedDeltaNet",
+)
+
+_KEYWORD = "tvm_gdn_offer"
+_Result = tuple[torch.Tensor, "torch.Tensor | None"]
+
+
+class _Offer(NamedTuple):
+    """What a patched layer offers to the functions that its forward calls."""
+
+    operators: tuple[str, ...]
+    in_place: bool
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _decode(
+    original: Callable[..., _Result],
+    in_place: bool,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **unused: Any,
+) -> _Result:
+    """Take the place of transformers' ``torch_recurrent_gated_delta_rule``: same shapes, same K-first state."""
+    import tvm_gdn
+
+    operands = (query, key, value, g, beta)
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*operands, initial_state) if x is not None):
+        if not torch.compiler.is_compiling():
+            _warn_once(
+                "a patched Gated DeltaNet layer decodes with gradients enabled: transformers' own function runs, since"
+                " the token-recurrent operators have no backward pass; decode under torch.no_grad() to use tvm_gdn"
+            )
+        return original(*operands, initial_state=initial_state, output_final_state=output_final_state, **options)
+    if in_place and output_final_state and initial_state is not None:
+        # The cache copies what is returned into this very tensor, so the update may as well happen there: the copy of a
+        # tensor onto itself is a no-op, and no state is allocated per token.
+        out = tvm_gdn.fused_recurrent_gated_delta_rule_update(*operands, initial_state_source=initial_state, **options)
+        return out, initial_state
+    return tvm_gdn.fused_recurrent_gated_delta_rule(
+        *operands, initial_state=initial_state, output_final_state=output_final_state, **options
+    )
+
+
+# Operator of tvm_gdn -> (function of the modeling module that it replaces, what runs instead).
+_REPLACEMENTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "fused_recurrent_gated_delta_rule": ("torch_recurrent_gated_delta_rule", _decode),
+}
+SUPPORTED_OPERATORS = tuple(_REPLACEMENTS)
+
+
+@dataclass(eq=False)
+class _Route:
+    """A module-level function under a router, shared by all patched models whose layers call it."""
+
+    module: ModuleType
+    name: str
+    original: Callable[..., Any]
+    router: Callable[..., Any]
+    users: int = 0
+
+
+_lock = threading.RLock()
+_routes: dict[tuple[str, str], _Route] = {}
+_patched_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _make_router(original: Callable[..., Any], operator: str, replacement: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original, updated=())
+    def router(*args: Any, **kwargs: Any) -> Any:
+        offer = kwargs.pop(_KEYWORD, None)
+        if offer is None or operator not in offer.operators:
+            return original(*args, **kwargs)
+        return replacement(original, offer.in_place, *args, **kwargs)
+
+    return router
+
+
+def _acquire_route(module: ModuleType, operator: str) -> _Route:
+    name, replacement = _REPLACEMENTS[operator]
+    current = getattr(module, name)
+    route = _routes.get((module.__name__, name))
+    if route is None or current is not route.router:
+        route = _Route(module, name, current, _make_router(current, operator, replacement))
+        _routes[module.__name__, name] = route
+        setattr(module, name, route.router)
+    route.users += 1
+    return route
+
+
+def _release_route(route: _Route) -> None:
+    route.users -= 1
+    if route.users:
+        return
+    # Somebody may have wrapped the router meanwhile: then it stays, and passes calls on.
+    if getattr(route.module, route.name) is route.router:
+        setattr(route.module, route.name, route.original)
+    key = (route.module.__name__, route.name)
+    if _routes.get(key) is route:
+        del _routes[key]
+
+
+def _copies_into_own_tensor(cache: Any, layer: nn.Module) -> bool:
+    """Whether this cache hands out its own state tensor and copies the new state into it, as transformers' caches do.
+
+    A cache class of somebody else may share that tensor (a common prefix) or keep what it was given (a history).
+    """
+    from transformers.cache_utils import Cache, LinearAttentionLayer
+
+    if not isinstance(cache, Cache):
+        return False
+    layer_cache: Any = cache.layers[cast(int, layer.layer_idx)]
+    return (
+        type(cache).get_recurrent_state is Cache.get_recurrent_state
+        and type(cache).update_recurrent_state is Cache.update_recurrent_state
+        and isinstance(layer_cache, LinearAttentionLayer)
+        and type(layer_cache).update_recurrent_state is LinearAttentionLayer.update_recurrent_state
+    )
+
+
+def _make_offer(
+    operators: tuple[str, ...], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    offer = _Offer(operators, _copies_into_own_tensor(kwargs.get("cache_params"), layer))
+    return args, {**kwargs, _KEYWORD: offer}
+
+
+class _Layer(NamedTuple):
+    name: str
+    layer: nn.Module
+    source: ModuleType  # the transformers module that defines its class, with the functions that its forward calls
+
+
+class Patched:
+    """A model whose Gated DeltaNet layers are served by tvm_gdn until :meth:`unpatch`; made by :func:`patch`.
+
+    Attributes
+    ----------
+    layers : tuple of str
+        Qualified names of the patched layers.
+    operators : tuple of str
+        Names of the operators in use.
+    """
+
+    def __init__(self, found: list[_Layer], operators: tuple[str, ...]) -> None:
+        self.layers = tuple(entry.name for entry in found)
+        self.operators = operators
+        self._modules = tuple(entry.layer for entry in found)
+        hook = functools.partial(_make_offer, operators)
+        with _lock:
+            sources = {entry.source for entry in found}
+            self._routes = [_acquire_route(source, operator) for source in sources for operator in operators]
+            self._handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self._modules]
+            _patched_layers.update(self._modules)
+
+    @property
+    def active(self) -> bool:
+        """Whether the layers are still patched."""
+        return bool(self._handles)
+
+    def unpatch(self) -> None:
+        """Restore the model and the modeling module; further calls do nothing."""
+        with _lock:
+            if not self.active:
+                return
+            for handle in self._handles:
+                handle.remove()
+            for route in self._routes:
+                _release_route(route)
+            _patched_layers.difference_update(self._modules)
+            self._handles, self._routes = [], []
+
+    def __enter__(self) -> Patched:
+        if not self.active:
+            raise ArgumentError("this Patched was unpatched already: call patch(model) again to get a new one")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unpatch()
+
+    def __repr__(self) -> str:
+        return f"Patched(layers={len(self.layers)}, operators={self.operators}, active={self.active})"
+
+
+def _find_layers(model: nn.Module) -> list[_Layer]:
+    """List the instances of supported transformers classes (and of their subclasses)."""
+    found = []
+    for name, layer in model.named_modules():
+        for cls in type(layer).__mro__:
+            if cls.__name__ in SUPPORTED_LAYERS and cls.__module__.startswith("transformers.models."):
+                found.append(_Layer(name, layer, sys.modules[cls.__module__]))
+                break
+    return found
+
+
+def _check_calls(found: _Layer, operators: tuple[str, ...]) -> None:
+    """Refuse a layer whose forward does not look up the functions to replace in its transformers module."""
+    forward = inspect.unwrap(type(found.layer).forward)
+    ours = getattr(forward, "__globals__", None) is vars(found.source)
+    called = forward.__code__.co_names if ours else ()
+    missing = [name for name in (_REPLACEMENTS[op][0] for op in operators) if name not in called]
+    if missing:
+        import transformers
+
+        raise ArgumentError(
+            f"model: the forward of layer {found.name!r} ({type(found.layer).__name__}) does not call"
+            f" {', '.join(missing)} of {found.source.__name__}, so there is nothing to replace. Install"
+            f" transformers 5.23 (this is {transformers.__version__}), or call tvm_gdn in your own forward"
+        )
+
+
+def patch(model: nn.Module, *, operators: Iterable[str] | None = None) -> Patched:
+    """Serve the decode steps of a model's Gated DeltaNet layers with tvm_gdn, for good or inside a ``with`` block.
+
+    Prefill keeps running through transformers' chunked function. A decode step updates the recurrent state in the
+    cache's own tensor where the cache is one of transformers' classes (those copy the new state into that tensor
+    anyway, so beam search, reordering and reset behave as before); with any other cache class a new state tensor is
+    returned. A step that would need gradients runs transformers' own function, with one log line that says so.
+
+    Patch before ``torch.compile``: a compiled model need not notice hooks that are added later.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A transformers model (or any module that holds one) with layers of :data:`SUPPORTED_LAYERS`.
+    operators : iterable of str, optional
+        Which operators of tvm_gdn to use, out of :data:`SUPPORTED_OPERATORS`. Default: all of them.
+
+    Returns
+    -------
+    Patched
+        Already active. ``unpatch()``, or leaving its ``with`` block (also by an exception), restores every attribute.
+
+    Raises
+    ------
+    ArgumentTypeError
+        `model` is not a module, or `operators` is a plain string.
+    ArgumentError
+        The model has no supported layer, a layer is patched already (patches do not nest: unpatch first), the installed
+        transformers calls other functions, or an operator's name is unknown.
+
+    Examples
+    --------
+    >>> with patch(model):
+    ...     model.generate(input_ids, max_new_tokens=32)
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model: expected a torch.nn.Module of transformers, got {type(model).__name__}")
+    if isinstance(operators, str):
+        raise ArgumentTypeError(f"operators: expected a list of names, got a string: pass [{operators!r}]")
+    chosen = SUPPORTED_OPERATORS if operators is None else tuple(dict.fromkeys(operators))
+    unknown = [name for name in chosen if name not in _REPLACEMENTS]
+    if unknown or not chosen:
+        raise ArgumentError(f"operators: got {unknown or 'no name'}; allowed are {', '.join(SUPPORTED_OPERATORS)}")
+
+    found = _find_layers(model)
+    if not found:
+        present = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "layer_idx")})
+        raise ArgumentError(
+            f"model: {type(model).__name__} has no Gated DeltaNet layer that can be patched; supported layer classes"
+            f" are {', '.join(SUPPORTED_LAYERS)}; found {', '.join(present) or 'no numbered transformers layer'}"
+        )
+    for entry in found:
+        _check_calls(entry, chosen)
+    with _lock:
+        taken = [entry.name for entry in found if entry.layer in _patched_layers]
+        if taken:
+            raise ArgumentError(
+                f"model: layer {taken[0]!r} is patched already; call unpatch() of the Patched that holds it first"
+            )
+        return Patched(found, chosen)

@@ -1,0 +1,8 @@
+"""The operators, by name. Adding one: a module here with its SPECS and public functions, and a TIR builder in `ops/tir`."""
+
+from __future__ import annotations
+
+from tvm_gdn.ops import gating, recurrent
+from tvm_gdn.spec import OpSpec
+
+OPS: dict[str, OpSpec] = {spec.name: spec for module in (gating, recurrent) for spec in module.SPECS}

@@ -1,0 +1,58 @@
+"""Gate parameters in TensorIR: g = -exp(A_log) * softplus(a + dt_bias), beta = sigmoid(b), in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tvm_gdn.ops.tir.gates import gate_macros
+from tvm_gdn.spec import Geometry
+
+
+def gating(geometry: Geometry, tiles: Any) -> Any:
+    """Build the kernel of one geometry.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        Dtypes of A_log, a, b and dt_bias.
+    tiles : object
+        The target's loops: `workers` over row blocks, `rows_per_worker`.
+
+    Returns
+    -------
+    tvm.tirx.PrimFunc
+    """
+    dtype = geometry.dtype
+    data = dtype["a"]
+    block = tiles.rows_per_worker
+    log_decay, sigmoid = gate_macros()
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        A_log_: T.handle, a_: T.handle, b_: T.handle, dt_bias_: T.handle, g_: T.handle, beta_: T.handle,
+        softplus_beta: T.float32, softplus_threshold: T.float32,
+    ):  # fmt: skip
+        T.func_attr({"global_symbol": "kernel"})
+        M, HV = T.int64(), T.int64()
+        a0, a1, b0, b1 = T.int64(), T.int64(), T.int64(), T.int64()
+        A_log = T.match_buffer(A_log_, (HV,), dtype["A_log"], align=2)
+        a = T.match_buffer(a_, (M, HV), data, strides=(a0, a1), align=2)
+        b = T.match_buffer(b_, (M, HV), data, strides=(b0, b1), align=2)
+        dt_bias = T.match_buffer(dt_bias_, (HV,), dtype["dt_bias"], align=2)
+        g = T.match_buffer(g_, (M, HV), "float32", align=2)
+        beta = T.match_buffer(beta_, (M, HV), data, align=2)
+        for w in tiles.workers((M + block - 1) // block):
+            m = tiles.scalars(3)
+            for r in T.serial(T.min(T.int64(block), M - w * block)):
+                row: T.let[T.int64] = w * block + r
+                for hv in T.serial(HV):
+                    m[0] = T.Cast("float32", a[row, hv]) + T.Cast("float32", dt_bias[hv])
+                    log_decay(m, 0, 1, T.Cast("float32", A_log[hv]), softplus_beta, softplus_threshold)
+                    g[row, hv] = m[0]
+                    m[1] = T.Cast("float32", b[row, hv])
+                    sigmoid(m, 1)
+                    beta[row, hv] = T.Cast(data, m[1])
+
+    return kernel

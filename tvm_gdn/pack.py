@@ -1,0 +1,168 @@
+"""Packs: folders with compiled kernels and a manifest that says what they are and what they need.
+
+::
+
+    PACK/manifest.json     format, target, CPU features, versions, and per kernel: operator, geometry, file, sha256, schedule
+    PACK/*.so              one library per kernel
+    PACK/launcher.so       runs parallel regions on torch's OpenMP threads
+
+A pack is written to a temporary folder and renamed, so it is never half there. Reading one checks the format, the ABI, the CPU
+features and, when a kernel is loaded, the file's hash; whatever differs is named. Kernels made at run time are packs of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tvm_gdn.digest import abi_of, file_digest, version_of
+from tvm_gdn.errors import PackError
+from tvm_gdn.spec import Geometry, OpSpec
+from tvm_gdn.target import TargetSpec, host_features
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LAUNCHER = "launcher.so"
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """A compiled library and what it is."""
+
+    spec: OpSpec
+    geometry: Geometry
+    file: Path
+    symbol: str
+    schedule: str
+    knobs: dict[str, Any]
+    source: str
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A pack whose manifest was read and fits this machine."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def target(self) -> str:
+        """Name of the target that it was built for."""
+        return str(self.manifest["target"])
+
+    def file(self, name: str, sha256: str) -> Path:
+        """Path of one of its files, after checking its hash.
+
+        Raises
+        ------
+        PackError
+            The file is missing or its content differs from the manifest.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            raise PackError(f"pack {self.folder}: {name} is missing; rebuild it with `tvm_gdn build`")
+        found = file_digest(path)
+        if found != sha256:
+            raise PackError(
+                f"pack {self.folder}: {name} was changed or cut short: sha256 {found[:12]}..., manifest says {sha256[:12]}...; "
+                "rebuild it with `tvm_gdn build`"
+            )
+        return path
+
+
+def write(folder: Path, target: TargetSpec, requires: Iterable[str], kernels: list[BuiltKernel], launcher: Path | None) -> None:
+    """Write a pack; an existing one at the same place is replaced.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it will be.
+    target : TargetSpec
+        What the kernels were built for.
+    requires : iterable of str
+        CPU flags that the code uses.
+    kernels : list of BuiltKernel
+        At least one.
+    launcher : Path or None
+        The thread launcher; None for targets whose kernels have no CPU-parallel regions.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        entries = []
+        for kernel in kernels:
+            name = f"{kernel.symbol}.so"
+            shutil.copyfile(kernel.file, temporary / name)
+            entries.append(
+                {
+                    "op": kernel.spec.name, "geometry": kernel.geometry.to_json(), "symbol": kernel.symbol, "file": name,
+                    "sha256": file_digest(temporary / name), "schedule": kernel.schedule, "knobs": kernel.knobs,
+                    "source": kernel.source,
+                }
+            )  # fmt: skip
+        manifest: dict[str, Any] = {
+            "format": FORMAT, "target": target.name, "rank": target.rank, "device": target.device,
+            "machine": platform.machine(), "requires": sorted(requires), "image": "elf-so",
+            "tvm": version_of("apache-tvm"), "tvm_ffi": version_of("apache-tvm-ffi"), "kernels": entries,
+        }  # fmt: skip
+        if launcher is not None:
+            shutil.copyfile(launcher, temporary / LAUNCHER)
+            manifest["launcher"] = {"file": LAUNCHER, "sha256": file_digest(temporary / LAUNCHER)}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read(folder: Path) -> Pack:
+    """Read a pack and check that it fits this machine and this software.
+
+    Parameters
+    ----------
+    folder : Path
+        The pack.
+
+    Returns
+    -------
+    Pack
+
+    Raises
+    ------
+    PackError
+        Says what differs: missing or damaged manifest, format, machine, ABI, CPU features.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        kernels = [(entry["op"], entry["geometry"], entry["file"], entry["sha256"]) for entry in manifest["kernels"]]
+        differences = [
+            (f"{field} is {manifest[field]!r}, this software needs {expected!r}")
+            for field, expected in (("format", FORMAT), ("machine", platform.machine()), ("image", "elf-so"))
+            if manifest[field] != expected
+        ]
+        missing = sorted(set(manifest["requires"]) - host_features())
+        abi, own = abi_of(manifest["tvm_ffi"]), abi_of(version_of("apache-tvm-ffi"))
+    except OSError as error:
+        raise PackError(f"pack {folder}: no readable {MANIFEST} ({error.strerror}); build one with `tvm_gdn build`") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PackError(f"pack {folder}: {MANIFEST} is damaged ({error!r}); rebuild it with `tvm_gdn build`") from error
+    if missing:
+        differences.append(f"it needs CPU features that this machine lacks: {', '.join(missing)}")
+    if abi != own:
+        differences.append(f"it was built for the tvm_ffi ABI {abi}, installed is {own}")
+    if not kernels:
+        differences.append("it holds no kernels")
+    if differences:
+        raise PackError(f"pack {folder} is refused: {'; '.join(differences)}")
+    return Pack(folder=folder, manifest=manifest)

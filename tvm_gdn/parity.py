@@ -1,0 +1,127 @@
+"""Holds every operator on a target against the float64 reference, on the cases of its SPEC."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tvm_gdn import cases, dispatch, reference
+from tvm_gdn.ops import OPS
+from tvm_gdn.spec import OpSpec
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of one case: the RMS error ratio of every output and mutated argument, and its limit."""
+
+    op: str
+    case: str
+    served: str
+    errors: dict[str, float]
+    limits: dict[str, float]
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether compiled code ran and every error is within its limit."""
+        return not self.failure and all(self.errors[name] <= limit for name, limit in self.limits.items())
+
+
+def rms_ratio(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """RMS of the difference over RMS of the reference; equal NaN positions count as equal, others as infinite error."""
+    out, ref = out.detach().double().cpu(), ref.detach().double().cpu()
+    finite = ref.isfinite()
+    if not torch.equal(finite, out.isfinite()):
+        return float("inf")
+    out, ref = out[finite], ref[finite]
+    if ref.numel() == 0:
+        return 0.0
+    error, norm = (out - ref).square().mean().sqrt().item(), ref.square().mean().sqrt().item()
+    return error / norm if norm else (0.0 if error == 0 else float("inf"))
+
+
+def expected(spec: OpSpec, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What the float64 reference makes of arguments: outputs by name, then the mutated arguments.
+
+    Parameters
+    ----------
+    spec : OpSpec
+        The operator.
+    arguments : mapping
+        As `cases.draw` gives them; not modified.
+
+    Returns
+    -------
+    dict of torch.Tensor
+        Mutated arguments are computed in float64 storage, so that their rounding counts as error of the kernel alone.
+    """
+    copy = cases.clone(arguments)
+    names = [tensor.name for tensor in spec.tensors if tensor.mutated and copy[tensor.name] is not None]
+    # A tree step starts from the *stored* state of its parent: the storage dtype is part of the semantics there.
+    if copy.get("retrieve_parent_token") is None:
+        for name in names:
+            copy[name] = copy[name].double()
+    result = getattr(reference, spec.name)(**copy, exact=True)
+    values = result if isinstance(result, tuple) else (result,)
+    outputs = {output.name: value for output, value in zip(spec.outputs, values, strict=True) if value is not None}
+    return {**outputs, **{name: copy[name] for name in names}}
+
+
+def run(spec: OpSpec, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Run the torch operator; outputs by name, then the mutated arguments (`arguments` are modified)."""
+    result = getattr(torch.ops.tvm_gdn, spec.name)(*arguments.values())
+    values = result if isinstance(result, tuple) else (result,)
+    names = [tensor.name for tensor in spec.tensors if tensor.mutated and arguments[tensor.name] is not None]
+    outputs = {o.name: value for o, value in zip(spec.outputs, values, strict=True) if not o.when or arguments[o.when]}
+    return {**outputs, **{name: arguments[name] for name in names}}
+
+
+def limit(spec: OpSpec, name: str, dtype: torch.dtype) -> float:
+    """Tolerance of an output or mutated argument, by the dtype it is stored in."""
+    short = str(dtype).removeprefix("torch.")
+    is_state = name not in {"o", "g", "beta"}
+    return spec.tolerance.get(f"state_{short}", spec.tolerance[short]) if is_state else spec.tolerance[short]
+
+
+def check_case(spec: OpSpec, case: Mapping[str, Any], seed: int = 0, device: str = "cpu") -> Result:
+    """Run one case and compare.
+
+    Parameters
+    ----------
+    spec, case, seed, device
+        As in `cases.draw`.
+
+    Returns
+    -------
+    Result
+    """
+    arguments = cases.draw(spec, case, seed, device)
+    want = expected(spec, arguments)
+    got = run(spec, arguments)
+    served = dispatch.served_by(spec.name)
+    errors = {name: rms_ratio(got[name], want[name]) for name in want}
+    limits = {name: limit(spec, name, got[name].dtype) for name in want}
+    failure = served if served.startswith("fallback") else ""
+    return Result(spec.name, cases.label(case), served, errors, limits, failure)
+
+
+def check_all(ops: list[str] | None = None, device: str = "cpu") -> Iterator[Result]:
+    """Run every case of operators, in order.
+
+    Parameters
+    ----------
+    ops : list of str, optional
+        Operator names; default all.
+    device : str
+        Torch device.
+
+    Yields
+    ------
+    Result
+    """
+    for name in ops or list(OPS):
+        for case in OPS[name].cases:
+            yield check_case(OPS[name], case, device=device)

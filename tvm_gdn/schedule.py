@@ -1,0 +1,120 @@
+"""Design spaces: how one algorithm maps to one target, with the knobs that tuning may turn.
+
+A module of `schedules/` named after a target registers its spaces::
+
+    @schedule("recurrent", "x86")
+    class RecurrentX86:
+        def knobs(geometry): ...      # name -> choices
+        def default(geometry): ...    # name -> value, hand-shaped
+        def tiles(geometry, **knobs): # the target's tile operations
+
+Resolution for a target walks its lineage, nearest first, and ends at ``generic``: a tuned record of the space wins over its
+hand-shaped default; a space of ``generic`` is the portable fallback, reported as such.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from tvm_gdn import records
+from tvm_gdn.errors import TuneError
+from tvm_gdn.spec import Geometry, OpSpec
+from tvm_gdn.target import TargetSpec
+
+GENERIC = "generic"
+_SPACES: dict[tuple[str, str], type] = {}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A schedule that was chosen for a kernel: the space, its knobs, and where they came from."""
+
+    space: Any
+    origin: str
+    knobs: dict[str, Any]
+
+    def tiles(self, geometry: Geometry) -> Any:
+        """The target's tile operations for a geometry."""
+        return self.space.tiles(geometry, **self.knobs)
+
+
+def schedule(algorithm: str, target: str) -> Callable[[type], type]:
+    """Class decorator that registers a design space.
+
+    Parameters
+    ----------
+    algorithm : str
+        Name of the TIR builder, `OpSpec.algorithm`.
+    target : str
+        Target whose kernels (and those of the targets that inherit from it) it shapes; ``"generic"`` for the fallback.
+    """
+
+    def register(space: type) -> type:
+        _SPACES[algorithm, target] = space
+        return space
+
+    return register
+
+
+@functools.cache
+def _load_spaces() -> None:
+    for entry in resources.files("tvm_gdn.schedules").iterdir():
+        if entry.name.endswith(".py") and entry.name != "__init__.py":
+            importlib.import_module(f"tvm_gdn.schedules.{entry.name[:-3]}")
+
+
+def find_space(algorithm: str, target: TargetSpec) -> tuple[Any, str]:
+    """The nearest design space of a target for an algorithm, and the name it is registered under."""
+    _load_spaces()
+    for name in (*target.lineage, GENERIC):
+        if (algorithm, name) in _SPACES:
+            return _SPACES[algorithm, name], name
+    raise LookupError(f"no schedule of {algorithm!r} for {target.name}, not even a generic one")
+
+
+def choose(spec: OpSpec, geometry: Geometry, target: TargetSpec, knobs: Mapping[str, Any] | None = None) -> Choice:
+    """Choose the schedule of a kernel.
+
+    Parameters
+    ----------
+    spec, geometry, target
+        What the kernel is for.
+    knobs : mapping, optional
+        Explicit knobs (a tuning trial); records and defaults are then not looked at.
+
+    Returns
+    -------
+    Choice
+        With ``origin`` ``"trial"``, ``"tuned"``, ``"default"`` or ``"generic"``.
+    """
+    space, name = find_space(spec.algorithm, target)
+    if knobs is not None:
+        return Choice(space, "trial", dict(knobs))
+    record = records.lookup(spec, geometry, target)
+    if record is not None and _fits(record["knobs"], space.knobs(geometry)):
+        return Choice(space, "tuned", dict(record["knobs"]))
+    return Choice(space, "generic" if name == GENERIC else "default", space.default(geometry))
+
+
+def _fits(knobs: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> bool:
+    return set(knobs) == set(allowed) and all(knobs[name] in choices for name, choices in allowed.items())
+
+
+def knob_space(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> dict[str, tuple[Any, ...]]:
+    """Knobs and their choices for a geometry.
+
+    Raises
+    ------
+    TuneError
+        The schedule has nothing to tune.
+    """
+    space, name = find_space(spec.algorithm, target)
+    knobs = {key: tuple(choices) for key, choices in space.knobs(geometry).items()}
+    if not knobs:
+        raise TuneError(f"the {name} schedule of {spec.algorithm} declares no knobs: nothing to tune")
+    return knobs

@@ -1,0 +1,174 @@
+"""The torch shim, generic over SPEC: schema, CPU implementation, fake kernel.
+
+For every operator two Python functions are written out from its SPEC as source text, as dataclasses and namedtuple do: generic
+loops over arguments would cost more than the whole call is allowed to (8 us above the kernel). What they do, for one call:
+
+1. build the dispatch key (static axes, dtypes, static attributes) and look up the loaded kernel;
+2. allocate the outputs (the fake kernel runs the very same lines, so fake shapes are real shapes);
+3. call the kernel with the tensors that are present, the scalars and the outputs, in SPEC order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tvm_gdn import check, dispatch, env
+from tvm_gdn.errors import KernelError, TvmGdnError
+from tvm_gdn.spec import OpSpec, Output, Scalar, Tensor
+
+_LIBRARY = torch.library.Library("tvm_gdn", "DEF")
+#: torch device types that kernels may be registered for, with their dispatch keys.
+_DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+
+
+def _parameters(spec: OpSpec) -> str:
+    parts = []
+    for arg in spec.inputs:
+        if isinstance(arg, Tensor):
+            parts.append(f"{arg.name}=None" if arg.optional else arg.name)
+        else:
+            parts.append(arg.name if arg.default is ... else f"{arg.name}={arg.default!r}")
+    return ", ".join(parts)
+
+
+def _axis_expression(spec: OpSpec, axis: str, attrs: dict[str, Any]) -> str:
+    """Python expression for an axis size from the arguments of the generated function."""
+    if axis.isdigit():
+        return axis
+    for tensor in spec.tensors:
+        names = tensor.axis_names(attrs)
+        if axis in names and not tensor.optional:
+            return f"{tensor.name}.shape[{names.index(axis)}]"
+    # Only the number of sequences is not an axis of a required tensor: cu_seqlens states it, else it is the batch.
+    return f"(cu_seqlens.shape[0] - 1 if cu_seqlens is not None else {_axis_expression(spec, 'B', attrs)})"
+
+
+def _shape_expression(spec: OpSpec, output: Output) -> str:
+    plain = ", ".join(_axis_expression(spec, axis, {}) for axis in output.axes.split())
+    if not output.axes_v_first:
+        return f"({plain},)"
+    swapped = {"state_v_first": True}
+    v_first = ", ".join(_axis_expression(spec, axis, swapped) for axis in output.axes_v_first.split())
+    return f"(({v_first},) if state_v_first else ({plain},))"
+
+
+def _dtype_expression(spec: OpSpec, output: Output) -> str:
+    if output.like in check.TORCH_DTYPES:
+        return output.like
+    source = next(tensor for tensor in spec.tensors if tensor.dtype_role == output.like)
+    if not source.optional:
+        return f"{source.name}.dtype"
+    return f"({output.fallback} if {source.name} is None else {source.name}.dtype)"
+
+
+def _allocations(spec: OpSpec) -> list[str]:
+    device = f"{next(t.name for t in spec.tensors if not t.optional)}.device"
+    lines = []
+    for output in spec.outputs:
+        shape = _shape_expression(spec, output)
+        if output.when:
+            shape = f"{shape} if {output.when} else (0,)"
+        lines.append(f"{output.name} = empty({shape}, dtype={_dtype_expression(spec, output)}, device={device})")
+    return lines
+
+
+def _returned(spec: OpSpec) -> str:
+    names = ", ".join(output.name for output in spec.outputs)
+    return names if len(spec.outputs) == 1 else f"({names})"
+
+
+def _key_expression(spec: OpSpec) -> str:
+    parts = []
+    for axis in spec.static_axes:
+        plain, swapped = (spec.axis_source(axis, {"state_v_first": flag}) for flag in (False, True))
+        expression = f"{plain[0]}.shape[{plain[1]}]"
+        if plain != swapped:
+            expression = f"({swapped[0]}.shape[{swapped[1]}] if state_v_first else {expression})"
+        parts.append(expression)
+    for tensor in spec.tensors:
+        parts.append(f"None if {tensor.name} is None else {tensor.name}.dtype" if tensor.optional else f"{tensor.name}.dtype")
+    parts.extend(spec.static_attrs)
+    return f"({', '.join(parts)},)"
+
+
+def _define(source: str, name: str, namespace: dict[str, Any]) -> Callable[..., Any]:
+    namespace = {**check.TORCH_DTYPES, "empty": torch.empty, **namespace}
+    exec(compile(source, f"<tvm_gdn {name}>", "exec"), namespace)  # noqa: S102 - source is written from SPEC above
+    return namespace[name]
+
+
+def fake_function(spec: OpSpec) -> Callable[..., Any]:
+    """Shape function of an operator: allocates its outputs and does nothing else."""
+    body = "\n    ".join([*_allocations(spec), f"return {_returned(spec)}"])
+    return _define(f"def fake({_parameters(spec)}):\n    {body}\n", "fake", {})
+
+
+def call_function(spec: OpSpec, present: frozenset[str], axes: dict[str, int], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Function of the operator's arguments that allocates outputs and runs a loaded kernel."""
+    names, constants = [], {}
+    for arg in spec.inputs:
+        if isinstance(arg, Scalar):
+            if arg.passed and not arg.static:
+                names.append(arg.name)
+                if arg.resolve is not None:
+                    constants[f"default_{arg.name}"] = arg.resolve(axes)
+                    names[-1] = f"default_{arg.name} if {arg.name} is None else {arg.name}"
+        elif arg.name in present:
+            names.append(arg.name)
+    names += [o.name for o in spec.outputs if not o.when or o.when in present]
+    body = "\n    ".join([*_allocations(spec), f"kernel({', '.join(names)})", f"return {_returned(spec)}"])
+    return _define(f"def call({_parameters(spec)}):\n    {body}\n", "call", {"kernel": kernel, **constants})
+
+
+def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
+    names = [arg.name for arg in spec.inputs]
+
+    def resolve(key: tuple[Any, ...], values: tuple[Any, ...]) -> Callable[..., Any]:
+        args = dict(zip(names, values, strict=True))
+        check.validate(spec, args)
+        geometry = check.geometry_of(spec, args)
+        served = dispatch.lookup(spec, geometry, device)
+        if served.kernel is None:
+            function = functools.partial(dispatch.run_reference, spec)
+        else:
+            present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
+            function = call_function(spec, present, geometry.axis, served.kernel)
+        table[key] = function
+        return function
+
+    def explain(error: Exception, values: tuple[Any, ...]) -> None:
+        if isinstance(error, TvmGdnError):
+            raise error
+        check.validate(spec, dict(zip(names, values, strict=True)))
+        raise KernelError(f"{spec.name}: the kernel refused the call: {error}") from error
+
+    def checked(values: tuple[Any, ...]) -> None:
+        if env.checks_enabled():
+            check.validate(spec, dict(zip(names, values, strict=True)))
+
+    arguments = ", ".join(names)
+    before = "" if device == "cpu" else f"        checked(({arguments},))\n"
+    source = (
+        f"def implementation({_parameters(spec)}):\n"
+        f"    try:\n"
+        f"{before}        key = {_key_expression(spec)}\n"
+        f"        function = table.get(key) or resolve(key, ({arguments},))\n"
+        f"        return function({arguments})\n"
+        f"    except Exception as error:\n"
+        f"        explain(error, ({arguments},))\n"
+    )
+    table: dict[tuple[Any, ...], Callable[..., Any]] = {}
+    dispatch.on_reset(table.clear)
+    return _define(source, "implementation", {"table": table, "resolve": resolve, "explain": explain, "checked": checked})
+
+
+def register(spec: OpSpec) -> None:
+    """Define ``torch.ops.tvm_gdn.<name>`` with its fake kernel and one implementation per device type."""
+    _LIBRARY.define(spec.schema(), tags=(torch.Tag.pt2_compliant_tag,))
+    for device, key in _DEVICE_KEYS.items():
+        _LIBRARY.impl(spec.name, _implementation(spec, device), key)
+    torch.library.register_fake(f"tvm_gdn::{spec.name}", fake_function(spec), lib=_LIBRARY)
