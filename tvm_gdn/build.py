@@ -57,6 +57,15 @@ def prim_func(spec: OpSpec, geometry: Geometry, tiles: Any) -> Any:
         if arg.name in names or (arg.name in {s.name for s in spec.scalars if s.passed and not s.static})
     ]
     ordered += [output.name for output in spec.outputs if not output.when or geometry.attr.get(output.when)]
+    # A scalar that the operator does not have is off: disable_state_update, use_qk_l2norm_in_kernel.
+    absent = {
+        variable: tvm.tirx.const(0, str(variable.ty))
+        for name, variable in parameters.items()
+        if name not in ordered and isinstance(variable.ty, tvm.ir.PrimType)
+    }
+    if absent:
+        function = function.specialize(absent)
+        parameters = {param.name: param for param in function.params}
     reduced = tvm.tirx.PrimFunc([parameters[name] for name in ordered], function.body, function.ret_type, function.attrs)
     return reduced.with_attr("global_symbol", symbol_of(spec, geometry))
 

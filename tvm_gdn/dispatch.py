@@ -15,7 +15,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ def _lookup(spec: OpSpec, geometry: Geometry, device: str) -> Served:
     except TvmGdnError as error:
         if name != "auto" or env.jit_disabled():
             raise
-        reason = str(error).splitlines()[0]
+        lines = str(error).splitlines()
+        reason = lines[0] if len(lines) == 1 else f"{lines[0]} ... {lines[-1]}"
         _log.warning("%s [%s] runs on the torch reference: %s", spec.name, geometry, reason)
         return Served(None, "reference", "none", reason)
 
@@ -192,12 +194,50 @@ def _from_cache_or_compiler(spec: OpSpec, geometry: Geometry, target: TargetSpec
         served = _load_single(folder)
         if served is None:
             start = time.perf_counter()
-            compile_into(folder, [build.Request(spec, geometry)], target)
+            compile_each({folder: build.Request(spec, geometry)}, target)
             _log.info("compiled %s [%s] for %s in %.1f s", spec.name, geometry, target.name, time.perf_counter() - start)
             served = _load_single(folder)
     if served is None:
         raise BuildError(f"{folder} holds no kernel after compiling {spec.name}; is the cache folder being cleared?")
     return served
+
+
+def prebuild(wanted: Iterable[tuple[OpSpec, Geometry]], target: TargetSpec, jobs: int = 0) -> list[str]:
+    """Compile what the cache lacks, many kernels per compiling process.
+
+    Parameters
+    ----------
+    wanted : iterable of (OpSpec, Geometry)
+        Kernels; duplicates are fine.
+    target : TargetSpec
+        Their target.
+    jobs : int
+        Compiling processes; default one per core, at most 8.
+
+    Returns
+    -------
+    list of str
+        A message for each kernel that could not be compiled.
+    """
+    folders = {env.cache_dir() / "kernels" / kernel_key(spec, geometry, target): (spec, geometry) for spec, geometry in wanted}
+    missing = [folder for folder in folders if not (folder / packs.MANIFEST).is_file()]
+    jobs = max(1, min(jobs or min(os.cpu_count() or 1, 8), len(missing)))
+
+    def compile_share(share: list[Path]) -> list[str]:
+        if not share:
+            return []
+        try:
+            compile_each({folder: build.Request(*folders[folder]) for folder in share}, target)
+        except BuildError as error:
+            if len(share) == 1:
+                return [f"{folders[share[0]][0].name} [{folders[share[0]][1]}]: {error}"]
+            # One kernel that LLVM aborts on takes its process along: halve until it stands alone.
+            middle = len(share) // 2
+            return compile_share(share[:middle]) + compile_share(share[middle:])
+        return []
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [line for lines in pool.map(compile_share, (missing[job::jobs] for job in range(jobs))) for line in lines]
 
 
 def _load_single(folder: Path) -> Served | None:
@@ -223,28 +263,15 @@ def kernel_key(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> str:
     return f"{spec.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
-def compile_into(folder: Path, requests: list[build.Request], target: TargetSpec) -> list[packs.BuiltKernel]:
-    """Compile kernels and write them as a pack.
-
-    Parameters
-    ----------
-    folder : Path
-        The pack.
-    requests : list of Request
-        Its kernels.
-    target : TargetSpec
-        Their target.
-
-    Returns
-    -------
-    list of BuiltKernel
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".build-") as scratch:
-        built = build.run_builder(requests, target, Path(scratch))
+def compile_each(wanted: Mapping[Path, build.Request], target: TargetSpec) -> None:
+    """Compile kernels in one process and write each as a pack of its own."""
+    parent = next(iter(wanted)).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".build-") as scratch:
+        built = build.run_builder(list(wanted.values()), target, Path(scratch))
         launcher = build.build_launcher(Path(scratch)) if target.device == "cpu" else None
-        packs.write(folder, target, build.required_features(target), built, launcher)
-    return built
+        for folder, kernel in zip(wanted, built, strict=True):
+            packs.write(folder, target, build.required_features(target), [kernel], launcher)
 
 
 def _after_fork() -> None:

@@ -118,6 +118,10 @@ class Output:
     when: str = ""
     axes_v_first: str = ""
 
+    def axis_names(self, state_v_first: bool) -> list[str]:
+        """Axis names in either state layout."""
+        return (self.axes_v_first if state_v_first and self.axes_v_first else self.axes).split()
+
 
 @dataclass(frozen=True)
 class Geometry:

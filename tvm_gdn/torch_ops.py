@@ -48,12 +48,10 @@ def _axis_expression(spec: OpSpec, axis: str, attrs: dict[str, Any]) -> str:
 
 
 def _shape_expression(spec: OpSpec, output: Output) -> str:
-    plain = ", ".join(_axis_expression(spec, axis, {}) for axis in output.axes.split())
-    if not output.axes_v_first:
-        return f"({plain},)"
-    swapped = {"state_v_first": True}
-    v_first = ", ".join(_axis_expression(spec, axis, swapped) for axis in output.axes_v_first.split())
-    return f"(({v_first},) if state_v_first else ({plain},))"
+    plain, swapped = (
+        ", ".join(_axis_expression(spec, axis, {"state_v_first": flag}) for axis in output.axis_names(flag)) for flag in (False, True)
+    )
+    return f"({plain},)" if plain == swapped else f"(({swapped},) if state_v_first else ({plain},))"
 
 
 def _dtype_expression(spec: OpSpec, output: Output) -> str:

@@ -48,7 +48,8 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
     NV = V // VT
     v_first = bool(geometry.attr.get("state_v_first", False))
     state_shape = (V, K) if v_first else (K, V)
-    inner_strides = (state_shape[1], 1)
+    # TVM 0.27 wants a stride literal in the dtype of its axis: int64 where the axis is a symbol (heads).
+    head_strides = (T.int64(K * V), state_shape[1], 1)
 
     packed = "mixed_qkv" in has
     fused_gate = "A_log" in has
@@ -77,6 +78,10 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
         """A choice made while the function is parsed."""
         return yes if condition else no
 
+    def int64(buffer: Any, *index: Any) -> Any:
+        """Element of an index tensor."""
+        return T.Cast("int64", buffer[index])
+
     def gate_at(buffer: Any, batch: Any, token: Any, head: Any) -> Any:
         """Element of a gate tensor in fp32."""
         return T.Cast("float32", buffer[gate_dims(batch, token, head)])
@@ -103,12 +108,11 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
         b0, b1, b2 = T.int64(), T.int64(), T.int64()
         N1, NI, NB, NP, NS, NF, R = T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         S, C, P, PT = T.int64(), T.int64(), T.int64(), T.int64()
-        m0, s0, s1, i0, i1 = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
-        c0, c1, c2 = T.int64(), T.int64(), T.int64()
+        m0, s0, i0, c0, c1 = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         q = T.match_buffer(q_, (B, TK, H, K), data, strides=(q0, q1, q2, 1), align=2)
         k = T.match_buffer(k_, (B, TK, H, K), data, strides=(k0, k1, k2, 1), align=2)
         v = T.match_buffer(v_, (B, TK, HV, V), data, strides=(v0s, v1, v2, 1), align=2)
-        mixed_qkv = T.match_buffer(mixed_, (B, R), data, strides=(m0, 1), align=2)
+        mixed_qkv = T.match_buffer(mixed_, (B, R), data, strides=(m0, T.int64(1)), align=2)
         g = T.match_buffer(g_, (B, TK, HV), dtype_of("g"), strides=(g0, g1, g2), align=2)
         beta = T.match_buffer(beta_, (B, TK, HV), dtype_of("beta"), strides=(e0, e1, e2), align=2)
         A_log = T.match_buffer(A_log_, (HV,), dtype_of("A_log"), align=2)
@@ -117,15 +121,15 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
         b = T.match_buffer(b_, gate_dims(B, TK, HV), dtype_of("b"), strides=gate_dims(b0, b1, b2), align=2)
         cu_seqlens = T.match_buffer(cu_, (N1,), dtype_of("cu_seqlens", "int64"), align=4)
         initial_state_source = T.match_buffer(
-            source_, (S, HV, *state_shape), pool_dtype, strides=(s0, s1, *inner_strides), align=2
+            source_, (S, HV, *state_shape), pool_dtype, strides=(s0, *head_strides), align=2
         )
         initial_state_indices = T.match_buffer(slots_, (NI,), dtype_of("initial_state_indices", "int64"), align=4)
         initial_state = T.match_buffer(
-            initial_, (NS, HV, *state_shape), initial_dtype, strides=(i0, i1, *inner_strides), align=2
+            initial_, (NS, HV, *state_shape), initial_dtype, strides=(i0, *head_strides), align=2
         )
         final_state = T.match_buffer(final_, (NF, HV, *state_shape), initial_dtype, align=2)
         intermediate_states_buffer = T.match_buffer(
-            buffer_, (C, P, HV, *state_shape), buffer_dtype, strides=(c0, c1, c2, *inner_strides), align=2
+            buffer_, (C, P, HV, *state_shape), buffer_dtype, strides=(c0, c1, *head_strides), align=2
         )
         intermediate_state_indices = T.match_buffer(
             buffer_slots_, (NB,), dtype_of("intermediate_state_indices", "int64"), align=4
@@ -146,50 +150,47 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
                 assert TK == 1, ("ValueError", ["o: one token"])
             if varlen:
                 assert B == 1 and N1 > 0, ("ValueError", ["cu_seqlens: needs q of batch 1"])
-                assert cu_seqlens[0] == 0 and cu_seqlens[N1 - 1] == TK, ("ValueError", ["cu_seqlens: first, last"])
+                assert int64(cu_seqlens, 0) == 0 and int64(cu_seqlens, N1 - 1) == TK, ("ValueError", ["cu_seqlens: first, last"])
                 for n in T.serial(n_seq):
                     assert cu_seqlens[n] <= cu_seqlens[n + 1], ("ValueError", ["cu_seqlens: decreasing"])
             if pool:
-                assert HV == 1 or s1 == K * V, ("ValueError", ["initial_state_source: strides"])
                 assert S <= 1 or s0 >= HV * K * V, ("ValueError", ["initial_state_source: slots overlap"])
                 if slots_given:
                     assert NI == n_seq, ("ValueError", ["initial_state_indices: length"])
                     for n in T.serial(n_seq):
-                        assert initial_state_indices[n] >= -1 and initial_state_indices[n] < S, (
+                        assert int64(initial_state_indices, n) >= -1 and int64(initial_state_indices, n) < S, (
                             "ValueError", ["initial_state_indices: slot"],
                         )  # fmt: skip
                 else:
                     assert S >= n_seq, ("ValueError", ["initial_state_source: fewer slots than sequences"])
             if separate:
-                assert HV == 1 or i1 == K * V, ("ValueError", ["initial_state: strides"])
                 assert NS == n_seq, ("ValueError", ["initial_state: length"])
             if final:
                 assert NF == n_seq, ("ValueError", ["final_state: length"])
             if buffered:
-                assert HV == 1 or c2 == K * V, ("ValueError", ["intermediate_states_buffer: strides"])
                 assert (C <= 1 or c0 >= P * HV * K * V) and (P <= 1 or c1 >= HV * K * V), (
                     "ValueError", ["intermediate_states_buffer: slots overlap"],
                 )  # fmt: skip
                 if buffer_slots_given:
                     assert NB == n_seq, ("ValueError", ["intermediate_state_indices: length"])
                     for n in T.serial(n_seq):
-                        assert intermediate_state_indices[n] >= -1 and intermediate_state_indices[n] < C, (
+                        assert int64(intermediate_state_indices, n) >= -1 and int64(intermediate_state_indices, n) < C, (
                             "ValueError", ["intermediate_state_indices: slot"],
                         )  # fmt: skip
                 else:
                     assert C >= n_seq, ("ValueError", ["intermediate_states_buffer: fewer slots than sequences"])
                 for n in T.serial(n_seq):
-                    assert pick(varlen, cu_seqlens[n + 1] - cu_seqlens[n], TK) <= P, (
+                    assert pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK) <= P, (
                         "ValueError", ["intermediate_states_buffer: steps"],
                     )  # fmt: skip
             if tree:
                 assert NP == n_seq, ("ValueError", ["retrieve_parent_token: length"])
                 for n in T.serial(n_seq):
-                    assert pick(varlen, cu_seqlens[n + 1] - cu_seqlens[n], TK) <= PT, (
+                    assert pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK) <= PT, (
                         "ValueError", ["retrieve_parent_token: steps"],
                     )  # fmt: skip
-                    for t in T.serial(1, pick(varlen, T.Cast("int64", cu_seqlens[n + 1] - cu_seqlens[n]), TK)):
-                        assert retrieve_parent_token[n, t] >= -1 and retrieve_parent_token[n, t] < t, (
+                    for t in T.serial(1, pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)):
+                        assert int64(retrieve_parent_token, n, t) >= -1 and int64(retrieve_parent_token, n, t) < t, (
                             "ValueError", ["retrieve_parent_token: parent"],
                         )  # fmt: skip
 
@@ -199,10 +200,10 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
             j0: T.let[T.int64] = w % NV * VT
             h: T.let[T.int64] = hv // (HV // heads)
             row: T.let[T.int64] = pick(varlen, T.int64(0), n)
-            first: T.let[T.int64] = pick(varlen, T.Cast("int64", cu_seqlens[n]), T.int64(0))
-            length: T.let[T.int64] = pick(varlen, T.Cast("int64", cu_seqlens[n + 1] - cu_seqlens[n]), TK)
-            slot: T.let[T.int64] = pick(slots_given, T.Cast("int64", initial_state_indices[n]), n)
-            buffer_slot: T.let[T.int64] = pick(buffer_slots_given, T.Cast("int64", intermediate_state_indices[n]), n)
+            first: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n), T.int64(0))
+            length: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)
+            slot: T.let[T.int64] = pick(slots_given, int64(initial_state_indices, n), n)
+            buffer_slot: T.let[T.int64] = pick(buffer_slots_given, int64(intermediate_state_indices, n), n)
 
             x, y, d, dx = tiles.k_vector(), tiles.k_vector(), tiles.k_vector(), tiles.k_vector()
             u, z = tiles.v_vector(), tiles.v_vector()
@@ -275,7 +276,7 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
             @T.inline
             def load_parent(W, t):
                 """The state after the parent's step; the initial state where there is no parent."""
-                parent: T.let[T.int64] = T.Cast("int64", retrieve_parent_token[n, t])
+                parent: T.let[T.int64] = int64(retrieve_parent_token, n, t)
                 if parent < 0:
                     load_initial(W)
                 elif buffer_slot >= 0 and buffer_slot < C and parent < P:
