@@ -130,7 +130,7 @@ class RecurrentTiles(CpuTiles):
 
         @T.inline
         def copy(dst, src):
-            """dst = src, converted to dst's dtype."""
+            """Convert src to dst's dtype: dst = src."""
             if v_first:
                 for j in T.serial(VT):
                     for i in T.vectorized(K):
@@ -164,7 +164,7 @@ class RecurrentTiles(CpuTiles):
 
         @T.inline
         def gemv(acc, W, x):
-            """acc = W^T x."""
+            """Product acc = W^T x."""
             for j in T.vectorized(VT):
                 acc[j] = T.float32(0)
             for io in T.serial(K // unroll):
@@ -199,7 +199,7 @@ class RecurrentTiles(CpuTiles):
 
         @T.inline
         def gemv(acc, W, x):
-            """acc = W^T x, vectors along K."""
+            """Product acc = W^T x, vectors along K."""
             part = _local(lanes)
             for jo in T.serial(VT // unroll):
                 for ji in T.unroll(unroll):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm_gdn.schedule import GENERIC, schedule
 from tvm_gdn.schedules.cpu import GatingTiles, RecurrentTiles, divisors
+
+from tvm_gdn.schedule import GENERIC, schedule
 from tvm_gdn.spec import Geometry
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm_gdn.schedule import schedule
 from tvm_gdn.schedules.cpu import GatingTiles, RecurrentTiles, divisors
+
+from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
 #: fp32 elements per tile that fit the stack and the L2 cache of every core in use.
@@ -50,9 +51,14 @@ class RecurrentX86:
         lanes = max(d for d in divisors(K) if d in {1, 2, 4, 8, 16})
         along = v_tile if v_first else K
         return RecurrentTiles(
-            K, V, v_tile=v_tile, v_first=v_first, lanes=lanes, direct=direct,
+            K,
+            V,
+            v_tile=v_tile,
+            v_first=v_first,
+            lanes=lanes,
+            direct=direct,
             unroll=max(d for d in divisors(along) if d <= unroll),
-        )  # fmt: skip
+        )
 
 
 @schedule("gating", "x86")

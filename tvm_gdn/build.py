@@ -116,9 +116,14 @@ def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltK
         library = tvm.compile(function, target=tvm_target(target))
     library.export_library(str(path))
     return BuiltKernel(
-        spec=request.spec, geometry=request.geometry, file=path, symbol=symbol, schedule=choice.origin, knobs=choice.knobs,
+        spec=request.spec,
+        geometry=request.geometry,
+        file=path,
+        symbol=symbol,
+        schedule=choice.origin,
+        knobs=choice.knobs,
         source=kernel_digest(request.spec, target),
-    )  # fmt: skip
+    )
 
 
 def kernel_digest(spec: OpSpec, target: TargetSpec) -> str:
@@ -146,7 +151,9 @@ def build_launcher(folder: Path) -> Path:
         raise BuildError("no C compiler found (cc, gcc or clang): it links kernels; install one, or use a prebuilt pack")
     path = folder / LAUNCHER
     with resources.as_file(resources.files("tvm_gdn") / "csrc" / "omp_launcher.c") as source:
-        done = subprocess.run([compiler, str(source), "-o", str(path), *_LAUNCHER_FLAGS], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [compiler, str(source), "-o", str(path), *_LAUNCHER_FLAGS], capture_output=True, text=True, check=False
+        )
     if done.returncode:
         raise BuildError(f"{compiler} cannot compile the thread launcher:\n{done.stderr}")
     return path
@@ -178,17 +185,23 @@ def run_builder(requests: Sequence[Request], target: TargetSpec, folder: Path, t
     from tvm_gdn.ops import OPS
 
     job = {
-        "target": target.name, "folder": str(folder),
+        "target": target.name,
+        "folder": str(folder),
         "kernels": [
             {"op": r.spec.name, "geometry": r.geometry.to_json(), "knobs": None if r.knobs is None else dict(r.knobs)}
             for r in requests
         ],
-    }  # fmt: skip
+    }
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "tvm_gdn.build"], input=json.dumps(job), capture_output=True, text=True, timeout=timeout,
-            check=False, env=_builder_environment(),
-        )  # fmt: skip
+            [sys.executable, "-m", "tvm_gdn.build"],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            env=_builder_environment(),
+        )
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"compiling {len(requests)} kernel(s) for {target.name} took over {timeout:.0f} s") from error
     if done.returncode:
@@ -196,11 +209,16 @@ def run_builder(requests: Sequence[Request], target: TargetSpec, folder: Path, t
         raise BuildError(f"compiling for {target.name} failed (exit status {done.returncode}):\n{tail}")
     return [
         BuiltKernel(
-            spec=OPS[entry["op"]], geometry=Geometry.from_json(entry["geometry"]), file=Path(entry["file"]),
-            symbol=entry["symbol"], schedule=entry["schedule"], knobs=entry["knobs"], source=entry["source"],
+            spec=OPS[entry["op"]],
+            geometry=Geometry.from_json(entry["geometry"]),
+            file=Path(entry["file"]),
+            symbol=entry["symbol"],
+            schedule=entry["schedule"],
+            knobs=entry["knobs"],
+            source=entry["source"],
         )
         for entry in json.loads(done.stdout.splitlines()[-1])
-    ]  # fmt: skip
+    ]
 
 
 def _builder_environment() -> dict[str, str]:
@@ -219,10 +237,15 @@ def _main() -> None:
         kernel = compile_kernel(request, target, folder)
         built.append(
             {
-                "op": kernel.spec.name, "geometry": kernel.geometry.to_json(), "file": str(kernel.file),
-                "symbol": kernel.symbol, "schedule": kernel.schedule, "knobs": kernel.knobs, "source": kernel.source,
+                "op": kernel.spec.name,
+                "geometry": kernel.geometry.to_json(),
+                "file": str(kernel.file),
+                "symbol": kernel.symbol,
+                "schedule": kernel.schedule,
+                "knobs": kernel.knobs,
+                "source": kernel.source,
             }
-        )  # fmt: skip
+        )
     sys.stdout.write("\n" + json.dumps(built) + "\n")
 
 

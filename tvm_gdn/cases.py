@@ -48,7 +48,9 @@ def sizes_of(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def _draw(tensor: Tensor, shape: tuple[int, ...], case: Mapping[str, Any], sizes: Mapping[str, int], rng: torch.Generator) -> torch.Tensor:
+def _draw(
+    tensor: Tensor, shape: tuple[int, ...], case: Mapping[str, Any], sizes: Mapping[str, int], rng: torch.Generator
+) -> torch.Tensor:
     kind = tensor.values
     if kind == "cu_seqlens":
         return torch.tensor([0, *case["lengths"]]).cumsum(0)

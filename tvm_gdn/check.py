@@ -76,19 +76,13 @@ def validate(spec: OpSpec, args: Mapping[str, Any]) -> dict[str, int]:
 def _check_dtype(spec: OpSpec, tensor: Tensor, value: torch.Tensor, first: dict[str, tuple[str, Any]]) -> None:
     allowed = [TORCH_DTYPES[name] for name in tensor.dtypes]
     if value.dtype not in allowed:
-        raise ArgumentTypeError(
-            f"{spec.name}: {tensor.name} has dtype {value.dtype}; allowed: {', '.join(map(str, allowed))}"
-        )
+        raise ArgumentTypeError(f"{spec.name}: {tensor.name} has dtype {value.dtype}; allowed: {', '.join(map(str, allowed))}")
     name, dtype = first.setdefault(tensor.dtype_role, (tensor.name, value.dtype))
     if value.dtype != dtype:
-        raise ArgumentTypeError(
-            f"{spec.name}: {tensor.name} has dtype {value.dtype}, {name} has {dtype}; they must be the same"
-        )
+        raise ArgumentTypeError(f"{spec.name}: {tensor.name} has dtype {value.dtype}, {name} has {dtype}; they must be the same")
 
 
-def _check_shape(
-    spec: OpSpec, tensor: Tensor, value: torch.Tensor, names: tuple[str, ...], sizes: dict[str, int]
-) -> None:
+def _check_shape(spec: OpSpec, tensor: Tensor, value: torch.Tensor, names: tuple[str, ...], sizes: dict[str, int]) -> None:
     if value.ndim != len(names):
         raise ArgumentError(
             f"{spec.name}: {tensor.name} has {value.ndim} axes {tuple(value.shape)}; allowed: {len(names)}, [{', '.join(names)}]"

@@ -187,9 +187,7 @@ def _time_decode_step(batch: int, seconds: float, served_by: ServedBy) -> dict[s
     }
 
 
-def run(
-    tokens: int = 32, prompt_tokens: int = 24, *, seconds: float = 1.0, served_by: ServedBy | None = None
-) -> dict[str, Any]:
+def run(tokens: int = 32, prompt_tokens: int = 24, *, seconds: float = 1.0, served_by: ServedBy | None = None) -> dict[str, Any]:
     """Decode with and without tvm_gdn, then time the decode step at the published layer's size.
 
     Parameters

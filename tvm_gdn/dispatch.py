@@ -7,6 +7,7 @@ reference stand in, with one log line; an explicit target that cannot be served 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,21 +258,55 @@ def kernel_key(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> str:
     """Name of a kernel's folder in the cache: everything that decides its code."""
     record = records.lookup(spec, geometry, target)
     parts = [
-        spec.name, geometry.key, target.digest(), build.kernel_digest(spec, target), version_of("apache-tvm"),
-        version_of("apache-tvm-ffi"), json.dumps(record["knobs"] if record else None, sort_keys=True),
-    ]  # fmt: skip
+        spec.name,
+        geometry.key,
+        target.digest(),
+        build.kernel_digest(spec, target),
+        version_of("apache-tvm"),
+        version_of("apache-tvm-ffi"),
+        json.dumps(record["knobs"] if record else None, sort_keys=True),
+    ]
     return f"{spec.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
 def compile_each(wanted: Mapping[Path, build.Request], target: TargetSpec) -> None:
-    """Compile kernels in one process and write each as a pack of its own."""
-    parent = next(iter(wanted)).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".build-") as scratch:
-        built = build.run_builder(list(wanted.values()), target, Path(scratch))
-        launcher = build.build_launcher(Path(scratch)) if target.device == "cpu" else None
+    """Compile kernels in one process and write each as a pack of its own, at the path it is given by."""
+    with _compiled(next(iter(wanted)).parent, list(wanted.values()), target) as (built, launcher):
         for folder, kernel in zip(wanted, built, strict=True):
             packs.write(folder, target, build.required_features(target), [kernel], launcher)
+
+
+def compile_pack(folder: Path, requests: list[build.Request], target: TargetSpec) -> list[packs.BuiltKernel]:
+    """Compile kernels in one process and write them as one pack.
+
+    Parameters
+    ----------
+    folder : Path
+        The pack; an existing one is replaced.
+    requests : list of Request
+        Its kernels.
+    target : TargetSpec
+        Their target.
+
+    Returns
+    -------
+    list of BuiltKernel
+    """
+    with _compiled(folder.parent, requests, target) as (built, launcher):
+        packs.write(folder, target, build.required_features(target), built, launcher)
+    return built
+
+
+@contextlib.contextmanager
+def _compiled(
+    parent: Path, requests: list[build.Request], target: TargetSpec
+) -> Iterator[tuple[list[packs.BuiltKernel], Path | None]]:
+    """Compile into a scratch folder beside the place where the result will stand."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".build-") as scratch:
+        built = build.run_builder(requests, target, Path(scratch))
+        launcher = build.build_launcher(Path(scratch)) if target.device == "cpu" else None
+        yield built, launcher
 
 
 def _after_fork() -> None:

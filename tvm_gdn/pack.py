@@ -13,7 +13,6 @@ features and, when a kernel is loaded, the file's hash; whatever differs is name
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -102,16 +101,28 @@ def write(folder: Path, target: TargetSpec, requires: Iterable[str], kernels: li
             shutil.copyfile(kernel.file, temporary / name)
             entries.append(
                 {
-                    "op": kernel.spec.name, "geometry": kernel.geometry.to_json(), "symbol": kernel.symbol, "file": name,
-                    "sha256": file_digest(temporary / name), "schedule": kernel.schedule, "knobs": kernel.knobs,
+                    "op": kernel.spec.name,
+                    "geometry": kernel.geometry.to_json(),
+                    "symbol": kernel.symbol,
+                    "file": name,
+                    "sha256": file_digest(temporary / name),
+                    "schedule": kernel.schedule,
+                    "knobs": kernel.knobs,
                     "source": kernel.source,
                 }
-            )  # fmt: skip
+            )
         manifest: dict[str, Any] = {
-            "format": FORMAT, "target": target.name, "rank": target.rank, "device": target.device,
-            "machine": platform.machine(), "requires": sorted(requires), "image": "elf-so",
-            "tvm": version_of("apache-tvm"), "tvm_ffi": version_of("apache-tvm-ffi"), "kernels": entries,
-        }  # fmt: skip
+            "format": FORMAT,
+            "target": target.name,
+            "rank": target.rank,
+            "device": target.device,
+            "machine": platform.machine(),
+            "requires": sorted(requires),
+            "image": "elf-so",
+            "tvm": version_of("apache-tvm"),
+            "tvm_ffi": version_of("apache-tvm-ffi"),
+            "kernels": entries,
+        }
         if launcher is not None:
             shutil.copyfile(launcher, temporary / LAUNCHER)
             manifest["launcher"] = {"file": LAUNCHER, "sha256": file_digest(temporary / LAUNCHER)}
@@ -119,7 +130,7 @@ def write(folder: Path, target: TargetSpec, requires: Iterable[str], kernels: li
         temporary.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        temporary.replace(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

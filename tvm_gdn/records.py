@@ -30,7 +30,7 @@ _told: set[tuple[str, str]] = set()
 
 def tuning_key(spec: OpSpec, geometry: Geometry) -> str:
     """Part of a geometry that a schedule's speed depends on: static axes, storage dtypes of data and states, attributes."""
-    dtypes = {}
+    dtypes: dict[str, str] = {}
     for tensor in spec.tensors:
         if tensor.name in geometry.dtype and tensor.dtype_role in {"data", "state"}:
             dtypes.setdefault(tensor.dtype_role, geometry.dtype[tensor.name])

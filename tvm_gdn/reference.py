@@ -301,7 +301,7 @@ def fused_recurrent_gated_delta_rule_update(
     disable_state_update: bool = False,
     intermediate_states_buffer: Tensor | None = None,
     intermediate_state_indices: Tensor | None = None,
-    cache_steps: int | None = None,
+    cache_steps: int | None = None,  # noqa: ARG001 - a size that the buffer states itself
     retrieve_parent_token: Tensor | None = None,
     *,
     state_v_first: bool = False,

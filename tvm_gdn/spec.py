@@ -195,7 +195,7 @@ class OpSpec:
     bench : tuple of mapping
         Shapes that `tvm_gdn bench` and `tvm_gdn tune` measure.
     check : callable, optional
-        ``check(bound)`` raises `ArgumentError` for rules that shapes and dtypes cannot state.
+        ``check(args, sizes)`` raises `ArgumentError` for rules that shapes and dtypes cannot state.
     cost : callable, optional
         ``cost(sizes, geometry)`` gives ``(bytes, flops)``: the least a call must move and compute.
     tolerance : mapping
@@ -210,7 +210,7 @@ class OpSpec:
     static_axes: tuple[str, ...]
     cases: tuple[Mapping[str, Any], ...] = ()
     bench: tuple[Mapping[str, Any], ...] = ()
-    check: Callable[[Mapping[str, Any]], None] | None = None
+    check: Callable[[Mapping[str, Any], Mapping[str, int]], None] | None = None
     cost: Callable[[Mapping[str, int], Geometry], tuple[int, int]] | None = None
     tolerance: Mapping[str, float] = field(
         default_factory=lambda: {"float32": 1e-5, "float16": 2e-3, "bfloat16": 5e-3, "state_bfloat16": 2e-3}

@@ -66,7 +66,8 @@ class TargetSpec:
 
     def digest(self) -> str:
         """Hash of what decides the generated code."""
-        return hashlib.sha256(json.dumps([self.device, sorted(self.requires), dict(self.codegen), dict(self.pass_config)]).encode()).hexdigest()
+        parts = [self.device, sorted(self.requires), dict(self.codegen), dict(self.pass_config)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @functools.cache

@@ -49,7 +49,8 @@ def _axis_expression(spec: OpSpec, axis: str, attrs: dict[str, Any]) -> str:
 
 def _shape_expression(spec: OpSpec, output: Output) -> str:
     plain, swapped = (
-        ", ".join(_axis_expression(spec, axis, {"state_v_first": flag}) for axis in output.axis_names(flag)) for flag in (False, True)
+        ", ".join(_axis_expression(spec, axis, {"state_v_first": flag}) for axis in output.axis_names(flag))
+        for flag in (False, True)
     )
     return f"({plain},)" if plain == swapped else f"(({swapped},) if state_v_first else ({plain},))"
 
@@ -130,6 +131,7 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
         check.validate(spec, args)
         geometry = check.geometry_of(spec, args)
         served = dispatch.lookup(spec, geometry, device)
+        function: Callable[..., Any]
         if served.kernel is None:
             function = functools.partial(dispatch.run_reference, spec)
         else:

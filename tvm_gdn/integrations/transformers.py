@@ -221,9 +221,7 @@ class Patched:
             raise ArgumentError("this Patched was unpatched already: call patch(model) again to get a new one")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.unpatch()
 
     def __repr__(self) -> str:

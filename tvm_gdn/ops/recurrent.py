@@ -49,9 +49,15 @@ _B = Tensor("b", "B T HV", strides="any")
 _SCALE = Scalar("scale", "float", None, resolve=_default_scale)
 _SOFTPLUS = (Scalar("softplus_beta", "float"), Scalar("softplus_threshold", "float"))
 _POOL = Tensor(
-    "initial_state_source", "S HV K V", axes_v_first="S HV V K", role="state", optional=True, mutated=True, strides="outer",
+    "initial_state_source",
+    "S HV K V",
+    axes_v_first="S HV V K",
+    role="state",
+    optional=True,
+    mutated=True,
+    strides="outer",
     values="state",
-)  # fmt: skip
+)
 _SLOTS = Tensor("initial_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values="slots")
 _CU = Tensor("cu_seqlens", "N+1", dtypes=INTS, optional=True, strides="dense", values="cu_seqlens")
 _L2NORM = Scalar("use_qk_l2norm_in_kernel", "bool", False)
@@ -59,13 +65,19 @@ _V_FIRST = Scalar("state_v_first", "bool", False, static=True, passed=False)
 _VERIFY = (
     Scalar("disable_state_update", "bool", False),
     Tensor(
-        "intermediate_states_buffer", "C P HV K V", axes_v_first="C P HV V K", role="state", optional=True, mutated=True,
-        strides="outer2", values="empty",
+        "intermediate_states_buffer",
+        "C P HV K V",
+        axes_v_first="C P HV V K",
+        role="state",
+        optional=True,
+        mutated=True,
+        strides="outer2",
+        values="empty",
     ),
     Tensor("intermediate_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values="slots"),
     Scalar("cache_steps", "int", None, passed=False),
     Tensor("retrieve_parent_token", "N P2", dtypes=INTS, optional=True, strides="dense", values="parents"),
-)  # fmt: skip
+)
 _O = Output("o", "B T HV V", like="data")
 
 _DECODE = {"T": 1, "H": 16, "HV": 32, "K": 128, "V": 128, "state_dtype": "float32"}
@@ -84,19 +96,49 @@ def _pooled_cases() -> tuple[Mapping[str, Any], ...]:
         {"B": 3, "T": 1, "H": 2, "HV": 4, "K": 128, "V": 64, "S": 5, "with": _POOLED, "use_qk_l2norm_in_kernel": True},
         {"B": 2, "T": 65, "H": 2, "HV": 2, "K": 64, "V": 32, "S": 4, "with": _POOLED},
         {"B": 4, "T": 1, "H": 1, "HV": 3, "K": 8, "V": 8, "S": 4, "with": _POOLED, "padding": True},
-        {"lengths": (5, 0, 63, 1), "H": 2, "HV": 4, "K": 32, "V": 64, "S": 9, "with": (*_POOLED, "cu_seqlens"),
-         "padding": True, "index_dtype": "int32"},
+        {
+            "lengths": (5, 0, 63, 1),
+            "H": 2,
+            "HV": 4,
+            "K": 32,
+            "V": 64,
+            "S": 9,
+            "with": (*_POOLED, "cu_seqlens"),
+            "padding": True,
+            "index_dtype": "int32",
+        },
         {"B": 2, "T": 4, "H": 2, "HV": 4, "K": 64, "V": 32, "S": 3, "with": verify, "disable_state_update": True},
-        {"B": 2, "T": 6, "H": 1, "HV": 2, "K": 32, "V": 48, "S": 3, "with": (*verify, "retrieve_parent_token"),
-         "disable_state_update": True},
-        {"lengths": (3, 4), "H": 2, "HV": 2, "K": 20, "V": 12, "S": 2,
-         "with": (*_POOLED, "cu_seqlens", "intermediate_states_buffer")},
+        {
+            "B": 2,
+            "T": 6,
+            "H": 1,
+            "HV": 2,
+            "K": 32,
+            "V": 48,
+            "S": 3,
+            "with": (*verify, "retrieve_parent_token"),
+            "disable_state_update": True,
+        },
+        {
+            "lengths": (3, 4),
+            "H": 2,
+            "HV": 2,
+            "K": 20,
+            "V": 12,
+            "S": 2,
+            "with": (*_POOLED, "cu_seqlens", "intermediate_states_buffer"),
+        },
         {"B": 2, "T": 3, "H": 1, "HV": 1, "K": 256, "V": 128, "with": ()},
-    ]  # fmt: skip
-    variants = [{"dtype": "float32"}, {"dtype": "bfloat16"}, {"dtype": "float16", "state_dtype": "float16"},
-                {"dtype": "bfloat16", "state_dtype": "bfloat16"}]  # fmt: skip
-    return tuple({**case, **variant, "state_v_first": v_first} for case in cases for variant in variants
-                 for v_first in (False, True))  # fmt: skip
+    ]
+    variants = [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16", "state_dtype": "float16"},
+        {"dtype": "bfloat16", "state_dtype": "bfloat16"},
+    ]
+    return tuple(
+        {**case, **variant, "state_v_first": v_first} for case in cases for variant in variants for v_first in (False, True)
+    )
 
 
 FUSED_RECURRENT_UPDATE = OpSpec(
@@ -117,8 +159,22 @@ FUSED_SIGMOID_GATING_UPDATE = OpSpec(
     summary="the same with the gates computed from A_log, a, dt_bias and b inside",
     algorithm="recurrent",
     inputs=(
-        _A_LOG, _A, _DT_BIAS, *_SOFTPLUS, _Q, _K, _V, _B, _POOL, _SLOTS, _SCALE, _L2NORM, _CU, *_VERIFY, _V_FIRST,
-    ),  # fmt: skip
+        _A_LOG,
+        _A,
+        _DT_BIAS,
+        *_SOFTPLUS,
+        _Q,
+        _K,
+        _V,
+        _B,
+        _POOL,
+        _SLOTS,
+        _SCALE,
+        _L2NORM,
+        _CU,
+        *_VERIFY,
+        _V_FIRST,
+    ),
     outputs=(_O,),
     static_axes=("K", "V"),
     cases=_pooled_cases(),
@@ -132,12 +188,20 @@ FUSED_RECURRENT = OpSpec(
     summary="token-recurrent gated delta rule with separate initial and final states",
     algorithm="recurrent",
     inputs=(
-        _Q, _K, _V, _G, _BETA, _SCALE,
-        Tensor("initial_state", "N HV K V", axes_v_first="N HV V K", role="state", optional=True, strides="outer",
-               values="state"),
+        _Q,
+        _K,
+        _V,
+        _G,
+        _BETA,
+        _SCALE,
+        Tensor(
+            "initial_state", "N HV K V", axes_v_first="N HV V K", role="state", optional=True, strides="outer", values="state"
+        ),
         Scalar("output_final_state", "bool", False, static=True, passed=False),
-        _CU, _L2NORM, _V_FIRST,
-    ),  # fmt: skip
+        _CU,
+        _L2NORM,
+        _V_FIRST,
+    ),
     outputs=(
         _O,
         Output("final_state", "N HV K V", axes_v_first="N HV V K", like="state", when="output_final_state"),
@@ -147,17 +211,45 @@ FUSED_RECURRENT = OpSpec(
         {**case, "dtype": dtype, "state_dtype": state, "state_v_first": v_first}
         for case in (
             {"B": 2, "T": 65, "H": 2, "HV": 4, "K": 64, "V": 128, "with": ("initial_state",), "output_final_state": True},
-            {"B": 1, "T": 500, "H": 1, "HV": 2, "K": 128, "V": 32, "with": (), "output_final_state": True,
-             "use_qk_l2norm_in_kernel": True},
+            {
+                "B": 1,
+                "T": 500,
+                "H": 1,
+                "HV": 2,
+                "K": 128,
+                "V": 32,
+                "with": (),
+                "output_final_state": True,
+                "use_qk_l2norm_in_kernel": True,
+            },
             {"B": 2, "T": 4, "H": 2, "HV": 2, "K": 8, "V": 8, "with": ("initial_state",)},
-            {"lengths": (63, 0, 1, 7), "H": 2, "HV": 2, "K": 32, "V": 256, "with": ("initial_state", "cu_seqlens"),
-             "output_final_state": True},
+            {
+                "lengths": (63, 0, 1, 7),
+                "H": 2,
+                "HV": 2,
+                "K": 32,
+                "V": 256,
+                "with": ("initial_state", "cu_seqlens"),
+                "output_final_state": True,
+            },
         )
         for dtype, state in (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"))
         for v_first in (False, True)
-    ),  # fmt: skip
-    bench=({"B": 1, "T": 512, "H": 16, "HV": 32, "K": 128, "V": 128, "dtype": "bfloat16", "with": ("initial_state",),
-            "output_final_state": True, "use_qk_l2norm_in_kernel": True},),  # fmt: skip
+    ),
+    bench=(
+        {
+            "B": 1,
+            "T": 512,
+            "H": 16,
+            "HV": 32,
+            "K": 128,
+            "V": 128,
+            "dtype": "bfloat16",
+            "with": ("initial_state",),
+            "output_final_state": True,
+            "use_qk_l2norm_in_kernel": True,
+        },
+    ),
     check=check_recurrent,
     cost=_cost,
 )
@@ -168,24 +260,46 @@ PACKED_DECODE = OpSpec(
     algorithm="recurrent",
     inputs=(
         Tensor("mixed_qkv", "B R", role="data", values="packed"),
-        Tensor("a", "B HV", strides="any"), Tensor("b", "B HV", strides="any"), _A_LOG, _DT_BIAS,
-        Tensor("initial_state_source", "S HV K V", axes_v_first="S HV V K", role="state", mutated=True, strides="outer",
-               values="state"),
-        _SLOTS, _SCALE, Scalar("use_qk_l2norm_in_kernel", "bool", True), Scalar("softplus_beta", "float", 1.0),
-        Scalar("softplus_threshold", "float", 20.0), _V_FIRST,
-    ),  # fmt: skip
+        Tensor("a", "B HV", strides="any"),
+        Tensor("b", "B HV", strides="any"),
+        _A_LOG,
+        _DT_BIAS,
+        Tensor(
+            "initial_state_source",
+            "S HV K V",
+            axes_v_first="S HV V K",
+            role="state",
+            mutated=True,
+            strides="outer",
+            values="state",
+        ),
+        _SLOTS,
+        _SCALE,
+        Scalar("use_qk_l2norm_in_kernel", "bool", True),
+        Scalar("softplus_beta", "float", 1.0),
+        Scalar("softplus_threshold", "float", 20.0),
+        _V_FIRST,
+    ),
     outputs=(Output("o", "B 1 HV V", like="data"),),
     static_axes=("K", "V"),
     cases=tuple(
         {**case, "dtype": dtype, "state_dtype": state, "state_v_first": v_first}
         for case in (
             {"B": 5, "H": 2, "HV": 4, "K": 128, "V": 64, "S": 7, "with": _POOLED, "padding": True},
-            {"B": 2, "H": 3, "HV": 3, "K": 8, "V": 20, "S": 2, "with": ("initial_state_source",),
-             "use_qk_l2norm_in_kernel": False},
+            {
+                "B": 2,
+                "H": 3,
+                "HV": 3,
+                "K": 8,
+                "V": 20,
+                "S": 2,
+                "with": ("initial_state_source",),
+                "use_qk_l2norm_in_kernel": False,
+            },
         )
         for dtype, state in (("float32", "float32"), ("bfloat16", "float32"), ("float16", "bfloat16"))
         for v_first in (False, True)
-    ),  # fmt: skip
+    ),
     bench=tuple({k: v for k, v in case.items() if k != "T"} for case in _DECODE_BENCH),
     check=check_recurrent,
     cost=_cost,
@@ -269,10 +383,21 @@ def fused_recurrent_gated_delta_rule(
     Source: Gated Delta Networks (arXiv:2412.06464); signature of flash-linear-attention.
     """
     if _is_one_token_batch(q, cu_seqlens):
+        q, k, v, g, beta = map(_tokens_first, (q, k, v, g, beta))
         o, final = fused_recurrent_gated_delta_rule(
-            *map(_tokens_first, (q, k, v, g, beta)), scale, initial_state, output_final_state, cu_seqlens,
-            use_qk_l2norm_in_kernel, initial_state_indices=initial_state_indices, state_v_first=state_v_first,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            g,
+            beta,
+            scale,
+            initial_state,
+            output_final_state,
+            cu_seqlens,
+            use_qk_l2norm_in_kernel,
+            initial_state_indices=initial_state_indices,
+            state_v_first=state_v_first,
+        )
         return _tokens_first(o), final
     if initial_state_indices is not None:
         final = None
@@ -282,9 +407,18 @@ def fused_recurrent_gated_delta_rule(
                 "read the final states from initial_state[initial_state_indices]"
             )
         o = torch.ops.tvm_gdn.fused_recurrent_gated_delta_rule_update(
-            q, k, v, g, beta, scale, initial_state, initial_state_indices, cu_seqlens, use_qk_l2norm_in_kernel,
+            q,
+            k,
+            v,
+            g,
+            beta,
+            scale,
+            initial_state,
+            initial_state_indices,
+            cu_seqlens,
+            use_qk_l2norm_in_kernel,
             state_v_first=state_v_first,
-        )  # fmt: skip
+        )
         return o, final
     o, final = torch.ops.tvm_gdn.fused_recurrent_gated_delta_rule(
         q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, state_v_first
@@ -350,9 +484,18 @@ def fused_recurrent_gated_delta_rule_update(
     Source: Gated Delta Networks (arXiv:2412.06464); signature of SGLang.
     """
     args = (
-        scale, initial_state_source, initial_state_indices, cu_seqlens, use_qk_l2norm_in_kernel, disable_state_update,
-        intermediate_states_buffer, intermediate_state_indices, cache_steps, retrieve_parent_token, state_v_first,
-    )  # fmt: skip
+        scale,
+        initial_state_source,
+        initial_state_indices,
+        cu_seqlens,
+        use_qk_l2norm_in_kernel,
+        disable_state_update,
+        intermediate_states_buffer,
+        intermediate_state_indices,
+        cache_steps,
+        retrieve_parent_token,
+        state_v_first,
+    )
     if _is_one_token_batch(q, cu_seqlens):
         return _tokens_first(
             torch.ops.tvm_gdn.fused_recurrent_gated_delta_rule_update(*map(_tokens_first, (q, k, v, g, beta)), *args)
@@ -422,10 +565,27 @@ intermediate_states_buffer, intermediate_state_indices, cache_steps, retrieve_pa
     if isinstance(b, torch.Tensor) and b.ndim == 2:
         b = b.unsqueeze(0)
     o = torch.ops.tvm_gdn.fused_sigmoid_gating_delta_rule_update(
-        A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, initial_state_source, initial_state_indices, scale,
-        use_qk_l2norm_in_kernel, cu_seqlens, disable_state_update, intermediate_states_buffer, intermediate_state_indices,
-        cache_steps, retrieve_parent_token, state_v_first,
-    )  # fmt: skip
+        A_log,
+        a,
+        dt_bias,
+        softplus_beta,
+        softplus_threshold,
+        q,
+        k,
+        v,
+        b,
+        initial_state_source,
+        initial_state_indices,
+        scale,
+        use_qk_l2norm_in_kernel,
+        cu_seqlens,
+        disable_state_update,
+        intermediate_states_buffer,
+        intermediate_state_indices,
+        cache_steps,
+        retrieve_parent_token,
+        state_v_first,
+    )
     return _tokens_first(o) if one_token else o
 
 
@@ -478,6 +638,16 @@ def packed_decode_gated_delta_rule(
     Source: Gated Delta Networks (arXiv:2412.06464), in the packed form of SGLang's decode path.
     """
     return torch.ops.tvm_gdn.packed_decode_gated_delta_rule(
-        mixed_qkv, a, b, A_log, dt_bias, initial_state_source, initial_state_indices, scale, use_qk_l2norm_in_kernel,
-        softplus_beta, softplus_threshold, state_v_first,
-    )  # fmt: skip
+        mixed_qkv,
+        a,
+        b,
+        A_log,
+        dt_bias,
+        initial_state_source,
+        initial_state_indices,
+        scale,
+        use_qk_l2norm_in_kernel,
+        softplus_beta,
+        softplus_threshold,
+        state_v_first,
+    )

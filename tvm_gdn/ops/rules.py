@@ -7,6 +7,7 @@ slot ids and sequence bounds there would synchronize the device.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,20 +30,18 @@ def check_recurrent(args: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     ArgumentError
         Names the argument, what is allowed, and what to do.
     """
-    _check_heads(args, sizes)
+    _check_heads(sizes)
     lengths = _lengths(args, sizes)
     sequences = len(lengths)
     _check_slots(args, "initial_state_indices", "initial_state_source", sequences)
     _check_slots(args, "intermediate_state_indices", "intermediate_states_buffer", sequences)
     initial = args.get("initial_state")
     if initial is not None and initial.shape[0] != sequences:
-        raise ArgumentError(
-            f"initial_state has {initial.shape[0]} states for {sequences} sequences; pass one state per sequence"
-        )
+        raise ArgumentError(f"initial_state has {initial.shape[0]} states for {sequences} sequences; pass one state per sequence")
     _check_verify(args, lengths)
 
 
-def _check_heads(args: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+def _check_heads(sizes: Mapping[str, int]) -> None:
     if "R" in sizes:
         K, V, HV = sizes["K"], sizes["V"], sizes["HV"]
         rest = sizes["R"] - HV * V
@@ -65,10 +64,10 @@ def _lengths(args: Mapping[str, Any], sizes: Mapping[str, int]) -> list[int]:
     bounds = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0 or bounds[-1] != tokens:
         raise ArgumentError(f"cu_seqlens must start with 0 and end with the number of tokens, {tokens}; got {_short(bounds)}")
-    for n, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (low, high) in enumerate(pairwise(bounds)):
         if high < low:
             raise ArgumentError(f"cu_seqlens must never decrease; entries {n} and {n + 1} are {low} and {high}")
-    return [high - low for low, high in zip(bounds, bounds[1:], strict=False)]
+    return [high - low for low, high in pairwise(bounds)]
 
 
 def _check_slots(args: Mapping[str, Any], indices_name: str, pool_name: str, sequences: int) -> None:

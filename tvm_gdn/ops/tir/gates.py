@@ -22,9 +22,7 @@ def gate_macros() -> tuple[Any, Any]:
             if m[scratch] + T.float32(1) == T.float32(1):
                 m[at] = m[scratch] / beta
             else:
-                m[at] = (
-                    T.log(m[scratch] + T.float32(1)) * (m[scratch] / ((m[scratch] + T.float32(1)) - T.float32(1))) / beta
-                )
+                m[at] = T.log(m[scratch] + T.float32(1)) * (m[scratch] / ((m[scratch] + T.float32(1)) - T.float32(1))) / beta
         m[at] = T.float32(0) - T.exp(A_log) * m[at]
 
     @T.inline

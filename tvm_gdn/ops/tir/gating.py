@@ -31,9 +31,15 @@ def gating(geometry: Geometry, tiles: Any) -> Any:
 
     @T.prim_func(s_tir=True)
     def kernel(
-        A_log_: T.handle, a_: T.handle, b_: T.handle, dt_bias_: T.handle, g_: T.handle, beta_: T.handle,
-        softplus_beta: T.float32, softplus_threshold: T.float32,
-    ):  # fmt: skip
+        A_log_: T.handle,
+        a_: T.handle,
+        b_: T.handle,
+        dt_bias_: T.handle,
+        g_: T.handle,
+        beta_: T.handle,
+        softplus_beta: T.float32,
+        softplus_threshold: T.float32,
+    ):
         T.func_attr({"global_symbol": "kernel"})
         M, HV = T.int64(), T.int64()
         a0, a1, b0, b1 = T.int64(), T.int64(), T.int64(), T.int64()

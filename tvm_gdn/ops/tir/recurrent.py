@@ -6,8 +6,9 @@ Per worker: one sequence, one value head, `v_tile` value columns, the state as a
     u    = beta * (v - W^T (d*x))                         tiles.gemv
     W    = d * W + x u^T ;  o = W^T y                     tiles.ger_gemv
 
-which is the contract's ``S *= exp(g); u = (v - S^T k) * beta; S += k u^T; o = S^T q`` with the decay moved onto the K vectors, so that a
-step passes over the state twice and writes it once. Source of the maths: Yang et al., Gated Delta Networks (arXiv:2412.06464).
+which is the contract's ``S *= exp(g); u = (v - S^T k) * beta; S += k u^T; o = S^T q`` with the decay moved onto the K vectors,
+so that a step passes over the state twice and writes it once. Source of the maths: Yang et al., Gated Delta Networks
+(arXiv:2412.06464).
 
 What differs between the operators (gates given or computed, separate or packed q/k/v, pool or separate states, verification)
 is decided here, while the function is parsed, from the geometry. What differs between targets comes from `tiles`
@@ -90,13 +91,31 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
 
     @T.prim_func(s_tir=True)
     def kernel(
-        q_: T.handle, k_: T.handle, v_: T.handle, mixed_: T.handle, g_: T.handle, beta_: T.handle,
-        A_log_: T.handle, a_: T.handle, dt_bias_: T.handle, b_: T.handle,
-        cu_: T.handle, source_: T.handle, slots_: T.handle, initial_: T.handle, final_: T.handle,
-        buffer_: T.handle, buffer_slots_: T.handle, parents_: T.handle, o_: T.handle,
-        scale: T.float32, softplus_beta: T.float32, softplus_threshold: T.float32,
-        use_qk_l2norm_in_kernel: T.int32, disable_state_update: T.int32,
-    ):  # fmt: skip
+        q_: T.handle,
+        k_: T.handle,
+        v_: T.handle,
+        mixed_: T.handle,
+        g_: T.handle,
+        beta_: T.handle,
+        A_log_: T.handle,
+        a_: T.handle,
+        dt_bias_: T.handle,
+        b_: T.handle,
+        cu_: T.handle,
+        source_: T.handle,
+        slots_: T.handle,
+        initial_: T.handle,
+        final_: T.handle,
+        buffer_: T.handle,
+        buffer_slots_: T.handle,
+        parents_: T.handle,
+        o_: T.handle,
+        scale: T.float32,
+        softplus_beta: T.float32,
+        softplus_threshold: T.float32,
+        use_qk_l2norm_in_kernel: T.int32,
+        disable_state_update: T.int32,
+    ):
         T.func_attr({"global_symbol": "kernel"})
         B, TK, H, HV = T.int64(), T.int64(), T.int64(), T.int64()
         q0, q1, q2 = T.int64(), T.int64(), T.int64()
@@ -120,13 +139,9 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
         dt_bias = T.match_buffer(dt_bias_, (HV,), dtype_of("dt_bias"), align=2)
         b = T.match_buffer(b_, gate_dims(B, TK, HV), dtype_of("b"), strides=gate_dims(b0, b1, b2), align=2)
         cu_seqlens = T.match_buffer(cu_, (N1,), dtype_of("cu_seqlens", "int64"), align=4)
-        initial_state_source = T.match_buffer(
-            source_, (S, HV, *state_shape), pool_dtype, strides=(s0, *head_strides), align=2
-        )
+        initial_state_source = T.match_buffer(source_, (S, HV, *state_shape), pool_dtype, strides=(s0, *head_strides), align=2)
         initial_state_indices = T.match_buffer(slots_, (NI,), dtype_of("initial_state_indices", "int64"), align=4)
-        initial_state = T.match_buffer(
-            initial_, (NS, HV, *state_shape), initial_dtype, strides=(i0, *head_strides), align=2
-        )
+        initial_state = T.match_buffer(initial_, (NS, HV, *state_shape), initial_dtype, strides=(i0, *head_strides), align=2)
         final_state = T.match_buffer(final_, (NF, HV, *state_shape), initial_dtype, align=2)
         intermediate_states_buffer = T.match_buffer(
             buffer_, (C, P, HV, *state_shape), buffer_dtype, strides=(c0, c1, *head_strides), align=2
@@ -134,11 +149,8 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
         intermediate_state_indices = T.match_buffer(
             buffer_slots_, (NB,), dtype_of("intermediate_state_indices", "int64"), align=4
         )
-        retrieve_parent_token = T.match_buffer(
-            parents_, (NP, PT), dtype_of("retrieve_parent_token", "int64"), align=4
-        )
+        retrieve_parent_token = T.match_buffer(parents_, (NP, PT), dtype_of("retrieve_parent_token", "int64"), align=4)
         o = T.match_buffer(o_, (B, TK, HV, V), data, align=2)
-
 
         n_seq: T.let[T.int64] = pick(varlen, N1 - 1, B)
         heads: T.let[T.int64] = pick(packed, (R - HV * V) // (2 * K), H)
@@ -159,8 +171,9 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
                     assert NI == n_seq, ("ValueError", ["initial_state_indices: length"])
                     for n in T.serial(n_seq):
                         assert int64(initial_state_indices, n) >= -1 and int64(initial_state_indices, n) < S, (
-                            "ValueError", ["initial_state_indices: slot"],
-                        )  # fmt: skip
+                            "ValueError",
+                            ["initial_state_indices: slot"],
+                        )
                 else:
                     assert S >= n_seq, ("ValueError", ["initial_state_source: fewer slots than sequences"])
             if separate:
@@ -169,30 +182,35 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
                 assert NF == n_seq, ("ValueError", ["final_state: length"])
             if buffered:
                 assert (C <= 1 or c0 >= P * HV * K * V) and (P <= 1 or c1 >= HV * K * V), (
-                    "ValueError", ["intermediate_states_buffer: slots overlap"],
-                )  # fmt: skip
+                    "ValueError",
+                    ["intermediate_states_buffer: slots overlap"],
+                )
                 if buffer_slots_given:
                     assert NB == n_seq, ("ValueError", ["intermediate_state_indices: length"])
                     for n in T.serial(n_seq):
                         assert int64(intermediate_state_indices, n) >= -1 and int64(intermediate_state_indices, n) < C, (
-                            "ValueError", ["intermediate_state_indices: slot"],
-                        )  # fmt: skip
+                            "ValueError",
+                            ["intermediate_state_indices: slot"],
+                        )
                 else:
                     assert C >= n_seq, ("ValueError", ["intermediate_states_buffer: fewer slots than sequences"])
                 for n in T.serial(n_seq):
                     assert pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK) <= P, (
-                        "ValueError", ["intermediate_states_buffer: steps"],
-                    )  # fmt: skip
+                        "ValueError",
+                        ["intermediate_states_buffer: steps"],
+                    )
             if tree:
                 assert NP == n_seq, ("ValueError", ["retrieve_parent_token: length"])
                 for n in T.serial(n_seq):
                     assert pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK) <= PT, (
-                        "ValueError", ["retrieve_parent_token: steps"],
-                    )  # fmt: skip
+                        "ValueError",
+                        ["retrieve_parent_token: steps"],
+                    )
                     for t in T.serial(1, pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)):
                         assert int64(retrieve_parent_token, n, t) >= -1 and int64(retrieve_parent_token, n, t) < t, (
-                            "ValueError", ["retrieve_parent_token: parent"],
-                        )  # fmt: skip
+                            "ValueError",
+                            ["retrieve_parent_token: parent"],
+                        )
 
         for w in tiles.workers(n_seq * HV * NV):
             n: T.let[T.int64] = w // (HV * NV)
@@ -252,9 +270,7 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
                 tiles.gemv(u, W, dx)
                 for j in tiles.cols(VT):
                     if packed:
-                        u[j] = (
-                            T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)]) - u[j]
-                        ) * m[1]
+                        u[j] = (T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)]) - u[j]) * m[1]
                     else:
                         u[j] = (T.Cast("float32", v[row, first + t, hv, j0 + tiles.col(j)]) - u[j]) * m[1]
                 tiles.ger_gemv(z, W, d, x, u, y)
@@ -280,9 +296,7 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
                 if parent < 0:
                     load_initial(W)
                 elif buffer_slot >= 0 and buffer_slot < C and parent < P:
-                    tiles.copy(
-                        W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0)
-                    )
+                    tiles.copy(W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0))
                 else:
                     tiles.zero(W)
 
@@ -295,9 +309,7 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
                     step(W, t)
                     if buffered:
                         if buffer_slot >= 0 and buffer_slot < C and t < P:
-                            tiles.copy(
-                                tiles.view(intermediate_states_buffer, buffer_slot * c0 + t * c1 + hv * (K * V), j0), W
-                            )
+                            tiles.copy(tiles.view(intermediate_states_buffer, buffer_slot * c0 + t * c1 + hv * (K * V), j0), W)
 
             @T.inline
             def through_local():
@@ -311,12 +323,7 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
                     tiles.copy(tiles.view(final_state, (n * HV + hv) * (K * V), j0), local)
 
             if direct_pool:
-                if (
-                    slot >= 0
-                    and slot < S
-                    and disable_state_update == 0
-                    and (direct_any_length or length <= 1)
-                ):
+                if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
                     tokens(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
                 else:
                     through_local()
