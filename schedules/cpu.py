@@ -26,6 +26,13 @@ class CpuTiles:
         """Loop over independent pieces of work."""
         return T.parallel(count)
 
+    def lanes(self) -> Any:
+        """Loop over the lanes that share a worker's tiles: one thread holds them whole."""
+        return T.serial(1)
+
+    def enter(self, lane: Any) -> None:
+        """Take the lane that the following operations belong to."""
+
     def scalars(self, count: int) -> Any:
         """fp32 scratch scalars."""
         return _local(count)
@@ -54,7 +61,7 @@ class RecurrentTiles(CpuTiles):
     v_first : bool
         Whether states are stored ``[V, K]``; vectors then run along K and a product W^T x ends in a sum across lanes.
     lanes : int
-        fp32 elements per vector in reductions across lanes.
+        fp32 elements per vector in reductions across lanes; divides K.
     unroll : int
         Rows (K-first) or columns (V-first) unrolled per loop iteration.
     direct : bool
@@ -63,9 +70,10 @@ class RecurrentTiles(CpuTiles):
 
     def __init__(self, K: int, V: int, *, v_tile: int, v_first: bool, lanes: int, unroll: int, direct: bool) -> None:
         self.K, self.V, self.v_tile, self.v_first, self.direct = K, V, v_tile, v_first, direct
-        self.lanes = lanes if K % lanes == 0 else 1
+        self.vector = lanes
         self.dot = self._dot()
-        self.copy, self.zero = self._copy(unroll), self._zero()
+        self.load = self.store = self._copy(unroll)
+        self.zero = self._zero()
         if v_first:
             self.gemv, self.ger_gemv = self._gemv_rows(unroll), self._ger_gemv_rows(unroll)
         else:
@@ -110,7 +118,7 @@ class RecurrentTiles(CpuTiles):
         )
 
     def _dot(self) -> Any:
-        lanes, chunks = self.lanes, self.K // self.lanes
+        lanes, chunks = self.vector, self.K // self.vector
 
         @T.inline
         def dot(m, at, x, y):
@@ -195,7 +203,7 @@ class RecurrentTiles(CpuTiles):
         return ger_gemv
 
     def _gemv_rows(self, unroll: int) -> Any:
-        VT, lanes, chunks = self.v_tile, self.lanes, self.K // self.lanes
+        VT, lanes, chunks = self.v_tile, self.vector, self.K // self.vector
 
         @T.inline
         def gemv(acc, W, x):
@@ -215,7 +223,7 @@ class RecurrentTiles(CpuTiles):
         return gemv
 
     def _ger_gemv_rows(self, unroll: int) -> Any:
-        VT, lanes, chunks = self.v_tile, self.lanes, self.K // self.lanes
+        VT, lanes, chunks = self.v_tile, self.vector, self.K // self.vector
 
         @T.inline
         def ger_gemv(acc, W, d, x, u, y):

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, resources
@@ -159,7 +160,9 @@ def build_launcher(folder: Path) -> Path:
     return path
 
 
-def run_builder(requests: Sequence[Request], target: TargetSpec, folder: Path, timeout: float = 600.0) -> list[BuiltKernel]:
+def run_builder(
+    requests: Sequence[Request], target: TargetSpec, folder: Path, timeout: float = 600.0
+) -> list[BuiltKernel | BuildError]:
     """Compile kernels in a process of their own.
 
     Parameters
@@ -175,12 +178,13 @@ def run_builder(requests: Sequence[Request], target: TargetSpec, folder: Path, t
 
     Returns
     -------
-    list of BuiltKernel
+    list of BuiltKernel or BuildError
+        Per request: one kernel that does not compile leaves the others alone.
 
     Raises
     ------
     BuildError
-        With the end of the compiler's output.
+        The process died (LLVM aborts on what it cannot select) or took too long; with the end of its output.
     """
     from tvm_gdn.ops import OPS
 
@@ -200,15 +204,16 @@ def run_builder(requests: Sequence[Request], target: TargetSpec, folder: Path, t
             text=True,
             timeout=timeout,
             check=False,
-            env=_builder_environment(),
+            env=builder_environment(),
         )
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"compiling {len(requests)} kernel(s) for {target.name} took over {timeout:.0f} s") from error
     if done.returncode:
-        tail = "\n".join(done.stderr.strip().splitlines()[-12:])
-        raise BuildError(f"compiling for {target.name} failed (exit status {done.returncode}):\n{tail}")
+        raise BuildError(f"compiling for {target.name} died (exit status {done.returncode}):\n{_tail(done.stderr)}")
     return [
-        BuiltKernel(
+        BuildError(f"compiling for {target.name} failed:\n{entry['error']}")
+        if "error" in entry
+        else BuiltKernel(
             spec=OPS[entry["op"]],
             geometry=Geometry.from_json(entry["geometry"]),
             file=Path(entry["file"]),
@@ -221,7 +226,13 @@ def run_builder(requests: Sequence[Request], target: TargetSpec, folder: Path, t
     ]
 
 
-def _builder_environment() -> dict[str, str]:
+def _tail(text: str) -> str:
+    """End of a compiler's output; a TVMScript diagnostic ends with a line of carets that says nothing."""
+    lines = [line for line in text.strip().splitlines() if line.strip(" |^")]
+    return "\n".join(lines[-12:])
+
+
+def builder_environment() -> dict[str, str]:
     """The environment of a compiling process: this process's import path, and readable parser errors."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TVM_BACKTRACE": "1"}
 
@@ -234,7 +245,11 @@ def _main() -> None:
     built = []
     for entry in job["kernels"]:
         request = Request(OPS[entry["op"]], Geometry.from_json(entry["geometry"]), entry["knobs"])
-        kernel = compile_kernel(request, target, folder)
+        try:
+            kernel = compile_kernel(request, target, folder)
+        except Exception:
+            built.append({"error": _tail(traceback.format_exc())})
+            continue
         built.append(
             {
                 "op": kernel.spec.name,

@@ -159,6 +159,11 @@ def pack_folders() -> tuple[Path, ...]:
     return (*env.pack_path(), env.cache_dir() / "packs")
 
 
+def usable_packs() -> tuple[list[packs.Pack], list[str]]:
+    """Packs that calls may take kernels from, in order of preference, and why others are refused."""
+    return _read_packs(pack_folders())
+
+
 def _from_packs(spec: OpSpec, geometry: Geometry, target: TargetSpec, *, explicit: bool) -> Served | None:
     found, refused = _read_packs(pack_folders())
     for pack in found:
@@ -195,7 +200,8 @@ def _from_cache_or_compiler(spec: OpSpec, geometry: Geometry, target: TargetSpec
         served = _load_single(folder)
         if served is None:
             start = time.perf_counter()
-            compile_each({folder: build.Request(spec, geometry)}, target)
+            for failure in compile_each({folder: build.Request(spec, geometry)}, target).values():
+                raise failure
             _log.info("compiled %s [%s] for %s in %.1f s", spec.name, geometry, target.name, time.perf_counter() - start)
             served = _load_single(folder)
     if served is None:
@@ -228,14 +234,14 @@ def prebuild(wanted: Iterable[tuple[OpSpec, Geometry]], target: TargetSpec, jobs
         if not share:
             return []
         try:
-            compile_each({folder: build.Request(*folders[folder]) for folder in share}, target)
+            failures = compile_each({folder: build.Request(*folders[folder]) for folder in share}, target)
         except BuildError as error:
             if len(share) == 1:
                 return [f"{folders[share[0]][0].name} [{folders[share[0]][1]}]: {error}"]
             # One kernel that LLVM aborts on takes its process along: halve until it stands alone.
             middle = len(share) // 2
             return compile_share(share[:middle]) + compile_share(share[middle:])
-        return []
+        return [f"{folders[folder][0].name} [{folders[folder][1]}]: {error}" for folder, error in failures.items()]
 
     with ThreadPoolExecutor(jobs) as pool:
         return [line for lines in pool.map(compile_share, (missing[job::jobs] for job in range(jobs))) for line in lines]
@@ -269,11 +275,22 @@ def kernel_key(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> str:
     return f"{spec.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
-def compile_each(wanted: Mapping[Path, build.Request], target: TargetSpec) -> None:
-    """Compile kernels in one process and write each as a pack of its own, at the path it is given by."""
+def compile_each(wanted: Mapping[Path, build.Request], target: TargetSpec) -> dict[Path, BuildError]:
+    """Compile kernels in one process and write each as a pack of its own, at the path it is given by.
+
+    Returns
+    -------
+    dict
+        What did not compile, and why.
+    """
+    failures = {}
     with _compiled(next(iter(wanted)).parent, list(wanted.values()), target) as (built, launcher):
         for folder, kernel in zip(wanted, built, strict=True):
-            packs.write(folder, target, build.required_features(target), [kernel], launcher)
+            if isinstance(kernel, BuildError):
+                failures[folder] = kernel
+            else:
+                packs.write(folder, target, build.required_features(target), [kernel], launcher)
+    return failures
 
 
 def compile_pack(folder: Path, requests: list[build.Request], target: TargetSpec) -> list[packs.BuiltKernel]:
@@ -293,14 +310,17 @@ def compile_pack(folder: Path, requests: list[build.Request], target: TargetSpec
     list of BuiltKernel
     """
     with _compiled(folder.parent, requests, target) as (built, launcher):
-        packs.write(folder, target, build.required_features(target), built, launcher)
-    return built
+        kernels = [kernel for kernel in built if not isinstance(kernel, BuildError)]
+        for failure in (kernel for kernel in built if isinstance(kernel, BuildError)):
+            raise failure
+        packs.write(folder, target, build.required_features(target), kernels, launcher)
+    return kernels
 
 
 @contextlib.contextmanager
 def _compiled(
     parent: Path, requests: list[build.Request], target: TargetSpec
-) -> Iterator[tuple[list[packs.BuiltKernel], Path | None]]:
+) -> Iterator[tuple[list[packs.BuiltKernel | BuildError], Path | None]]:
     """Compile into a scratch folder beside the place where the result will stand."""
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".build-") as scratch:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +70,9 @@ def expected(spec: OpSpec, arguments: Mapping[str, Any]) -> dict[str, torch.Tens
     return {**outputs, **{name: copy[name] for name in names}}
 
 
-def run(spec: OpSpec, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Run the torch operator; outputs by name, then the mutated arguments (`arguments` are modified)."""
-    result = getattr(torch.ops.tvm_gdn, spec.name)(*arguments.values())
+def run(spec: OpSpec, arguments: Mapping[str, Any], function: Callable[..., Any] | None = None) -> dict[str, torch.Tensor]:
+    """Run the torch operator, or a function with its signature; outputs by name, then the mutated arguments (modified)."""
+    result = (function or getattr(torch.ops.tvm_gdn, spec.name))(*arguments.values())
     values = result if isinstance(result, tuple) else (result,)
     names = [tensor.name for tensor in spec.tensors if tensor.mutated and arguments[tensor.name] is not None]
     outputs = {o.name: value for o, value in zip(spec.outputs, values, strict=True) if not o.when or arguments[o.when]}
@@ -84,6 +84,16 @@ def limit(spec: OpSpec, name: str, dtype: torch.dtype) -> float:
     short = str(dtype).removeprefix("torch.")
     is_state = name not in {"o", "g", "beta"}
     return spec.tolerance.get(f"state_{short}", spec.tolerance[short]) if is_state else spec.tolerance[short]
+
+
+def compare(
+    spec: OpSpec, got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """RMS error ratio of every output and mutated argument, and its limit."""
+    return (
+        {name: rms_ratio(got[name], want[name]) for name in want},
+        {name: limit(spec, name, got[name].dtype) for name in want},
+    )
 
 
 def check_case(spec: OpSpec, case: Mapping[str, Any], seed: int = 0, device: str = "cpu") -> Result:
@@ -102,8 +112,7 @@ def check_case(spec: OpSpec, case: Mapping[str, Any], seed: int = 0, device: str
     want = expected(spec, arguments)
     got = run(spec, arguments)
     served = dispatch.served_by(spec.name)
-    errors = {name: rms_ratio(got[name], want[name]) for name in want}
-    limits = {name: limit(spec, name, got[name].dtype) for name in want}
+    errors, limits = compare(spec, got, want)
     failure = served if served.startswith("fallback") else ""
     return Result(spec.name, cases.label(case), served, errors, limits, failure)
 

@@ -96,12 +96,13 @@ def choose(spec: OpSpec, geometry: Geometry, target: TargetSpec, knobs: Mapping[
     if knobs is not None:
         return Choice(space, "trial", dict(knobs))
     record = records.lookup(spec, geometry, target)
-    if record is not None and _fits(record["knobs"], space.knobs(geometry)):
+    if record is not None and fits(record["knobs"], space.knobs(geometry)):
         return Choice(space, "tuned", dict(record["knobs"]))
     return Choice(space, "generic" if name == GENERIC else "default", space.default(geometry))
 
 
-def _fits(knobs: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> bool:
+def fits(knobs: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> bool:
+    """Whether knobs name every knob of a space, each with one of its choices."""
     return set(knobs) == set(allowed) and all(knobs[name] in choices for name, choices in allowed.items())
 
 

@@ -83,6 +83,14 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
         """Element of an index tensor."""
         return T.Cast("int64", buffer[index])
 
+    def div(x: Any, y: Any) -> Any:
+        """Quotient of small non-negative integers."""
+        return T.Cast("int64", T.truncdiv(T.Cast("int32", x), T.Cast("int32", y)))
+
+    def mod(x: Any, y: Any) -> Any:
+        """Remainder of small non-negative integers."""
+        return T.Cast("int64", T.truncmod(T.Cast("int32", x), T.Cast("int32", y)))
+
     def gate_at(buffer: Any, batch: Any, token: Any, head: Any) -> Any:
         """Element of a gate tensor in fp32."""
         return T.Cast("float32", buffer[gate_dims(batch, token, head)])
@@ -213,121 +221,124 @@ def recurrent(geometry: Geometry, tiles: Any) -> Any:
                         )
 
         for w in tiles.workers(n_seq * HV * NV):
-            n: T.let[T.int64] = w // (HV * NV)
-            hv: T.let[T.int64] = w // NV % HV
-            j0: T.let[T.int64] = w % NV * VT
-            h: T.let[T.int64] = hv // (HV // heads)
-            row: T.let[T.int64] = pick(varlen, T.int64(0), n)
-            first: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n), T.int64(0))
-            length: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)
-            slot: T.let[T.int64] = pick(slots_given, int64(initial_state_indices, n), n)
-            buffer_slot: T.let[T.int64] = pick(buffer_slots_given, int64(intermediate_state_indices, n), n)
+            for lane in tiles.lanes():
+                tiles.enter(lane)
+                # Workers fit in 32 bits, where a division is several times cheaper than in 64, above all on GPUs.
+                n: T.let[T.int64] = div(w, HV * NV)
+                hv: T.let[T.int64] = mod(div(w, NV), HV)
+                j0: T.let[T.int64] = mod(w, NV) * VT
+                h: T.let[T.int64] = div(hv, div(HV, heads))
+                row: T.let[T.int64] = pick(varlen, T.int64(0), n)
+                first: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n), T.int64(0))
+                length: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)
+                slot: T.let[T.int64] = pick(slots_given, int64(initial_state_indices, n), n)
+                buffer_slot: T.let[T.int64] = pick(buffer_slots_given, int64(intermediate_state_indices, n), n)
 
-            x, y, d, dx = tiles.k_vector(), tiles.k_vector(), tiles.k_vector(), tiles.k_vector()
-            u, z = tiles.v_vector(), tiles.v_vector()
-            m = tiles.scalars(4)
+                x, y, d, dx = tiles.k_vector(), tiles.k_vector(), tiles.k_vector(), tiles.k_vector()
+                u, z = tiles.v_vector(), tiles.v_vector()
+                m = tiles.scalars(4)
 
-            @T.inline
-            def load_qk(t):
-                for i in tiles.rows(K):
-                    if packed:
-                        x[i] = T.Cast("float32", mixed_qkv[n, (heads + h) * K + tiles.row(i)])
-                        y[i] = T.Cast("float32", mixed_qkv[n, h * K + tiles.row(i)])
+                @T.inline
+                def load_qk(t):
+                    for i in tiles.rows(K):
+                        if packed:
+                            x[i] = T.Cast("float32", mixed_qkv[n, (heads + h) * K + tiles.row(i)])
+                            y[i] = T.Cast("float32", mixed_qkv[n, h * K + tiles.row(i)])
+                        else:
+                            x[i] = T.Cast("float32", k[row, first + t, h, tiles.row(i)])
+                            y[i] = T.Cast("float32", q[row, first + t, h, tiles.row(i)])
+                    m[0] = T.float32(1)
+                    m[1] = scale
+                    if use_qk_l2norm_in_kernel != 0:
+                        tiles.dot(m, 2, x, x)
+                        m[0] = T.float32(1) / T.sqrt(m[2] + T.float32(NORM_EPS))
+                        tiles.dot(m, 2, y, y)
+                        m[1] = scale / T.sqrt(m[2] + T.float32(NORM_EPS))
+                    for i in tiles.rows(K):
+                        x[i] = x[i] * m[0]
+                        y[i] = y[i] * m[1]
+
+                @T.inline
+                def load_gates(t):
+                    """m[0] = g, m[1] = beta."""
+                    if fused_gate:
+                        m[0] = gate_at(a, row, first + t, hv) + T.Cast("float32", dt_bias[hv])
+                        log_decay(m, 0, 2, T.Cast("float32", A_log[hv]), softplus_beta, softplus_threshold)
+                        m[1] = gate_at(b, row, first + t, hv)
+                        sigmoid(m, 1)
                     else:
-                        x[i] = T.Cast("float32", k[row, first + t, h, tiles.row(i)])
-                        y[i] = T.Cast("float32", q[row, first + t, h, tiles.row(i)])
-                m[0] = T.float32(1)
-                m[1] = scale
-                if use_qk_l2norm_in_kernel != 0:
-                    tiles.dot(m, 2, x, x)
-                    m[0] = T.float32(1) / T.sqrt(m[2] + T.float32(NORM_EPS))
-                    tiles.dot(m, 2, y, y)
-                    m[1] = scale / T.sqrt(m[2] + T.float32(NORM_EPS))
-                for i in tiles.rows(K):
-                    x[i] = x[i] * m[0]
-                    y[i] = y[i] * m[1]
+                        m[0] = T.Cast("float32", g[row, first + t, hv])
+                        m[1] = T.Cast("float32", beta[row, first + t, hv])
 
-            @T.inline
-            def load_gates(t):
-                """m[0] = g, m[1] = beta."""
-                if fused_gate:
-                    m[0] = gate_at(a, row, first + t, hv) + T.Cast("float32", dt_bias[hv])
-                    log_decay(m, 0, 2, T.Cast("float32", A_log[hv]), softplus_beta, softplus_threshold)
-                    m[1] = gate_at(b, row, first + t, hv)
-                    sigmoid(m, 1)
-                else:
-                    m[0] = T.Cast("float32", g[row, first + t, hv])
-                    m[1] = T.Cast("float32", beta[row, first + t, hv])
+                @T.inline
+                def step(W, t):
+                    load_qk(t)
+                    load_gates(t)
+                    m[0] = T.exp(m[0])
+                    for i in tiles.rows(K):
+                        d[i] = m[0]
+                        dx[i] = m[0] * x[i]
+                    tiles.gemv(u, W, dx)
+                    for j in tiles.cols(VT):
+                        if packed:
+                            u[j] = (T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)]) - u[j]) * m[1]
+                        else:
+                            u[j] = (T.Cast("float32", v[row, first + t, hv, j0 + tiles.col(j)]) - u[j]) * m[1]
+                    tiles.ger_gemv(z, W, d, x, u, y)
+                    for j in tiles.cols(VT):
+                        o[row, first + t, hv, j0 + tiles.col(j)] = T.Cast(data, z[j])
 
-            @T.inline
-            def step(W, t):
-                load_qk(t)
-                load_gates(t)
-                m[0] = T.exp(m[0])
-                for i in tiles.rows(K):
-                    d[i] = m[0]
-                    dx[i] = m[0] * x[i]
-                tiles.gemv(u, W, dx)
-                for j in tiles.cols(VT):
-                    if packed:
-                        u[j] = (T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)]) - u[j]) * m[1]
-                    else:
-                        u[j] = (T.Cast("float32", v[row, first + t, hv, j0 + tiles.col(j)]) - u[j]) * m[1]
-                tiles.ger_gemv(z, W, d, x, u, y)
-                for j in tiles.cols(VT):
-                    o[row, first + t, hv, j0 + tiles.col(j)] = T.Cast(data, z[j])
-
-            @T.inline
-            def load_initial(W):
-                if pool:
-                    if slot >= 0 and slot < S:
-                        tiles.copy(W, tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
+                @T.inline
+                def load_initial(W):
+                    if pool:
+                        if slot >= 0 and slot < S:
+                            tiles.load(W, tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
+                        else:
+                            tiles.zero(W)
+                    elif separate:
+                        tiles.load(W, tiles.view(initial_state, n * i0 + hv * (K * V), j0))
                     else:
                         tiles.zero(W)
-                elif separate:
-                    tiles.copy(W, tiles.view(initial_state, n * i0 + hv * (K * V), j0))
-                else:
-                    tiles.zero(W)
 
-            @T.inline
-            def load_parent(W, t):
-                """The state after the parent's step; the initial state where there is no parent."""
-                parent: T.let[T.int64] = int64(retrieve_parent_token, n, t)
-                if parent < 0:
-                    load_initial(W)
-                elif buffer_slot >= 0 and buffer_slot < C and parent < P:
-                    tiles.copy(W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0))
-                else:
-                    tiles.zero(W)
+                @T.inline
+                def load_parent(W, t):
+                    """The state after the parent's step; the initial state where there is no parent."""
+                    parent: T.let[T.int64] = int64(retrieve_parent_token, n, t)
+                    if parent < 0:
+                        load_initial(W)
+                    elif buffer_slot >= 0 and buffer_slot < C and parent < P:
+                        tiles.load(W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0))
+                    else:
+                        tiles.zero(W)
 
-            @T.inline
-            def tokens(W):
-                for t in T.serial(length):
-                    if tree:
-                        if t > 0:
-                            load_parent(W, t)
-                    step(W, t)
-                    if buffered:
-                        if buffer_slot >= 0 and buffer_slot < C and t < P:
-                            tiles.copy(tiles.view(intermediate_states_buffer, buffer_slot * c0 + t * c1 + hv * (K * V), j0), W)
+                @T.inline
+                def tokens(W):
+                    for t in T.serial(length):
+                        if tree:
+                            if t > 0:
+                                load_parent(W, t)
+                        step(W, t)
+                        if buffered:
+                            if buffer_slot >= 0 and buffer_slot < C and t < P:
+                                tiles.store(tiles.view(intermediate_states_buffer, buffer_slot * c0 + t * c1 + hv * (K * V), j0), W)
 
-            @T.inline
-            def through_local():
-                local = tiles.state()
-                load_initial(local)
-                tokens(local)
-                if pool:
-                    if slot >= 0 and slot < S and disable_state_update == 0:
-                        tiles.copy(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), local)
-                if final:
-                    tiles.copy(tiles.view(final_state, (n * HV + hv) * (K * V), j0), local)
+                @T.inline
+                def through_local():
+                    local = tiles.state()
+                    load_initial(local)
+                    tokens(local)
+                    if pool:
+                        if slot >= 0 and slot < S and disable_state_update == 0:
+                            tiles.store(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), local)
+                    if final:
+                        tiles.store(tiles.view(final_state, (n * HV + hv) * (K * V), j0), local)
 
-            if direct_pool:
-                if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
-                    tokens(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
+                if direct_pool:
+                    if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
+                        tokens(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
+                    else:
+                        through_local()
                 else:
                     through_local()
-            else:
-                through_local()
 
     return kernel

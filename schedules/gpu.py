@@ -1,0 +1,211 @@
+"""Tile operations of GPUs without tensor cores: one warp is a worker, its threads share the tiles in registers.
+
+A state tile ``[K, v_tile]`` is spread over the threads of a warp: `row_lanes` threads along K times `column_lanes` along V, each
+holding ``K / row_lanes`` rows of ``v_tile / column_lanes`` columns. A product W^T x is a partial sum per thread, finished by
+shuffles across the row lanes; no shared memory and no barrier is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+
+class WarpTiles:
+    """What every algorithm on one warp per worker needs.
+
+    Parameters
+    ----------
+    warp : int
+        Threads of a warp that work together.
+    """
+
+    #: Checking slots on the host would synchronize the device; the kernel treats a slot out of range as padding.
+    host_checks = False
+
+    def __init__(self, warp: int) -> None:
+        self.warp = warp
+        self.lane: Any = None
+
+    def workers(self, count: Any) -> Any:
+        """One block per worker."""
+        return T.thread_binding(count, thread="blockIdx.x")
+
+    def lanes(self) -> Any:
+        """The threads of the worker's warp."""
+        return T.thread_binding(self.warp, thread="threadIdx.x")
+
+    def enter(self, lane: Any) -> None:
+        """Take the thread index that the following operations belong to."""
+        self.lane = lane
+
+    def scalars(self, count: int) -> Any:
+        """fp32 scratch scalars, one set per thread."""
+        return T.alloc_buffer((count,), "float32", scope="local")
+
+
+class RecurrentWarpTiles(WarpTiles):
+    """Tile operations of the token recurrence.
+
+    Parameters
+    ----------
+    K, V : int
+        State rows and columns.
+    column_lanes, columns : int
+        Threads along V and columns per thread; ``v_tile`` is their product.
+    v_first : bool
+        Whether states are stored ``[V, K]``: a thread then holds groups of consecutive rows.
+    warp : int
+        Threads per worker.
+    """
+
+    direct = False
+
+    def __init__(self, K: int, V: int, *, column_lanes: int, columns: int, v_first: bool, warp: int) -> None:
+        super().__init__(warp)
+        self.K, self.V, self.v_first = K, V, v_first
+        self.columns, self.column_lanes, self.row_lanes = columns, column_lanes, warp // column_lanes
+        self.v_tile = column_lanes * columns
+        self.row_count = K // self.row_lanes
+        self.row_group = next(size for size in (4, 2, 1) if self.row_count % size == 0) if v_first else 1
+        self.load, self.store, self.zero = self._load(), self._store(), self._zero()
+        self.sum_rows = self._sum_rows()
+        self.dot, self.gemv, self.ger_gemv = self._dot(), self._gemv(), self._ger_gemv()
+
+    def rows(self, count: int) -> Any:
+        """Loop over this thread's share of the K axis."""
+        return T.unroll(count // self.row_lanes)
+
+    def cols(self, count: int) -> Any:
+        """Loop over this thread's share of the V axis."""
+        return T.vectorized(count // self.column_lanes)
+
+    def row(self, i: Any) -> Any:
+        """Index on the K axis of local row i: neighbouring threads read neighbouring rows."""
+        group, lane = self.row_group, self.lane // self.column_lanes
+        return (i // group * self.row_lanes + lane) * group + i % group
+
+    def col(self, j: Any) -> Any:
+        """Index on the V axis of local column j."""
+        return self.lane % self.column_lanes * self.columns + j
+
+    def k_vector(self) -> Any:
+        """This thread's share of an fp32 vector along K."""
+        return self.scalars(self.row_count)
+
+    def v_vector(self) -> Any:
+        """This thread's share of an fp32 vector along the columns."""
+        return self.scalars(self.columns)
+
+    def state(self) -> Any:
+        """This thread's share of the fp32 state tile."""
+        return T.alloc_buffer((self.row_count, self.columns), "float32", scope="local")
+
+    def view(self, buffer: Any, offset: Any, j0: Any) -> Any:
+        """One head's state in a larger tensor as a [K, v_tile] tile: `offset` elements in, from column `j0`."""
+        strides = (1, self.K) if self.v_first else (self.V, 1)
+        return T.decl_buffer(
+            (self.K, self.v_tile), buffer.dtype, data=buffer.data, elem_offset=offset + j0 * strides[1], strides=strides
+        )
+
+    def _load(self) -> Any:
+        row, col, rows, columns, v_first = self.row, self.col, self.row_count, self.columns, self.v_first
+        group = self.row_group
+
+        @T.inline
+        def load(W, view):
+            if v_first:
+                for j in T.unroll(columns):
+                    for io in T.unroll(rows // group):
+                        for ii in T.vectorized(group):
+                            W[io * group + ii, j] = T.Cast("float32", view[row(io * group) + ii, col(j)])
+            else:
+                for i in T.unroll(rows):
+                    for j in T.vectorized(columns):
+                        W[i, j] = T.Cast("float32", view[row(i), col(j)])
+
+        return load
+
+    def _store(self) -> Any:
+        row, col, rows, columns, v_first = self.row, self.col, self.row_count, self.columns, self.v_first
+        group = self.row_group
+
+        @T.inline
+        def store(view, W):
+            if v_first:
+                for j in T.unroll(columns):
+                    for io in T.unroll(rows // group):
+                        for ii in T.vectorized(group):
+                            view[row(io * group) + ii, col(j)] = T.Cast(view.dtype, W[io * group + ii, j])
+            else:
+                for i in T.unroll(rows):
+                    for j in T.vectorized(columns):
+                        view[row(i), col(j)] = T.Cast(view.dtype, W[i, j])
+
+        return store
+
+    def _zero(self) -> Any:
+        rows, columns = self.row_count, self.columns
+
+        @T.inline
+        def zero(W):
+            for i in T.unroll(rows):
+                for j in T.unroll(columns):
+                    W[i, j] = T.float32(0)
+
+        return zero
+
+    def _sum_rows(self) -> Any:
+        warp, first, steps = self.warp, self.column_lanes, self.row_lanes.bit_length() - 1
+        mask = (1 << warp) - 1
+
+        @T.inline
+        def sum_rows(acc, at):
+            """Sum acc[at] over the row lanes; every thread gets the sum."""
+            for bit in T.unroll(steps):
+                acc[at] = acc[at] + T.tvm_warp_shuffle_xor(T.uint32(mask), acc[at], first << bit, warp, warp)
+
+        return sum_rows
+
+    def _dot(self) -> Any:
+        rows, sum_rows = self.row_count, self.sum_rows
+
+        @T.inline
+        def dot(m, at, x, y):
+            """m[at] = sum_i x[i] * y[i]."""
+            m[at] = T.float32(0)
+            for i in T.unroll(rows):
+                m[at] = m[at] + x[i] * y[i]
+            sum_rows(m, at)
+
+        return dot
+
+    def _gemv(self) -> Any:
+        rows, columns, sum_rows = self.row_count, self.columns, self.sum_rows
+
+        @T.inline
+        def gemv(acc, W, x):
+            """Product acc = W^T x."""
+            for j in T.unroll(columns):
+                acc[j] = T.float32(0)
+                for i in T.unroll(rows):
+                    acc[j] = acc[j] + W[i, j] * x[i]
+                sum_rows(acc, j)
+
+        return gemv
+
+    def _ger_gemv(self) -> Any:
+        rows, columns, sum_rows = self.row_count, self.columns, self.sum_rows
+
+        @T.inline
+        def ger_gemv(acc, W, d, x, u, y):
+            """W = diag(d) W + x u^T; acc = W^T y."""
+            for j in T.unroll(columns):
+                acc[j] = T.float32(0)
+                for i in T.unroll(rows):
+                    W[i, j] = W[i, j] * d[i] + x[i] * u[j]
+                    acc[j] = acc[j] + W[i, j] * y[i]
+                sum_rows(acc, j)
+
+        return ger_gemv

@@ -1,0 +1,70 @@
+"""Target, cache and kernels of a test run.
+
+``pytest --target NAME`` runs every test on one target, named explicitly, so that a call which the target cannot serve raises
+instead of passing on the torch reference. What the collected tests will call is compiled in one batch before the first of them:
+a module lists its kernels as ``KERNELS = [(operator, case), ...]``, a parametrized test takes one as its argument ``kernel``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tvm_gdn import cases, check, dispatch, env
+from tvm_gdn.ops import OPS
+from tvm_gdn.target import resolve, runnable
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--target", default=None, help="target under test; default TVM_GDN_TARGET, else what fits this CPU")
+    parser.addoption("--slow", action="store_true", help="run tests marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
+    text = config.getoption("--target") or env.target_name()
+    os.environ["TVM_GDN_TARGET"] = text if text.startswith("{") else runnable(resolve(text)).name
+    if "TVM_GDN_CACHE_DIR" not in os.environ:
+        # Workers of pytest-xdist inherit the environment, and with it this one folder.
+        folder = tempfile.mkdtemp(prefix="tvm_gdn-tests-")
+        os.environ["TVM_GDN_CACHE_DIR"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="slow; run with --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels(request: pytest.FixtureRequest) -> None:
+    """Compile, once for all workers, the kernels that the collected tests need."""
+    wanted = []
+    for module in {item.getparent(pytest.Module) for item in request.session.items}:
+        wanted += getattr(getattr(module, "obj", None), "KERNELS", ())
+    for item in request.session.items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and "kernel" in callspec.params:
+            wanted.append(callspec.params["kernel"])
+    if not wanted:
+        return
+    folder = Path(env.cache_dir())
+    folder.mkdir(parents=True, exist_ok=True)
+    kernels = [(OPS[op], check.geometry_of(OPS[op], cases.draw(OPS[op], case))) for op, case in wanted]
+    with FileLock(folder / "tests.lock"):
+        failed = dispatch.prebuild(kernels, resolve(env.target_name()))
+    assert not failed, "\n".join(failed)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Torch device type of the target under test."""
+    return resolve(env.target_name()).device

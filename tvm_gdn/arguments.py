@@ -1,0 +1,169 @@
+"""Command-line arguments that several subcommands share: targets, operators, and what a kernel is compiled for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from tvm_gdn import cases, dispatch, env
+from tvm_gdn.check import TORCH_DTYPES, geometry_of
+from tvm_gdn.errors import ArgumentError
+from tvm_gdn.ops import OPS
+from tvm_gdn.spec import Geometry, OpSpec
+from tvm_gdn.target import TargetSpec, resolve, runnable, target_names
+
+#: Keys of --dims that are no axis, attribute or tensor of the operator.
+_DIMS_KEYS = {"dtype": "dtype", "state": "state_dtype", "index": "index_dtype"}
+
+
+def add_target(parser: argparse.ArgumentParser) -> None:
+    """Add ``--target``."""
+    parser.add_argument(
+        "--target",
+        metavar="NAME",
+        default=env.target_name(),
+        help=f"auto (the best that this CPU runs; default), or one of: {', '.join(target_names())}; or a JSON object with "
+        "the fields of a file in targets/",
+    )
+
+
+def add_op(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--op``, which may be repeated."""
+    parser.add_argument("--op", action="append", choices=list(OPS), metavar="OP", help=f"{what}; one of: {', '.join(OPS)}")
+
+
+def use_target(text: str) -> TargetSpec:
+    """Make the calls of this process use one target and nothing else.
+
+    Parameters
+    ----------
+    text : str
+        As `target.resolve` takes it.
+
+    Returns
+    -------
+    TargetSpec
+
+    Raises
+    ------
+    TargetError
+        It is unknown, or this machine cannot run it.
+    """
+    target = runnable(resolve(text))
+    os.environ["TVM_GDN_TARGET"] = target.name if text == "auto" else text
+    dispatch.reset()
+    return target
+
+
+def small_case(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, Any]:
+    """The same case with every symbolic axis 1: the same kernel, next to no data."""
+    small = {name: value for name, value in case.items() if name != "lengths"}
+    names = {name.partition("+")[0] for tensor in spec.tensors for name in tensor.axes.split() if not name.isdigit()}
+    names |= {name for name in case if name.isupper()}
+    small |= dict.fromkeys(sorted(names - set(spec.static_axes)), 1)
+    if "cu_seqlens" in case.get("with", ()):
+        small["lengths"] = (1,)
+    return small
+
+
+def geometry_of_case(spec: OpSpec, case: Mapping[str, Any]) -> Geometry:
+    """Geometry of a case, found without drawing tensors of its size."""
+    return geometry_of(spec, cases.draw(spec, small_case(spec, case)))
+
+
+def parse_dims(spec: OpSpec, text: str) -> Geometry:
+    """Geometry of a ``--dims`` text such as ``K=128,V=128,dtype=bfloat16,state=float32``.
+
+    Whatever it leaves out is as in the operator's first benchmark shape.
+
+    Raises
+    ------
+    ArgumentError
+        Names the key or value and what is allowed.
+    """
+    case: dict[str, Any] = dict(spec.bench[0]) if spec.bench else {}
+    case["dtypes"] = dict(case.get("dtypes", {}))
+    optional = [tensor.name for tensor in spec.tensors if tensor.optional]
+    tensors = {tensor.name: tensor for tensor in spec.tensors}
+    for part in filter(None, text.split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise ArgumentError(f"--dims {part!r}: write NAME=VALUE, separated by commas")
+        if key in spec.static_axes:
+            case[key] = _integer(key, value)
+        elif key in _DIMS_KEYS:
+            case[_DIMS_KEYS[key]] = _dtype(key, value)
+        elif key == "with":
+            case["with"] = tuple(filter(None, value.split("+")))
+            unknown = sorted(set(case["with"]) - set(optional))
+            if unknown:
+                raise ArgumentError(f"--dims with={value}: {', '.join(unknown)}: allowed for {spec.name}: {', '.join(optional)}")
+        elif key in spec.static_attrs:
+            case[key] = bool(_integer(key, value))
+        elif key in tensors:
+            case["dtypes"][key] = _dtype(key, value)
+        else:
+            known = [*spec.static_axes, *_DIMS_KEYS, "with", *spec.static_attrs, *tensors]
+            raise ArgumentError(f"--dims {key}: {spec.name} has {', '.join(known)}")
+    lacking = [axis for axis in spec.static_axes if axis not in case]
+    if lacking:
+        raise ArgumentError(f"--dims: {spec.name} also needs {', '.join(f'{axis}=SIZE' for axis in lacking)}")
+    return checked_geometry(spec, geometry_of_case(spec, case))
+
+
+def _integer(key: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ArgumentError(f"--dims {key}={text}: give a whole number (0 or 1 for a switch)")
+    return int(text)
+
+
+def _dtype(key: str, text: str) -> str:
+    if text not in TORCH_DTYPES:
+        raise ArgumentError(f"--dims {key}={text}: allowed: {', '.join(TORCH_DTYPES)}")
+    return text
+
+
+def parse_geometry(spec: OpSpec, text: str) -> Geometry:
+    """Geometry of a ``--geometry`` text: the JSON that an error about a missing kernel prints.
+
+    Raises
+    ------
+    ArgumentError
+        It is no such JSON, or does not fit the operator.
+    """
+    try:
+        geometry = Geometry.from_json(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArgumentError(
+            f"--geometry: not the JSON of a geometry ({error!r}); copy it from the message that names the missing kernel, or "
+            "use --dims"
+        ) from error
+    return checked_geometry(spec, geometry)
+
+
+def checked_geometry(spec: OpSpec, geometry: Geometry) -> Geometry:
+    """The same geometry, or an error that says in what it does not fit the operator."""
+    tensors = {tensor.name: tensor for tensor in spec.tensors}
+    wrong = []
+    if set(geometry.axis) != set(spec.static_axes) or min(geometry.axis.values(), default=1) < 1:
+        wrong.append(f"axes must be {{{', '.join(spec.static_axes)}}}, each at least 1; got {geometry.axis}")
+    if set(geometry.attr) != set(spec.static_attrs):
+        wrong.append(f"attrs must be {{{', '.join(spec.static_attrs)}}}; got {geometry.attr}")
+    missing = [name for name, tensor in tensors.items() if not tensor.optional and name not in geometry.dtype]
+    unknown = sorted(set(geometry.dtype) - set(tensors))
+    if missing or unknown:
+        wrong.append(f"dtypes: missing {missing}, unknown {unknown}")
+    roles: dict[str, str] = {}
+    for name, dtype in geometry.dtypes:
+        if name not in tensors:
+            continue
+        if dtype not in tensors[name].dtypes:
+            wrong.append(f"{name}: {dtype!r} is not allowed; allowed: {', '.join(tensors[name].dtypes)}")
+        elif roles.setdefault(tensors[name].dtype_role, dtype) != dtype:
+            wrong.append(f"{name}: {dtype} differs from the {roles[tensors[name].dtype_role]} of the other {tensors[name].dtype_role}")
+    if wrong:
+        raise ArgumentError(f"{spec.name} has no such geometry: {'; '.join(wrong)}")
+    return geometry

@@ -1,0 +1,149 @@
+"""What a benchmark compares on one case: this package, its bare kernel, and those who compute the same.
+
+Every contender is a callable without arguments on tensors that exist already, as a decode loop has them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tvm_gdn import cases, dispatch, reference, torch_ops
+from tvm_gdn.check import geometry_of, scalar_value
+from tvm_gdn.errors import TvmGdnError
+from tvm_gdn.spec import OpSpec, Scalar
+
+Call = Callable[[], object]
+
+
+def steady(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a case with next to no decay.
+
+    A timed loop applies a decay thousands of times to one state: at the cases' own rates it would reach denormal numbers,
+    which slow down every contender and which no model has.
+    """
+    arguments = cases.draw(spec, case)
+    with torch.no_grad():
+        if arguments.get("g") is not None:
+            arguments["g"].mul_(1e-4)
+        if "use_qk_l2norm_in_kernel" in arguments and arguments.get("A_log") is not None:
+            arguments["A_log"].fill_(-12.0)
+    return arguments
+
+
+def public_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
+    """The package's public function, called as a user would: by position, defaults left out."""
+    import tvm_gdn
+
+    function = getattr(tvm_gdn, spec.name)
+    positional, keywords = [], {}
+    for parameter in inspect.signature(function).parameters.values():
+        value = arguments.get(parameter.name, parameter.default)
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            positional.append((value, value is parameter.default))
+        elif value is not parameter.default:
+            keywords[parameter.name] = value
+    while positional and positional[-1][1]:
+        positional.pop()
+    return functools.partial(function, *(value for value, _ in positional), **keywords)
+
+
+def kernel_call(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[dispatch.Served, Call | None]:
+    """What serves the case, and its loaded kernel on outputs that exist already (None where the reference serves it)."""
+    geometry = geometry_of(spec, arguments)
+    served = dispatch.lookup(spec, geometry, "cpu")
+    if served.kernel is None:
+        return served, None
+    values = []
+    for arg in spec.inputs:
+        if not isinstance(arg, Scalar):
+            values += [arguments[arg.name]] if arg.name in geometry.dtype else []
+        elif arg.passed and not arg.static:
+            values.append(scalar_value(arg, arguments[arg.name], geometry.axis))
+    allocated = allocation_call(spec, arguments)()
+    outputs = allocated if isinstance(allocated, tuple) else (allocated,)
+    values += [value for o, value in zip(spec.outputs, outputs, strict=True) if not o.when or arguments[o.when]]
+    return served, functools.partial(served.kernel, *values)
+
+
+def operator_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
+    """The torch operator, without the public function around it."""
+    return functools.partial(getattr(torch.ops.tvm_gdn, spec.name), *arguments.values())
+
+
+def allocation_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """Nothing but the allocation of the operator's outputs."""
+    return functools.partial(torch_ops.fake_function(spec), *arguments.values())
+
+
+def reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
+    """The torch-native reference in the tensors' own precision."""
+    return functools.partial(dispatch.run_reference, spec, *arguments.values())
+
+
+def copy_call(moved: int) -> Call:
+    """A plain torch copy that moves as many bytes: half of them read, half of them written."""
+    source = torch.ones(max(1, moved // 8), dtype=torch.float32)
+    return functools.partial(torch.empty_like(source).copy_, source)
+
+
+def compiled_reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
+    """`torch.compile` of the reference; the first call compiles."""
+    torch.compiler.reset()
+    compiled = torch.compile(getattr(reference, spec.name), dynamic=False)
+    return functools.partial(compiled, **arguments)
+
+
+def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:  # noqa: ARG001 - the form of every contender
+    """transformers' recurrence on the same tensors.
+
+    It takes gates that are computed and one state per sequence: those operators that do both inside are given a head start here,
+    because gates, splitting and the look-up of slots are done before the clock starts.
+
+    Raises
+    ------
+    TvmGdnError
+        transformers is not installed.
+    """
+    try:
+        from transformers.models.qwen3_next import modeling_qwen3_next
+    except ImportError as error:
+        raise TvmGdnError(f"--peers needs transformers ({error}): pip install 'tvm_gdn[bench]'") from error
+    # Without its wrapper, which would hand the call to another package where one is installed.
+    function = inspect.unwrap(modeling_qwen3_next.torch_recurrent_gated_delta_rule)
+    pool = arguments.get("initial_state_source")
+    if pool is None:
+        state = arguments.get("initial_state")
+    else:
+        slots = arguments.get("initial_state_indices")
+        state = pool if slots is None else pool[slots.clamp_min(0)]
+    q, k, v = (arguments[name] for name in "qkv") if "q" in arguments else _unpacked(arguments)
+    g, beta = (arguments["g"], arguments["beta"]) if "g" in arguments else _gates(arguments, q.shape[:2])
+    return functools.partial(
+        function, q, k, v, g, beta, initial_state=state, output_final_state=True,
+        use_qk_l2norm_in_kernel=arguments["use_qk_l2norm_in_kernel"],
+    )  # fmt: skip
+
+
+def _unpacked(arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    mixed, K, V = arguments["mixed_qkv"], *arguments["initial_state_source"].shape[-2:]
+    heads = arguments["A_log"].shape[0]
+    keys = (mixed.shape[1] - heads * V) // 2
+    q, k, v = mixed.split([keys, keys, heads * V], dim=1)
+    return q.unflatten(1, (1, -1, K)), k.unflatten(1, (1, -1, K)), v.unflatten(1, (1, heads, V))
+
+
+def _gates(arguments: Mapping[str, Any], lead: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    g, beta = reference.fused_gdn_gating(arguments["A_log"], arguments["a"], arguments["b"], arguments["dt_bias"])
+    return g.view(*lead, -1), beta.view(*lead, -1)
+
+
+#: Others that compute a decode step; `tvm_gdn bench --peers`.
+PEERS: dict[str, Callable[[OpSpec, Mapping[str, Any]], Call]] = {
+    "torch_compile": compiled_reference_call,
+    "transformers": transformers_call,
+}

@@ -1,0 +1,268 @@
+"""One search: the knobs of one operator and tuning key on one target, from the first trial to the record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from tvm_gdn import build, cases, machine, measure, records, schedule
+from tvm_gdn.errors import TuneError
+from tvm_gdn.spec import Geometry, OpSpec
+from tvm_gdn.study import Knobs, Study, Trial
+from tvm_gdn.target import TargetSpec, host_cpu
+from tvm_gdn.worker import START_TIMEOUT, TrialError, Worker
+
+#: Timing per candidate and benchmark case: in a trial, and when the best meet the default again at the end.
+TRIAL_TIMING = {"seconds": 0.15, "rounds": 5}
+FINAL_TIMING = {"seconds": 0.6, "rounds": 15}
+#: How many of the best meet the default again.
+FINALISTS = 3
+#: A candidate replaces the default when it is faster by this factor; less is within the noise.
+MIN_GAIN = 1.01
+
+_log = logging.getLogger("tvm_gdn")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to search.
+
+    Parameters
+    ----------
+    trials : int
+        Points per tuning key, those of earlier runs and of other processes on the same storage included.
+    trial_timeout : float
+        Seconds for compiling and checking a candidate, and again for timing it.
+    jobs : int
+        Candidates that are compiled and checked at once; timing is always done alone.
+    seed : int
+        Seed of the sampler.
+    """
+
+    trials: int = 64
+    trial_timeout: float = 60.0
+    jobs: int = 1
+    seed: int = 0
+
+
+@dataclass
+class Result:
+    """Outcome of a search; microseconds are geometric means over the benchmark cases, of the final comparison."""
+
+    op: str
+    key: str
+    default_us: float | None = None
+    best_us: float | None = None
+    knobs: Knobs | None = None
+    ok: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    record: dict[str, Any] | None = None
+
+    @property
+    def geometry(self) -> str:
+        """The tuning key for people."""
+        return str(Geometry.from_json(json.loads(self.key)))
+
+    def problem(self) -> str:
+        """Why there is no record: the reasons, counted."""
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in self.failures.most_common(5))
+        return f"{self.op} [{self.geometry}]: {reasons or 'no time was left for it'}"
+
+
+class Crew:
+    """Workers of a run; a context manager.
+
+    Parameters
+    ----------
+    jobs : int
+        Their number.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self._jobs = jobs
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Crew:
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(self._jobs))
+        # Entered after the pool and so left before it: threads that wait for a worker end when it is killed.
+        self.workers = [self._stack.enter_context(Worker()) for _ in range(self._jobs)]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def open(self, spec: OpSpec, key: str, target: TargetSpec, threads: int) -> None:
+        """Say what all workers measure from now on."""
+        list(self._pool.map(lambda worker: worker.open(spec.name, key, target.name, threads), self.workers))
+
+    def prepare(self, candidates: Sequence[Knobs], timeout: float) -> list[Future[Any]]:
+        """Compile and check one candidate per worker, all at once; returns when all are done."""
+        futures = [
+            self._pool.submit(worker.request, {"do": "prepare", "knobs": knobs}, timeout)
+            for worker, knobs in zip(self.workers, candidates, strict=False)
+        ]
+        wait(futures)
+        return futures
+
+
+class Search:
+    """Search of one operator and tuning key.
+
+    Parameters
+    ----------
+    spec, geometry, key
+        The operator, a geometry of the tuning key, and the key.
+    target : TargetSpec
+        Where it is tuned for: this machine must be able to run it.
+    options : Options
+        How to search.
+    """
+
+    def __init__(self, spec: OpSpec, geometry: Geometry, key: str, target: TargetSpec, options: Options) -> None:
+        self.spec, self.geometry, self.key, self.target, self.options = spec, geometry, key, target, options
+        self.threads = torch.get_num_threads()
+        self.timed = measure.select_cases(spec, key)[0]
+        self.result = Result(spec.name, key)
+
+    def run(self, storage: str, crew: Crew, deadline: float, stop: threading.Event) -> Result:
+        """Measure until the trials, the space or the time are used up, then compare the best with the default.
+
+        Parameters
+        ----------
+        storage : str
+            Where the study is kept.
+        crew : Crew
+            The workers.
+        deadline : float
+            Value of ``time.monotonic()`` after which no trial starts.
+        stop : threading.Event
+            No trial starts once it is set.
+
+        Returns
+        -------
+        Result
+        """
+        try:
+            space = schedule.knob_space(self.spec, self.geometry, self.target)
+            default = schedule.find_space(self.spec.algorithm, self.target)[0].default(self.geometry)
+            current = schedule.choose(self.spec, self.geometry, self.target)
+            crew.open(self.spec, self.key, self.target, self.threads)
+        except TuneError as error:
+            self.result.failures[str(error)] += 1
+            return self.result
+        study = self._study(space, storage)
+        first = [default] + [current.knobs] * (current.origin == "tuned")
+        for knobs in first:
+            study.suggest(knobs)
+        self._explore(study, crew, deadline, stop)
+        measured = study.measured()
+        self.result.ok, self.result.failures = len(measured), Counter(study.failures())
+        if measured:
+            known = [knobs for _, knobs in measured]
+            finalists = [knobs for knobs in [*first, *known[:FINALISTS]] if knobs in known]
+            self._conclude(list({json.dumps(knobs): knobs for knobs in finalists}.values()), default, crew.workers[0])
+        return self.result
+
+    def _study(self, space: dict[str, tuple[Any, ...]], storage: str) -> Study:
+        facts = {
+            "target": self.target.name, "source": build.kernel_digest(self.spec, self.target), "tvm": records.tvm_series(),
+            "cpu": host_cpu(), "threads": self.threads,
+        }  # fmt: skip
+        # Times of other sources, machines or shapes cannot be compared with ours: they are another study.
+        identity = [facts, self.target.digest(), self.timed, space, TRIAL_TIMING]
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        lease = START_TIMEOUT + 2 * self.options.trial_timeout * self.options.jobs
+        return Study(
+            f"{self.spec.name} {self.key} {digest}", space, storage=storage, lease=lease, facts=facts, seed=self.options.seed
+        )
+
+    def _explore(self, study: Study, crew: Crew, deadline: float, stop: threading.Event) -> None:
+        total = min(self.options.trials, study.size)
+        name = f"{self.spec.name} [{self.result.geometry}]"
+        with tqdm(total=total, desc=name, unit="trial", disable=None, dynamic_ncols=True) as bar:
+            while True:
+                measured = study.measured()
+                bar.n = min(total, len(measured) + len(study.failures()))
+                if measured:
+                    bar.set_postfix_str(f"best {measured[0][0]:.1f} us", refresh=False)
+                bar.refresh()
+                batch: list[Trial] = []
+                while len(batch) < self.options.jobs and not stop.is_set() and time.monotonic() < deadline:
+                    trial = study.propose(self.options.trials)
+                    if trial is None:
+                        break
+                    batch.append(trial)
+                if not batch:
+                    return
+                self._measure(batch, study, crew)
+
+    def _measure(self, batch: list[Trial], study: Study, crew: Crew) -> None:
+        timeout = self.options.trial_timeout
+        prepared = crew.prepare([trial.knobs for trial in batch], timeout)
+        for trial, worker, done in zip(batch, crew.workers, prepared, strict=False):
+            try:
+                done.result()
+                us = worker.request({"do": "time", "candidates": [trial.knobs], **TRIAL_TIMING}, timeout)["us"][0]
+            except TrialError as error:
+                study.fail(trial, str(error))
+                _log.warning("%s, trial %d, %s: %s", self.spec.name, trial.number, json.dumps(trial.knobs), error)
+            else:
+                study.complete(trial, statistics.geometric_mean(us), us=us)
+
+    def _holds(self, knobs: Knobs, worker: Worker, thorough: bool) -> bool:
+        """Whether a candidate that was right before is right again, or on every geometry that a record would serve."""
+        try:
+            worker.request({"do": "prepare", "knobs": knobs, "thorough": thorough}, START_TIMEOUT)
+        except TrialError as error:
+            self.result.failures[str(error)] += 1
+            _log.warning("%s, final check, %s: %s", self.spec.name, json.dumps(knobs), error)
+            return False
+        return True
+
+    def _conclude(self, finalists: list[Knobs], default: Knobs, worker: Worker) -> None:
+        """Time the best and the default in turns; what wins, and is right wherever a record would apply, becomes the record."""
+        finalists = [knobs for knobs in finalists if self._holds(knobs, worker, thorough=False)]
+        if not finalists:
+            return
+        timeout = self.options.trial_timeout * len(finalists)
+        try:
+            taken = worker.request({"do": "time", "candidates": finalists, **FINAL_TIMING}, timeout)
+        except TrialError as error:
+            self.result.failures[str(error)] += 1
+            return
+        us, ratio = ([statistics.geometric_mean(row) for row in taken[name]] for name in ("us", "ratio"))
+        if finalists[0] == default:
+            self.result.default_us = us[0]
+        better = [index for index in range(1, len(us)) if ratio[index] * MIN_GAIN <= 1 and us[index] <= us[0]]
+        for index in [*sorted(better, key=lambda index: ratio[index]), 0]:
+            if self._holds(finalists[index], worker, thorough=True):
+                self.result.best_us, self.result.knobs = us[index], finalists[index]
+                labels = [cases.label(case) for case in self.timed]
+                self.result.record = self._record(dict(zip(labels, taken["us"][index], strict=True)))
+                return
+
+    def _record(self, case_us: dict[str, float]) -> dict[str, Any]:
+        result = self.result
+        return {
+            "op": result.op, "key": result.key, "knobs": result.knobs,
+            "source": records.algorithm_digest(self.spec, self.target), "tvm": records.tvm_series(),
+            "measured": {
+                "median_us": round(result.best_us or 0.0, 3),
+                "default_us": None if result.default_us is None else round(result.default_us, 3),
+                "cpu": host_cpu(), "threads": self.threads, "cases": case_us,
+                "trials": {"ok": result.ok, "failed": sum(result.failures.values())}, "date": machine.stamp()["date"],
+            },
+        }  # fmt: skip

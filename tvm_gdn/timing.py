@@ -1,0 +1,86 @@
+"""Times several calls in turns, so that drift and other load on the machine fall on all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+#: A sample shorter than this holds several calls, so that reading the clock does not count.
+_SAMPLE_SECONDS = 20e-6
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call: median and quartiles of all samples, and the median of every round."""
+
+    us: float
+    q1: float
+    q3: float
+    rounds: tuple[float, ...]
+
+    def to_json(self) -> dict[str, float]:
+        """Plain data for reports."""
+        return {"median": round(self.us, 3), "q1": round(self.q1, 3), "q3": round(self.q3, 3)}
+
+
+def ratio(numerator: Timing, denominator: Timing) -> float:
+    """Median over the rounds of the quotient of two timings: drift between rounds cancels."""
+    return median(a / b for a, b in zip(numerator.rounds, denominator.rounds, strict=True))
+
+
+def difference(minuend: Timing, subtrahend: Timing) -> float:
+    """Median over the rounds of the difference of two timings, in microseconds."""
+    return median(a - b for a, b in zip(minuend.rounds, subtrahend.rounds, strict=True))
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, rounds: int = 7) -> dict[str, Timing]:
+    """Time calls in rounds of A, B, C, A, B, C.
+
+    Parameters
+    ----------
+    calls : mapping
+        Callables without arguments, by name.
+    seconds : float
+        Time to spend on each call, all rounds together.
+    rounds : int
+        Number of rounds. In each, a call runs once to warm the caches, then at least once to be measured.
+
+    Returns
+    -------
+    dict of Timing
+    """
+    samples: dict[str, list[list[float]]] = {name: [] for name in calls}
+    inner = {name: _calls_per_sample(call) for name, call in calls.items()}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name].append(_samples(call, inner[name], seconds / rounds))
+    return {name: _summary(taken) for name, taken in samples.items()}
+
+
+def _calls_per_sample(call: Callable[[], object]) -> int:
+    call()
+    start = time.perf_counter()
+    call()
+    return max(1, min(1000, int(_SAMPLE_SECONDS / (time.perf_counter() - start))))
+
+
+def _samples(call: Callable[[], object], inner: int, seconds: float) -> list[float]:
+    call()
+    taken = []
+    end = time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        for _ in range(inner):
+            call()
+        now = time.perf_counter()
+        taken.append(1e6 * (now - start) / inner)
+        if now > end:
+            return taken
+
+
+def _summary(taken: list[list[float]]) -> Timing:
+    everything = [sample for part in taken for sample in part]
+    q1, middle, q3 = quantiles(everything, n=4, method="inclusive") if len(everything) > 1 else everything * 3
+    return Timing(us=middle, q1=q1, q3=q3, rounds=tuple(median(part) for part in taken))

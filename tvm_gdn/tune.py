@@ -1,0 +1,229 @@
+"""``tvm_gdn tune``: searches the knobs of schedules for the fastest right candidate, and records it.
+
+Every operator and tuning key of the benchmark shapes is a search of its own (`search.py`). What was measured is kept after every
+trial (`study.py`), so that a run which was interrupted or killed resumes; candidates run in
+a process apart (`worker.py`, `measure.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from tvm_gdn import arguments, dispatch, env, models, records, report_text
+from tvm_gdn.errors import ArgumentError, TargetError, TuneError
+from tvm_gdn.ops import OPS
+from tvm_gdn.search import Crew, Options, Result, Search
+from tvm_gdn.spec import Geometry, OpSpec
+from tvm_gdn.target import TargetSpec, resolve, runnable
+
+_log = logging.getLogger("tvm_gdn")
+
+
+@dataclass
+class Report:
+    """Outcome of a tuning run."""
+
+    target: str
+    file: Path
+    results: list[Result]
+    interrupted: bool = False
+
+    def table(self) -> str:
+        """One line per operator and tuning key."""
+
+        def number(value: float | None) -> str:
+            return "-" if value is None else f"{value:.1f}"
+
+        rows = []
+        for result in self.results:
+            gain = f"{result.default_us / result.best_us:.2f}x" if result.default_us and result.best_us else "-"
+            knobs = " ".join(f"{name}={value}" for name, value in (result.knobs or {}).items()) or "-"
+            trials = f"{result.ok} ok, {sum(result.failures.values())} failed"
+            rows.append([result.op, result.geometry, number(result.default_us), number(result.best_us), gain, knobs, trials])
+        return report_text.table(
+            ["operator", "tuning key", "default us", "best us", "gain", "knobs", "trials"], rows, right=(2, 3, 4)
+        )
+
+
+def tune(
+    target: str = "auto",
+    op: Sequence[str] | str | None = None,
+    model: str | None = None,
+    *,
+    timeout: float | None = None,
+    storage: str | None = None,
+    output: str | Path | None = None,
+    options: Options = Options(),  # noqa: B008 - frozen
+) -> Report:
+    """Search for faster schedules on this machine and record them.
+
+    Parameters
+    ----------
+    target : str
+        Name of a target that this machine can run, or ``auto``.
+    op : str or sequence of str, optional
+        Operators; default all.
+    model : str, optional
+        Only benchmark shapes of this model.
+    timeout : float, optional
+        Seconds after which no further trial starts; what is left is shared evenly by the searches that are still to come.
+    storage : str, optional
+        Journal file or RDB URL of the studies, which several processes and machines may share. Default: in the cache folder.
+    output : str or Path, optional
+        File of records. Default: this user's own, in the cache folder.
+    options : Options
+        How to search.
+
+    Returns
+    -------
+    Report
+        Records have been written for every result that has one. After Ctrl-C it has what was found so far.
+
+    Raises
+    ------
+    TuneError
+        Nothing could be measured, or there is nothing to tune.
+    ArgumentError, TargetError
+        An unknown operator, model or target, or one that this machine cannot run.
+    """
+    chosen = _target(target)
+    tasks = _tasks(chosen, [op] if isinstance(op, str) else op, model)
+    file = Path(output) if output is not None else records.user_file(chosen.name)
+    place = storage or str(env.cache_dir() / "studies" / f"{chosen.name}.journal")
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    report = Report(chosen.name, file, [])
+    with Crew(options.jobs) as crew, _graceful_interrupt() as stop, logging_redirect_tqdm([_log]):
+        for position, (spec, geometry, key) in enumerate(tasks):
+            if stop.is_set():
+                break
+            now = time.monotonic()
+            share = now + (deadline - now) / (len(tasks) - position)
+            result = Search(spec, geometry, key, chosen, options).run(place, crew, share, stop)
+            report.results.append(result)
+            if result.record is not None:
+                records.store(file, chosen.name, [result.record])
+        report.interrupted = stop.is_set()
+    dispatch.reset()
+    if not report.interrupted and not any(result.record for result in report.results):
+        problems = "\n".join(f"  {result.problem()}" for result in report.results)
+        raise TuneError(f"nothing was measured for {chosen.name}, no record was written:\n{problems}")
+    return report
+
+
+def _target(text: str) -> TargetSpec:
+    lacking = [name for name in ("optuna", "tvm") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise TuneError(f"tuning needs {' and '.join(lacking)}: pip install 'tvm_gdn[tune]'")
+    target = runnable(resolve(text))
+    if text.startswith("{"):
+        raise TargetError("a target given as JSON has no name to record under: make it a file of targets/ first")
+    if target.device != "cpu":
+        raise TargetError(f"target {target.name} runs on {target.device}; tune measures CPU targets only so far")
+    return target
+
+
+def _tasks(target: TargetSpec, ops: Sequence[str] | None, model: str | None) -> list[tuple[OpSpec, Geometry, str]]:
+    """Operators, with a geometry of every tuning key that occurs in their benchmark shapes."""
+    unknown = sorted(set(ops or ()) - set(OPS))
+    if unknown:
+        raise ArgumentError(f"op {', '.join(unknown)} is not known; allowed: {', '.join(OPS)}")
+    facts = None if model is None else models.model(model)
+    found: dict[tuple[str, str], tuple[OpSpec, Geometry, str]] = {}
+    for spec in (OPS[name] for name in ops or OPS):
+        for case in spec.bench:
+            if facts is None or facts.has(case):
+                geometry = arguments.geometry_of_case(spec, case)
+                key = records.tuning_key(spec, geometry)
+                found.setdefault((spec.name, key), (spec, geometry, key))
+    if not found:
+        raise TuneError(f"no benchmark shape of {', '.join(ops or OPS)} belongs to {model}: nothing to tune for {target.name}")
+    return list(found.values())
+
+
+@contextmanager
+def _graceful_interrupt() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets: the current trial is finished and the best is written. A second Ctrl-C stops at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        _log.warning("interrupted: the current trial is finished and the best is written; Ctrl-C again to stop at once")
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments."""
+    arguments.add_target(parser)
+    arguments.add_op(parser, "tune this operator (may be repeated; default: all)")
+    parser.add_argument("--model", metavar="NAME", help=f"only the shapes of this model; one of: {', '.join(models.MODELS)}")
+    parser.add_argument(
+        "--trials", type=int, default=Options.trials, metavar="N",
+        help="candidates per operator and tuning key, earlier runs and other processes included (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--timeout", type=float, metavar="S", help="start no further trial after this many seconds")
+    parser.add_argument(
+        "--trial-timeout", type=float, default=Options.trial_timeout, metavar="S",
+        help="seconds for compiling and checking one candidate, and again for timing it (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--storage", metavar="PATH",
+        help="journal file, or RDB URL of Optuna, that keeps the trials; several processes and machines may share one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE",
+        help="where records go (default: this user's own, in the cache folder); schedules/TARGET.json ships with the package",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=int, default=Options.jobs, metavar="N",
+        help="candidates compiled and checked at once; timing is always done alone (default: %(default)s)",
+    )  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the subcommand.
+
+    Returns
+    -------
+    int
+        0; 1 if some operator has no record; 130 after Ctrl-C.
+    """
+    for name in ("trials", "trial_timeout", "jobs"):
+        if getattr(args, name) <= 0:
+            raise ArgumentError(f"--{name.replace('_', '-')} must be positive, got {getattr(args, name)}")
+    report = tune(
+        args.target, args.op, args.model, timeout=args.timeout, storage=args.storage, output=args.output,
+        options=Options(args.trials, args.trial_timeout, args.jobs),
+    )  # fmt: skip
+    report_text.emit(report.table())
+    written = sum(result.record is not None for result in report.results)
+    report_text.emit(f"\n{written} records for {report.target} in {report.file}" if written else "\nno record was written")
+    if report.interrupted:
+        return 130
+    for result in report.results:
+        if result.record is None:
+            _log.error("no record of %s", result.problem())
+    return 0 if written == len(report.results) else 1
