@@ -31,16 +31,19 @@ Wanted = tuple[OpSpec, Geometry]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments."""
     arguments.add_target(parser)
-    parser.add_argument("--model", metavar="NAME", help=f"every kernel that this model needs; one of: {', '.join(models.MODELS)}")
+    parser.add_argument(
+        "--model", metavar="NAME", help=f"every kernel that this model needs; one of: {', '.join(models.MODELS)}"
+    )
     arguments.add_op(parser, "one operator (with --dims or --geometry), or those of the model's operators to build")
     parser.add_argument(
         "--dims",
         action="append",
         default=[],
         metavar="NAME=VALUE,...",
-        help="what one kernel of --op serves, for example K=128,V=128,dtype=bfloat16,state=float32: static axes, dtype (of q, k, v), state (its dtype), index (int32 or int64), "
-        "with=NAME+NAME (the optional tensors that calls pass), switches such as state_v_first=1, or TENSOR=DTYPE; what is left "
-        "out is as in the operator's first benchmark shape; may be repeated",
+        help="what one kernel of --op serves, for example K=128,V=128,dtype=bfloat16,state=float32: static axes, "
+        "dtype (of q, k, v), state (its dtype), index (int32 or int64), with=NAME+NAME (optional tensors that calls "
+        "pass), switches such as state_v_first=1, or TENSOR=DTYPE; what is left out is as in the operator's first "
+        "benchmark shape; may be repeated",
     )
     parser.add_argument(
         "--geometry",
@@ -50,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same as JSON, as the error about a missing kernel prints it; may be repeated",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="PATH", help="folder of the pack; default: in the cache folder, where calls look for packs"
+        "-o", "--output", type=Path, metavar="PATH", help="folder of the pack; default: in the cache, where calls look"
     )
     parser.add_argument("--force", action="store_true", help="replace the pack at PATH")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="compiling processes; default: one per core")
@@ -63,15 +66,15 @@ def main(args: argparse.Namespace) -> int:
     inside_cache = args.output is None
     folder = env.cache_dir() / "packs" / f"{name}-{target.name}" if inside_cache else args.output.resolve()
     check_output(folder, replace=args.force or inside_cache)
-    entries = build_pack(wanted, target, folder, args.jobs)
+    kernels = build_pack(wanted, target, folder, args.jobs)
     rows = []
-    for op in dict.fromkeys(entry["op"] for entry in entries):
-        own = [entry for entry in entries if entry["op"] == op]
-        origins = [entry["schedule"] for entry in own]
+    for op in dict.fromkeys(kernel.spec.name for kernel in kernels):
+        own = [kernel for kernel in kernels if kernel.spec.name == op]
+        origins = [kernel.schedule for kernel in own]
         schedules = ", ".join(f"{origins.count(origin)} {origin}" for origin in dict.fromkeys(origins))
-        size = sum((folder / entry["file"]).stat().st_size for entry in own)
+        size = sum(kernel.file.stat().st_size for kernel in own)
         rows.append((op, str(len(own)), size_text(size), schedules))
-    emit(f"{target.name}: {len(entries)} kernels\n")
+    emit(f"{target.name}: {len(kernels)} kernels\n")
     emit(table(("operator", "geometries", "size", "schedule"), rows, right=(1, 2)))
     emit(f"\n{folder}")
     if inside_cache or any(folder in (path, *path.glob("*")) for path in dispatch.pack_folders()):
@@ -97,15 +100,17 @@ def selection(args: argparse.Namespace) -> tuple[list[Wanted], str]:
         return wanted, "-".join([args.model, *(args.op or ())])
     if not explicit or not args.op or len(args.op) != 1:
         raise ArgumentError(
-            "say what to build: --model NAME, or one --op OP with --dims (for example --op packed_decode_gated_delta_rule "
-            "--dims K=128,V=128,dtype=bfloat16) or --geometry"
+            "say what to build: --model NAME, or one --op OP with --dims (for example --op "
+            "packed_decode_gated_delta_rule --dims K=128,V=128,dtype=bfloat16) or --geometry"
         )
     spec = OPS[args.op[0]]
     geometries = [arguments.parse_dims(spec, text) for text in args.dims]
     geometries += [arguments.parse_geometry(spec, text) for text in args.geometry]
     keys = sorted({geometry.key for geometry in geometries})
     # Builds of other geometries of the same operator must not replace each other.
-    return [(spec, geometry) for geometry in geometries], f"{spec.name}-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:8]}"
+    return [
+        (spec, geometry) for geometry in geometries
+    ], f"{spec.name}-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:8]}"
 
 
 def check_output(folder: Path, *, replace: bool) -> None:
@@ -124,7 +129,7 @@ def check_output(folder: Path, *, replace: bool) -> None:
         raise ArgumentError(f"-o {folder}: a pack is there already; choose another path, or replace it with --force")
 
 
-def build_pack(wanted: Iterable[Wanted], target: TargetSpec, folder: Path, jobs: int = 0) -> list[dict[str, object]]:
+def build_pack(wanted: Iterable[Wanted], target: TargetSpec, folder: Path, jobs: int = 0) -> list[packs.BuiltKernel]:
     """Compile kernels, or take them from the cache, and write them as one pack.
 
     Parameters
@@ -140,8 +145,8 @@ def build_pack(wanted: Iterable[Wanted], target: TargetSpec, folder: Path, jobs:
 
     Returns
     -------
-    list of dict
-        The kernels' entries in the manifest.
+    list of BuiltKernel
+        The pack's kernels, as they lie in the cache.
 
     Raises
     ------
@@ -165,8 +170,7 @@ def build_pack(wanted: Iterable[Wanted], target: TargetSpec, folder: Path, jobs:
         if "launcher" in pack.manifest:
             launcher = pack.file(pack.manifest["launcher"]["file"], pack.manifest["launcher"]["sha256"])
     packs.write(folder, target, build.required_features(target), kernels, launcher)
-    manifest = json.loads((folder / packs.MANIFEST).read_text(encoding="utf-8"))
-    return list(manifest["kernels"])
+    return kernels
 
 
 def _cached(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> packs.Pack:

@@ -25,14 +25,16 @@ def add_target(parser: argparse.ArgumentParser) -> None:
         "--target",
         metavar="NAME",
         default=env.target_name(),
-        help=f"auto (the best that this CPU runs; default), or one of: {', '.join(target_names())}; or a JSON object with "
-        "the fields of a file in targets/",
+        help=f"auto (the best that this CPU runs; default), or one of: {', '.join(target_names())}; or a JSON object "
+        "with the fields of a file in targets/",
     )
 
 
 def add_op(parser: argparse.ArgumentParser, what: str) -> None:
     """Add ``--op``, which may be repeated."""
-    parser.add_argument("--op", action="append", choices=list(OPS), metavar="OP", help=f"{what}; one of: {', '.join(OPS)}")
+    parser.add_argument(
+        "--op", action="append", choices=list(OPS), metavar="OP", help=f"{what}; one of: {', '.join(OPS)}"
+    )
 
 
 def use_target(text: str) -> TargetSpec:
@@ -100,7 +102,9 @@ def parse_dims(spec: OpSpec, text: str) -> Geometry:
             case["with"] = tuple(filter(None, value.split("+")))
             unknown = sorted(set(case["with"]) - set(optional))
             if unknown:
-                raise ArgumentError(f"--dims with={value}: {', '.join(unknown)}: allowed for {spec.name}: {', '.join(optional)}")
+                raise ArgumentError(
+                    f"--dims with={value}: {', '.join(unknown)}: allowed for {spec.name}: {', '.join(optional)}"
+                )
         elif key in spec.static_attrs:
             case[key] = bool(_integer(key, value))
         elif key in tensors:
@@ -138,8 +142,8 @@ def parse_geometry(spec: OpSpec, text: str) -> Geometry:
         geometry = Geometry.from_json(json.loads(text))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArgumentError(
-            f"--geometry: not the JSON of a geometry ({error!r}); copy it from the message that names the missing kernel, or "
-            "use --dims"
+            f"--geometry: not the JSON of a geometry ({error!r}); copy it from the message that names the missing "
+            "kernel, or use --dims"
         ) from error
     return checked_geometry(spec, geometry)
 
@@ -163,7 +167,10 @@ def checked_geometry(spec: OpSpec, geometry: Geometry) -> Geometry:
         if dtype not in tensors[name].dtypes:
             wrong.append(f"{name}: {dtype!r} is not allowed; allowed: {', '.join(tensors[name].dtypes)}")
         elif roles.setdefault(tensors[name].dtype_role, dtype) != dtype:
-            wrong.append(f"{name}: {dtype} differs from the {roles[tensors[name].dtype_role]} of the other {tensors[name].dtype_role}")
+            role = tensors[name].dtype_role
+            wrong.append(
+                f"{name}: {dtype} differs from the other tensors of the role {role!r}, which are {roles[role]}"
+            )
     if wrong:
         raise ArgumentError(f"{spec.name} has no such geometry: {'; '.join(wrong)}")
     return geometry

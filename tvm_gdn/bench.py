@@ -6,31 +6,21 @@ The floor is a plain torch copy of as many bytes as the operator must at least m
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from tvm_gdn import arguments, bench_text, cases, contenders, dispatch, env, machine, models, parity
+from tvm_gdn import aot, arguments, bench_calls, bench_text, cases, contenders, dispatch, env, machine, models, parity
 from tvm_gdn.check import geometry_of
 from tvm_gdn.digest import version_of
-from tvm_gdn.errors import ArgumentError, KernelError
+from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import OPS
 from tvm_gdn.report_text import checked_destination, deliver
-from tvm_gdn.spec import OpSpec
+from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import resolve, runnable
-from tvm_gdn.timing import Timing, difference, interleaved, ratio
-
-#: Sizes of a call that does next to nothing, on which the cost of calling is measured.
-_TINY = {"H": 1, "HV": 1, "K": 8, "V": 8, "M": 1}
-#: The operator whose first call is timed.
-_FIRST = "packed_decode_gated_delta_rule"
+from tvm_gdn.timing import interleaved, ratio
 
 Case = Mapping[str, Any]
 
@@ -39,17 +29,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments."""
     arguments.add_target(parser)
     arguments.add_op(parser, "measure this operator only; may be repeated")
-    parser.add_argument("--model", metavar="NAME", help=f"only shapes of this model: {', '.join(models.MODELS)}")
-    parser.add_argument("--case", metavar="TEXT", default="", help="only shapes whose name contains all words of TEXT: 'B8 fp32'")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and of the kernels; default: torch's own choice")
-    parser.add_argument("--seconds", type=float, default=0.5, metavar="S", help="time for each candidate and shape (default 0.5)")
+    parser.add_argument(
+        "--model", metavar="NAME", help=f"only shapes of this model; one of: {', '.join(models.MODELS)}"
+    )
+    parser.add_argument(
+        "--case", metavar="TEXT", default="", help="only shapes with all words of TEXT, such as 'B8 fp32'"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads of torch and kernels; default: torch's choice"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, metavar="S", help="time for each candidate and shape (default 0.5)"
+    )
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="also torch.compile of the reference (it compiles for a minute or so) and transformers' recurrence, on decode shapes",
+        help="on one-token shapes also torch.compile of the reference (slow to compile) and transformers' recurrence",
     )
-    parser.add_argument("--no-calls", action="store_true", help="leave out the call overhead and the first call in a fresh process")
-    parser.add_argument("--json", metavar="FILE", help="also write everything to FILE as JSON; - for stdout, instead of the tables")
+    parser.add_argument("--no-calls", action="store_true", help="leave out the call overhead and the first call")
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write everything to FILE as JSON; - prints it instead of the tables"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -66,15 +66,19 @@ def main(args: argparse.Namespace) -> int:
     chosen = list(_chosen(args))
     if not chosen:
         raise ArgumentError("no benchmark shape is left: --op, --model and --case exclude all of them")
-    tiny = [] if args.no_calls else [(OPS[name], tiny_case(OPS[name])) for name in dict.fromkeys(spec.name for spec, _ in chosen)]
+    tiny = (
+        []
+        if args.no_calls
+        else [(OPS[name], bench_calls.tiny_case(OPS[name])) for name in dict.fromkeys(spec.name for spec, _ in chosen)]
+    )
     _compile_together([*chosen, *tiny])
     bar = tqdm(chosen, desc="measuring", unit="shape", disable=None)
     measured = [measure(spec, case, args.seconds, peers=args.peers) for spec, case in bar]
     report = {
-        "format": 1, **machine.stamp(), "target": target.name, "threads": torch.get_num_threads(), "seconds": args.seconds,
-        "peers": args.peers, "cases": measured,
-        "calls": [call_cost(spec, case, args.seconds) for spec, case in tiny],
-        "first_call": None if args.no_calls else first_calls(),
+        "format": 1, **machine.stamp(), "target": target.name, "threads": torch.get_num_threads(),
+        "seconds": args.seconds, "peers": args.peers, "cases": measured,
+        "calls": [bench_calls.call_cost(spec, case, args.seconds) for spec, case in tiny],
+        "first_call": None if args.no_calls else bench_calls.first_calls(),
     }  # fmt: skip
     deliver(report, bench_text.render(report), args.json)
     return 0 if all(row["passed"] for row in measured) else 1
@@ -90,18 +94,18 @@ def _chosen(args: argparse.Namespace) -> Iterator[tuple[OpSpec, Case]]:
 
 
 def _compile_together(wanted: list[tuple[OpSpec, Case]]) -> None:
-    """Compile what is missing in one go: one by one, every kernel would import tvm anew."""
-    packs_found, _ = dispatch.usable_packs()
-    if packs_found or env.jit_disabled() or version_of("apache-tvm") == "none":
+    """Compile what no pack holds in one go: one by one, every kernel would import tvm anew."""
+    if env.jit_disabled() or version_of("apache-tvm") == "none":
         return
+    packed = {
+        (entry["op"], Geometry.from_json(entry["geometry"]).key)
+        for pack in dispatch.usable_packs()[0]
+        for entry in pack.manifest["kernels"]
+    }
     pairs = [(spec, arguments.geometry_of_case(spec, case)) for spec, case in wanted]
-    dispatch.prebuild(pairs, resolve(env.target_name()))
-
-
-def tiny_case(spec: OpSpec) -> dict[str, Any]:
-    """The operator's first benchmark shape with every axis as small as it gets."""
-    case = arguments.small_case(spec, spec.bench[0])
-    return {name: _TINY.get(name, value) for name, value in case.items()}
+    lacking = [(spec, geometry) for spec, geometry in pairs if (spec.name, geometry.key) not in packed]
+    if lacking:
+        aot.compile_all(lacking, resolve(env.target_name()))
 
 
 def measure(spec: OpSpec, case: Case, seconds: float, *, peers: bool) -> dict[str, Any]:
@@ -121,8 +125,8 @@ def measure(spec: OpSpec, case: Case, seconds: float, *, peers: bool) -> dict[st
     Returns
     -------
     dict
-        Ready for JSON: ``errors`` and ``limits`` (RMS ratio to the float64 reference) by tensor, ``bytes`` and ``flops`` (the
-        floor), ``us`` by contender, and ratios: above 1 means that this package is faster.
+        Ready for JSON: ``errors`` and ``limits`` (RMS ratio to the float64 reference) by tensor, ``bytes`` and
+        ``flops`` (the floor), ``us`` by contender, and ratios: above 1 means that this package is faster.
     """
     result = parity.check_case(spec, case)
     peer_errors, peer_notes = _peer_errors(spec, case) if peers else ({}, {})
@@ -135,7 +139,10 @@ def measure(spec: OpSpec, case: Case, seconds: float, *, peers: bool) -> dict[st
     if moved:
         calls["copy"] = contenders.copy_call(moved)
     calls["reference"] = contenders.reference_call(spec, inputs)
-    calls |= {name: contenders.PEERS[name](spec, inputs) for name in peer_errors}
+    for name in peer_errors:
+        call = contenders.PEERS[name](spec, inputs)
+        assert call is not None  # it has an error, so it ran
+        calls[name] = call
     times = interleaved(calls, seconds)
     ours = times["tvm_gdn"]
     return {
@@ -150,92 +157,22 @@ def measure(spec: OpSpec, case: Case, seconds: float, *, peers: bool) -> dict[st
 
 def _peer_errors(spec: OpSpec, case: Case) -> tuple[dict[str, float], dict[str, str]]:
     """Error of every peer's first output, and why other peers do not take part."""
-    if case.get("T", 1) != 1 or spec.algorithm != "recurrent":
+    if case.get("T", 1) != 1:
+        # torch.compile unrolls the loop over the tokens: with hundreds of them it compiles for hours.
         return {}, {}
-    arguments_ = cases.draw(spec, case)
-    want = next(iter(parity.expected(spec, arguments_).values()))
-    errors, notes = {}, {}
+    inputs = cases.draw(spec, case)
+    want = next(iter(parity.expected(spec, inputs).values()))
+    errors: dict[str, float] = {}
+    notes: dict[str, str] = {}
     for name, make in contenders.PEERS.items():
         try:
-            got = make(spec, cases.clone(arguments_))()
-        except Exception as error:  # noqa: BLE001 - a peer that fails in its own way is left out, with its reason
+            call = make(spec, cases.clone(inputs))
+            if call is None:
+                continue
+            got: Any = call()
+        except Exception as error:
+            # A peer may fail in its own way: it is left out, with its reason.
             notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
         errors[name] = parity.rms_ratio(got[0] if isinstance(got, tuple) else got, want)
     return errors, notes
-
-
-def call_cost(spec: OpSpec, case: Case, seconds: float) -> dict[str, Any]:
-    """What a call costs above the bare kernel, in microseconds, and where it goes.
-
-    Returns
-    -------
-    dict
-        ``public``, ``operator`` (torch operator), ``kernel`` and ``allocation`` (outputs) as medians, ``overhead``: public
-        minus kernel.
-    """
-    inputs = contenders.steady(spec, case)
-    _, kernel = contenders.kernel_call(spec, inputs)
-    if kernel is None:
-        raise KernelError(f"{spec.name} is not served by compiled code: {dispatch.served_by(spec.name)}")
-    calls = {
-        "public": contenders.public_call(spec, inputs),
-        "operator": contenders.operator_call(spec, inputs),
-        "kernel": kernel,
-        "allocation": contenders.allocation_call(spec, inputs),
-    }
-    times: dict[str, Timing] = interleaved(calls, seconds, rounds=15)
-    return {
-        "op": spec.name, "case": cases.label(case), **{name: round(timing.us, 3) for name, timing in times.items()},
-        "overhead": round(difference(times["public"], times["kernel"]), 3),
-    }  # fmt: skip
-
-
-_FIRST_CALL = """
-import json, sys, time
-import tvm_gdn
-start = time.perf_counter()
-from tvm_gdn import cases, contenders, dispatch
-spec = tvm_gdn.OPS[sys.argv[1]]
-call = contenders.public_call(spec, cases.draw(spec, json.loads(sys.argv[2])))
-ready = time.perf_counter()
-call()
-end = time.perf_counter()
-print(json.dumps({"from_import_ms": 1e3 * (end - start), "call_ms": 1e3 * (end - ready), "served_by": dispatch.served_by(spec.name)}))
-"""
-
-
-def first_calls() -> dict[str, Any]:
-    """Time of the first call in a fresh process, with its kernel in a pack, and with nothing but the compiler.
-
-    Returns
-    -------
-    dict
-        ``pack`` and ``compiler`` (None where it is not installed), each with ``from_import_ms`` (from ``import tvm_gdn`` to the
-        result, inputs included), ``call_ms``, ``served_by`` and ``log``.
-    """
-    spec = OPS[_FIRST]
-    case = arguments.small_case(spec, spec.bench[0])
-    target = runnable(resolve(env.target_name()))
-    geometry = arguments.geometry_of_case(spec, case)
-    dispatch.lookup(spec, geometry, target.device)
-    # A kernel of the cache is a pack of one; where a pack served the call above, that pack serves again.
-    single = env.cache_dir() / "kernels" / dispatch.kernel_key(spec, geometry, target)
-    path = os.pathsep.join(map(str, [*env.pack_path(), *([single] if single.is_dir() else [])]))
-    found: dict[str, Any] = {"op": spec.name, "geometry": str(geometry)}
-    found["pack"] = _first_call(spec, case, {"TVM_GDN_PACK_PATH": path, "TVM_GDN_DISABLE_JIT": "1"})
-    found["compiler"] = None
-    if version_of("apache-tvm") != "none":
-        with tempfile.TemporaryDirectory(prefix="tvm_gdn-bench-") as empty:
-            changes = {"TVM_GDN_CACHE_DIR": empty, "TVM_GDN_PACK_PATH": "", "TVM_GDN_DISABLE_JIT": "0", "TVM_GDN_LOG": "INFO"}
-            found["compiler"] = _first_call(spec, case, changes)
-    return found
-
-
-def _first_call(spec: OpSpec, case: Case, changes: Mapping[str, str]) -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **changes}
-    command = [sys.executable, "-c", _FIRST_CALL, spec.name, json.dumps(case)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise KernelError(f"the first call in a fresh process failed:\n{done.stderr.strip()}")
-    return {**json.loads(done.stdout.splitlines()[-1]), "log": done.stderr.strip().splitlines()}

@@ -27,6 +27,8 @@ from tvm_gdn.records import algorithm_digest
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, host_features, resolve
 
+#: C compilers that are looked for, first match first.
+COMPILERS = ("cc", "gcc", "clang")
 _LAUNCHER_FLAGS = ("-O2", "-fPIC", "-shared", "-ldl", "-lpthread")
 
 
@@ -147,9 +149,9 @@ def build_launcher(folder: Path) -> Path:
     BuildError
         No compiler, or it failed.
     """
-    compiler = next((path for path in map(shutil.which, ("cc", "gcc", "clang")) if path), None)
+    compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     if compiler is None:
-        raise BuildError("no C compiler found (cc, gcc or clang): it links kernels; install one, or use a prebuilt pack")
+        raise BuildError(f"no C compiler found ({', '.join(COMPILERS)}): it links kernels; install one, or use a prebuilt pack")
     path = folder / LAUNCHER
     with resources.as_file(resources.files("tvm_gdn") / "csrc" / "omp_launcher.c") as source:
         done = subprocess.run(
@@ -189,7 +191,7 @@ def run_builder(
     from tvm_gdn.ops import OPS
 
     job = {
-        "target": target.name,
+        "target": target.text,
         "folder": str(folder),
         "kernels": [
             {"op": r.spec.name, "geometry": r.geometry.to_json(), "knobs": None if r.knobs is None else dict(r.knobs)}
@@ -242,7 +244,7 @@ def _main() -> None:
 
     job = json.load(sys.stdin)
     target, folder = resolve(job["target"]), Path(job["folder"])
-    built = []
+    built: list[dict[str, Any]] = []
     for entry in job["kernels"]:
         request = Request(OPS[entry["op"]], Geometry.from_json(entry["geometry"]), entry["knobs"])
         try:

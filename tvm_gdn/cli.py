@@ -1,7 +1,7 @@
-"""The command line: one table of subcommands; each lives in a module with ``add_arguments(parser)`` and ``main(args)``.
+"""The command line: one table of subcommands; each is a module with ``add_arguments(parser)`` and ``main(args)``.
 
-Results go to stdout, logs, progress and errors to stderr. Exit status: 0 done, 1 a check or comparison failed, 2 the command
-could not be carried out. Only the module of the subcommand that was asked for is imported.
+Results go to stdout, logs, progress and errors to stderr. Exit status: 0 done, 1 a check or comparison failed, 2 the
+command could not be carried out. Only the module of the subcommand that was asked for is imported.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ COMMANDS = {
     "demo": _Command(
         "demo",
         "decode with a small Qwen3-Next, with and without tvm_gdn",
-        "Build a small Qwen3-Next with random weights (no download), decode greedily with and without tvm_gdn, say whether the "
-        "tokens are equal, and time both; then time one decode step at the size of the published 80B model.",
+        "Build a small Qwen3-Next with random weights (no download), decode greedily with and without tvm_gdn, say "
+        "whether the tokens are equal, and time both; then time a decode step at the size of the published 80B model.",
     ),
     "list": _Command(
         "listing",
@@ -56,14 +56,15 @@ COMMANDS = {
     "build": _Command(
         "aot",
         "compile kernels ahead of time into a pack",
-        "Compile kernels ahead of time into one folder, a pack. Programs then start without compiling, and on machines "
-        "that have no compiler. Say what to compile with --model, or with --op and --dims, or with --op and --geometry.",
+        "Compile kernels ahead of time into one folder, a pack. Programs then start without compiling, and on "
+        "machines that have no compiler. Say what to compile with --model, with --op and --dims, or with --op and "
+        "--geometry.",
     ),
     "tune": _Command(
         "tune",
         "search for faster schedules on this machine",
-        "Measure candidate schedules on this machine and record the fastest; everything measured is kept, and a run that "
-        "was interrupted resumes.",
+        "Measure candidate schedules on this machine and record the fastest; everything measured is kept, and a run "
+        "that was interrupted resumes.",
     ),
     "bench": _Command(
         "bench",
@@ -74,8 +75,8 @@ COMMANDS = {
     "parity": _Command(
         "parity_command",
         "hold every operator against the float64 reference",
-        "Compile every operator for a target, run all its cases, and compare with the float64 reference. Exit status 1 if a "
-        "case fails.",
+        "Compile every operator for a target, run all its cases, and compare with the float64 reference. Exit status 1 "
+        "if a case fails.",
     ),
 }
 

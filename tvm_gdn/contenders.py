@@ -23,15 +23,15 @@ Call = Callable[[], object]
 def steady(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a case with next to no decay.
 
-    A timed loop applies a decay thousands of times to one state: at the cases' own rates it would reach denormal numbers,
-    which slow down every contender and which no model has.
+    A timed loop applies a decay thousands of times to one state: at the cases' own rates it would reach denormal
+    numbers, which slow down every contender and which no model has.
     """
     arguments = cases.draw(spec, case)
-    with torch.no_grad():
+    if any(tensor.mutated for tensor in spec.tensors):
         if arguments.get("g") is not None:
-            arguments["g"].mul_(1e-4)
-        if "use_qk_l2norm_in_kernel" in arguments and arguments.get("A_log") is not None:
-            arguments["A_log"].fill_(-12.0)
+            arguments["g"].mul_(1e-6)
+        if arguments.get("A_log") is not None:
+            arguments["A_log"].fill_(-16.0)
     return arguments
 
 
@@ -53,7 +53,7 @@ def public_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
 
 
 def kernel_call(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[dispatch.Served, Call | None]:
-    """What serves the case, and its loaded kernel on outputs that exist already (None where the reference serves it)."""
+    """What serves the case, and its kernel on outputs that exist already (None where the reference serves it)."""
     geometry = geometry_of(spec, arguments)
     served = dispatch.lookup(spec, geometry, "cpu")
     if served.kernel is None:
@@ -98,17 +98,19 @@ def compiled_reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
     return functools.partial(compiled, **arguments)
 
 
-def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:  # noqa: ARG001 - the form of every contender
-    """transformers' recurrence on the same tensors.
+def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None:
+    """The recurrence of transformers on the same tensors; None for operators that are no recurrence.
 
-    It takes gates that are computed and one state per sequence: those operators that do both inside are given a head start here,
-    because gates, splitting and the look-up of slots are done before the clock starts.
+    It takes gates that are computed and one state per sequence. Next to operators that do this inside it has a head
+    start: gates, splitting and the look-up of slots are done before the clock starts.
 
     Raises
     ------
     TvmGdnError
         transformers is not installed.
     """
+    if spec.algorithm != "recurrent":
+        return None
     try:
         from transformers.models.qwen3_next import modeling_qwen3_next
     except ImportError as error:
@@ -130,7 +132,8 @@ def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:  # no
 
 
 def _unpacked(arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mixed, K, V = arguments["mixed_qkv"], *arguments["initial_state_source"].shape[-2:]
+    mixed: torch.Tensor = arguments["mixed_qkv"]
+    K, V = arguments["initial_state_source"].shape[-2:]
     heads = arguments["A_log"].shape[0]
     keys = (mixed.shape[1] - heads * V) // 2
     q, k, v = mixed.split([keys, keys, heads * V], dim=1)
@@ -142,8 +145,8 @@ def _gates(arguments: Mapping[str, Any], lead: torch.Size) -> tuple[torch.Tensor
     return g.view(*lead, -1), beta.view(*lead, -1)
 
 
-#: Others that compute a decode step; `tvm_gdn bench --peers`.
-PEERS: dict[str, Callable[[OpSpec, Mapping[str, Any]], Call]] = {
+#: Others that compute the same, for `tvm_gdn bench --peers`.
+PEERS: dict[str, Callable[[OpSpec, Mapping[str, Any]], Call | None]] = {
     "torch_compile": compiled_reference_call,
     "transformers": transformers_call,
 }

@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import json
 import logging
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tvm_gdn.errors import ArgumentError, TvmGdnError
+from tvm_gdn.report_text import as_json, emit
 
 __all__ = ["main", "run"]
 
@@ -274,6 +273,13 @@ def _lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments."""
+    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens to generate (default 32)")
+    parser.add_argument("--prompt-tokens", type=int, default=24, metavar="N", help="length of the prompt (default 24)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
 def main(args: argparse.Namespace) -> int:
     """Run the demo with the command line's ``tokens``, ``prompt_tokens`` and ``json``; return the exit status.
 
@@ -283,8 +289,8 @@ def main(args: argparse.Namespace) -> int:
         0 if the tokens with tvm_gdn equal those without, else 1.
     """
     result = run(args.tokens, args.prompt_tokens)
-    print(json.dumps(result, indent=2) if args.json else "\n".join(_lines(result)))
+    emit(as_json(result) if args.json else "\n".join(_lines(result)))
     if not result["decode"]["tokens_equal"]:
-        print("tvm_gdn demo: the patched model chose other tokens than the unpatched one", file=sys.stderr)
+        logging.getLogger("tvm_gdn").error("the patched model chose other tokens than the unpatched one")
         return 1
     return 0

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -185,11 +185,20 @@ def select_cases(spec: OpSpec, key: str) -> tuple[list[dict[str, Any]], list[dic
 
 
 def main() -> None:
-    """Serve requests until the parent closes the pipe."""
+    """Serve requests until the parent is gone."""
     folder = Path(sys.argv[1])
     # What compilers and kernels print on stdout must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    try:
+        _serve(answers, folder)
+    except BrokenPipeError:
+        pass  # The parent was killed while this process measured for it.
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _serve(answers: TextIO, folder: Path) -> None:
     import tvm  # noqa: F401 - here, and not inside the time of the first candidate
 
     bench: Bench | None = None
@@ -212,7 +221,6 @@ def main() -> None:
         faulthandler.cancel_dump_traceback_later()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:

@@ -12,6 +12,8 @@ features and, when a kernel is loaded, the file's hash; whatever differs is name
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import platform
 import shutil
@@ -128,12 +130,26 @@ def write(folder: Path, target: TargetSpec, requires: Iterable[str], kernels: li
             manifest["launcher"] = {"file": LAUNCHER, "sha256": file_digest(temporary / LAUNCHER)}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
+        _install(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _install(finished: Path, folder: Path) -> None:
+    """Rename a finished folder into its place; several processes may do so at once, and the last one stays."""
+    while True:
+        try:
+            finished.replace(folder)
+            return
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+        # Moved away as a whole: deleting it in its place would show readers a part of it.
+        old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        with contextlib.suppress(FileNotFoundError):
+            folder.replace(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def read(folder: Path) -> Pack:

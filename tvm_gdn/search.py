@@ -137,7 +137,7 @@ class Search:
         self.timed = measure.select_cases(spec, key)[0]
         self.result = Result(spec.name, key)
 
-    def run(self, storage: str, crew: Crew, deadline: float, stop: threading.Event) -> Result:
+    def run(self, storage: str, crew: Crew, deadline: float, remaining: int, stop: threading.Event) -> Result:
         """Measure until the trials, the space or the time are used up, then compare the best with the default.
 
         Parameters
@@ -148,6 +148,8 @@ class Search:
             The workers.
         deadline : float
             Value of ``time.monotonic()`` after which no trial starts.
+        remaining : int
+            Searches, with this one, that share the time until then evenly.
         stop : threading.Event
             No trial starts once it is set.
 
@@ -157,23 +159,29 @@ class Search:
         """
         try:
             space = schedule.knob_space(self.spec, self.geometry, self.target)
-            default = schedule.find_space(self.spec.algorithm, self.target)[0].default(self.geometry)
-            current = schedule.choose(self.spec, self.geometry, self.target)
+            study = self._study(space, storage)
+            if time.monotonic() >= deadline and not study.measured():
+                return self.result
             crew.open(self.spec, self.key, self.target, self.threads)
         except TuneError as error:
             self.result.failures[str(error)] += 1
             return self.result
-        study = self._study(space, storage)
-        first = [default] + [current.knobs] * (current.origin == "tuned")
+        default = schedule.find_space(self.spec.algorithm, self.target)[0].default(self.geometry)
+        current = schedule.choose(self.spec, self.geometry, self.target)
+        first = [default, current.knobs] if current.origin == "tuned" and current.knobs != default else [default]
         for knobs in first:
             study.suggest(knobs)
+        now = time.monotonic()
+        deadline = now + (deadline - now) / remaining
         self._explore(study, crew, deadline, stop)
         measured = study.measured()
         self.result.ok, self.result.failures = len(measured), Counter(study.failures())
-        if measured:
-            known = [knobs for _, knobs in measured]
-            finalists = [knobs for knobs in [*first, *known[:FINALISTS]] if knobs in known]
-            self._conclude(list({json.dumps(knobs): knobs for knobs in finalists}.values()), default, crew.workers[0])
+        known = [knobs for _, knobs in measured]
+        finalists: list[Knobs] = []
+        for knobs in [*first, *known[:FINALISTS]]:
+            if knobs in known and knobs not in finalists:
+                finalists.append(knobs)
+        self._conclude(finalists, default, crew.workers[0])
         return self.result
 
     def _study(self, space: dict[str, tuple[Any, ...]], storage: str) -> Study:
@@ -192,7 +200,9 @@ class Search:
     def _explore(self, study: Study, crew: Crew, deadline: float, stop: threading.Event) -> None:
         total = min(self.options.trials, study.size)
         name = f"{self.spec.name} [{self.result.geometry}]"
-        with tqdm(total=total, desc=name, unit="trial", disable=None, dynamic_ncols=True) as bar:
+        tried = len(study.measured()) + len(study.failures())
+        _log.info("tuning %s for %s: %d of %d points, %d tried earlier", name, self.target.name, total, study.size, tried)
+        with tqdm(total=total, initial=min(total, tried), desc=name, unit="trial", disable=None, dynamic_ncols=True) as bar:
             while True:
                 measured = study.measured()
                 bar.n = min(total, len(measured) + len(study.failures()))
@@ -227,6 +237,7 @@ class Search:
         try:
             worker.request({"do": "prepare", "knobs": knobs, "thorough": thorough}, START_TIMEOUT)
         except TrialError as error:
+            self.result.ok -= 1
             self.result.failures[str(error)] += 1
             _log.warning("%s, final check, %s: %s", self.spec.name, json.dumps(knobs), error)
             return False

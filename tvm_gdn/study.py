@@ -16,6 +16,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -68,7 +69,8 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._failed = optuna.trial.TrialState.FAIL
         self._complete = optuna.trial.TrialState.COMPLETE
-        self._study = optuna.create_study(study_name=name, storage=_open_storage(storage), load_if_exists=True)
+        opened, self._lock = _open_storage(storage)
+        self._study = optuna.create_study(study_name=name, storage=opened, load_if_exists=True)
         # As many asked at once as there are jobs: the sampler must not propose the same knobs for all of them.
         self._study.sampler = optuna.samplers.TPESampler(seed=seed + len(self._trials()), constant_liar=True)
         self._random = random.Random(f"{seed} {socket.gethostname()} {os.getpid()}")
@@ -113,20 +115,22 @@ class Study:
         Trial or None
             None too when every point was measured or is being measured by another process.
         """
-        repeated = False
-        while True:
-            taken = self._taken()
-            if len(taken) >= min(limit, self.size):
-                return None
-            # Where everything left will be measured, a sampler that prefers good points would only repeat them.
-            if (repeated or self.size <= limit) and not self._waiting():
-                self._study.enqueue_trial(self._free_point(taken))
-            trial = self._study.ask(self._distributions)
-            trial.set_user_attr("owner", {**_process(), "until": time.time() + self._lease})
-            if _text(trial.params) not in self._taken(before=trial.number):
-                return Trial(trial.number, dict(trial.params), trial)
-            self._study.tell(trial, state=self._failed)
-            repeated = True
+        # Under the lock no other process takes the same point. A database has none: there both may, which costs a repetition.
+        with self._lock:
+            repeated = False
+            while True:
+                taken = self._taken()
+                if len(taken) >= min(limit, self.size):
+                    return None
+                # Where everything left will be measured, a sampler that prefers good points would only repeat them.
+                if (repeated or self.size <= limit) and not self._waiting():
+                    self._study.enqueue_trial(self._free_point(taken))
+                trial = self._study.ask(self._distributions)
+                trial.set_user_attr("owner", {**_process(), "until": time.time() + self._lease})
+                if _text(trial.params) not in self._taken(besides=trial.number):
+                    return Trial(trial.number, dict(trial.params), trial)
+                self._study.tell(trial, state=self._failed)
+                repeated = True
 
     def complete(self, trial: Trial, objective: float, **facts: Any) -> None:
         """Keep a measurement."""
@@ -139,10 +143,6 @@ class Study:
         trial.handle.set_user_attr("reason", reason)
         self._study.tell(trial.handle, state=self._failed)
 
-    def release(self, trial: Trial) -> None:
-        """Give a point back unmeasured."""
-        self._study.tell(trial.handle, state=self._failed)
-
     def _trials(self) -> list[Any]:
         return list(self._study.get_trials(deepcopy=False))
 
@@ -152,14 +152,9 @@ class Study:
     def _tried(self, trial: Any) -> bool:
         return trial.state == self._complete or (trial.state == self._failed and "reason" in trial.user_attrs)
 
-    def _taken(self, before: int | None = None) -> set[str]:
-        """Points that were tried, and those that a living process is at (of trials before a number only, if given)."""
-        return {
-            _text(trial.params)
-            for trial in self._trials()
-            if self._tried(trial)
-            or (trial.state.name == "RUNNING" and (before is None or trial.number < before) and _alive(trial))
-        }
+    def _taken(self, besides: int = -1) -> set[str]:
+        """Points that were tried and points that a living process is at, apart from the trial of one number."""
+        return {_text(t.params) for t in self._trials() if t.number != besides and (self._tried(t) or _alive(t))}
 
     def _free_point(self, taken: set[str]) -> Knobs:
         while True:
@@ -196,19 +191,20 @@ def _alive(trial: Any) -> bool:
     return True
 
 
-def _open_storage(storage: str) -> Any:
+def _open_storage(storage: str) -> tuple[Any, AbstractContextManager[Any]]:
+    """Optuna's storage, and a lock that keeps other processes from changing it."""
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
     if "://" in storage:
-        return RDBStorage(storage)
+        return RDBStorage(storage), nullcontext()
     path = Path(storage).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     # The kernel frees this lock when its holder is killed; Optuna's own would stay and hold up the next run for half a minute.
     lock = FileLock(f"{path}.flock")
     with lock:
         _drop_partial_line(path)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=cast("Any", lock)))
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=cast("Any", lock))), lock
 
 
 def _drop_partial_line(path: Path) -> None:

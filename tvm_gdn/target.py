@@ -64,6 +64,18 @@ class TargetSpec:
         """CPU flags that the target requires and this machine lacks."""
         return sorted(set(self.requires) - host_features())
 
+    @property
+    def text(self) -> str:
+        """What `resolve` makes this target of: its name, or JSON where it has no file."""
+        if self.name in target_names():
+            return self.name
+        inherited = {"inherits": self.lineage[1]} if len(self.lineage) > 1 else {}
+        own = {
+            "description": self.description, "device": self.device, "requires": self.requires, "rank": self.rank,
+            "codegen": dict(self.codegen), "pass_config": dict(self.pass_config),
+        }  # fmt: skip
+        return json.dumps({**inherited, **own})
+
     def digest(self) -> str:
         """Hash of what decides the generated code."""
         parts = [self.device, sorted(self.requires), dict(self.codegen), dict(self.pass_config)]

@@ -109,9 +109,8 @@ def tune(
         for position, (spec, geometry, key) in enumerate(tasks):
             if stop.is_set():
                 break
-            now = time.monotonic()
-            share = now + (deadline - now) / (len(tasks) - position)
-            result = Search(spec, geometry, key, chosen, options).run(place, crew, share, stop)
+            search = Search(spec, geometry, key, chosen, options)
+            result = search.run(place, crew, deadline, len(tasks) - position, stop)
             report.results.append(result)
             if result.record is not None:
                 records.store(file, chosen.name, [result.record])

@@ -1,0 +1,111 @@
+"""Calls of the public operators held against the float64 oracle (`oracle.py`)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from oracle import num, oracle_delta, oracle_gates
+
+import tvm_gdn
+from tvm_gdn import cases, dispatch, parity
+from tvm_gdn.ops import OPS
+
+GATING = "fused_gdn_gating"
+RECURRENT = "fused_recurrent_gated_delta_rule"
+UPDATE = "fused_recurrent_gated_delta_rule_update"
+SIGMOID = "fused_sigmoid_gating_delta_rule_update"
+PACKED = "packed_decode_gated_delta_rule"
+
+POOL = ("initial_state_source", "initial_state_indices")
+BUFFER = ("intermediate_states_buffer", "intermediate_state_indices")
+TREE = (*BUFFER, "retrieve_parent_token")
+STATES = ("initial_state_source", "intermediate_states_buffer")
+
+
+def draw(op, case, seed=0, **changes):
+    """Arguments of one call of an operator by name; `changes` replace drawn ones."""
+    arguments = cases.draw(OPS[op], case, seed)
+    assert set(changes) <= set(arguments)
+    return {**arguments, **changes}
+
+
+def call(op, arguments):
+    """Outputs of the public function by name, then the tensors it writes to (which `arguments` hold)."""
+    result = getattr(tvm_gdn, op)(**arguments)
+    assert dispatch.served_by(op).startswith("compiled")
+    values = result if isinstance(result, tuple) else (result,)
+    outputs = {output.name: value for output, value in zip(OPS[op].outputs, values, strict=True) if value is not None}
+    return outputs | {name: arguments[name] for name in STATES if arguments.get(name) is not None}
+
+
+def oracle(op, arguments):
+    """What the float64 oracle makes of arguments, in the layout of `call`'s results; arguments stay as they are."""
+    a = arguments
+    v_first = a.get("state_v_first", False)
+    gates = [num(a[name]) for name in ("A_log", "a", "b", "dt_bias")] if "A_log" in a else None
+    if gates is not None:
+        g, beta = oracle_gates(*gates, a["softplus_beta"], a["softplus_threshold"])
+        if op == GATING:
+            return {"g": torch.from_numpy(g), "beta": torch.from_numpy(beta)}
+    else:
+        g, beta = num(a["g"]), num(a["beta"])
+    initial = a["initial_state"] if op == RECURRENT else a["initial_state_source"]
+    pool, buffer = (
+        None if x is None else num(x.transpose(-1, -2) if v_first else x)
+        for x in (initial, a.get("intermediate_states_buffer"))
+    )
+    if op == PACKED:
+        heads, (dim_k, dim_v) = a["A_log"].shape[0], pool.shape[-2:]
+        width = (a["mixed_qkv"].shape[1] - heads * dim_v) // 2
+        parts = torch.split(a["mixed_qkv"], [width, width, heads * dim_v], 1)
+        q, k, v = (num(x).reshape(x.shape[0], -1, dim) for x, dim in zip(parts, (dim_k, dim_k, dim_v), strict=True))
+        bounds, shape = list(range(q.shape[0] + 1)), (q.shape[0], 1, heads, dim_v)
+    else:
+        q, k, v = (num(a[name]).reshape(-1, *a[name].shape[2:]) for name in ("q", "k", "v"))
+        batch, tokens = a["q"].shape[:2]
+        cu = a["cu_seqlens"]
+        bounds = [n * tokens for n in range(batch + 1)] if cu is None else cu.tolist()
+        shape = tuple(a["v"].shape)
+    lists = {
+        name: None if a.get(name) is None else a[name].tolist()
+        for name in ("initial_state_indices", "intermediate_state_indices", "retrieve_parent_token")
+    }
+    o, finals = oracle_delta(
+        q, k, v, g.reshape(-1, g.shape[-1]), beta.reshape(-1, beta.shape[-1]), bounds,
+        scale=a["scale"], l2norm=a["use_qk_l2norm_in_kernel"], pool=pool, slots=lists["initial_state_indices"],
+        update=op != RECURRENT and not a.get("disable_state_update"), buffer=buffer,
+        buffer_slots=lists["intermediate_state_indices"], parents=lists["retrieve_parent_token"],
+    )  # fmt: skip
+    want = {"o": o.reshape(shape)}
+    if op == RECURRENT:
+        want |= {"final_state": finals} if a["output_final_state"] else {}
+    else:
+        written = {"initial_state_source": pool, "intermediate_states_buffer": buffer}
+        want |= {name: value for name, value in written.items() if value is not None}
+    return {
+        name: torch.from_numpy(np.swapaxes(value, -1, -2) if v_first and name != "o" else value)
+        for name, value in want.items()
+    }
+
+
+def check(op, arguments):
+    """Run the compiled operator on arguments, hold everything it returns and writes against the oracle, return it."""
+    want = oracle(op, arguments)
+    got = call(op, arguments)
+    assert set(got) == set(want)
+    for name, value in got.items():
+        assert value.shape == want[name].shape, name
+        error = parity.rms_ratio(value, want[name])
+        assert error <= parity.limit(OPS[op], name, value.dtype), (name, error)
+        if name == "o" and value.numel() and arguments.get("scale") != 0:
+            assert parity.rms_ratio(torch.zeros_like(value), want[name]) > 0.5
+    return got
+
+
+def bits(tensor):
+    """The bit patterns of a tensor: NaN payloads and signs of zeros count."""
+    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def same_bits(left, right):
+    return left.shape == right.shape and torch.equal(bits(left), bits(right))

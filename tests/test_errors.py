@@ -1,0 +1,316 @@
+"""Bad input of every kind: the error's class, the argument that it names, what it says is allowed, and nothing written."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, bits, call, draw
+from torch import tensor
+
+import tvm_gdn
+from tvm_gdn import cases, dispatch
+from tvm_gdn.errors import ArgumentError, ArgumentTypeError
+from tvm_gdn.ops import OPS
+
+POOLED = {"B": 3, "T": 4, "H": 2, "HV": 4, "K": 64, "V": 32, "S": 6, "with": POOL}
+VARLEN = {
+    "lengths": (5, 0, 3, 1), "H": 2, "HV": 4, "K": 32, "V": 64, "S": 9, "with": (*POOL, "cu_seqlens"),
+    "index_dtype": "int32",
+}  # fmt: skip
+VERIFY = {"B": 2, "T": 4, "H": 2, "HV": 4, "K": 64, "V": 32, "S": 3, "with": (*POOL, *BUFFER)}
+TREE = {"B": 2, "T": 4, "H": 1, "HV": 2, "K": 32, "V": 48, "S": 3, "with": (*POOL, *BUFFER, "retrieve_parent_token")}
+DEFAULT_BUFFER_SLOTS = {
+    "lengths": (3, 4), "H": 2, "HV": 2, "K": 20, "V": 12, "S": 2, "with": (*POOL, "cu_seqlens", BUFFER[0]),
+}  # fmt: skip
+DEFAULT_SLOTS = {"B": 4, "T": 1, "H": 1, "HV": 3, "K": 8, "V": 8, "S": 4, "with": POOL[:1]}
+SEPARATE = {"B": 2, "T": 7, "H": 2, "HV": 4, "K": 64, "V": 128, "with": ("initial_state",), "output_final_state": True}
+SEPARATE_VARLEN = {
+    "lengths": (3, 0, 4), "H": 2, "HV": 4, "K": 32, "V": 256, "with": ("initial_state", "cu_seqlens"),
+    "output_final_state": True,
+}  # fmt: skip
+PACKED_STEP = {"B": 5, "H": 2, "HV": 4, "K": 128, "V": 64, "S": 7, "with": POOL}
+GATES = {"M": 9, "HV": 6, "dtype": "bfloat16", "dtypes": {"A_log": "float32", "dt_bias": "bfloat16"}}
+
+KERNELS = [
+    *((op, case) for op in (UPDATE, SIGMOID) for case in (POOLED, VARLEN, VERIFY, TREE, DEFAULT_BUFFER_SLOTS)),
+    (UPDATE, DEFAULT_SLOTS), (RECURRENT, SEPARATE), (RECURRENT, SEPARATE_VARLEN), (PACKED, PACKED_STEP), (GATING, GATES),
+    *((UPDATE, {**case, "state_v_first": True}) for case in (POOLED, VERIFY)),
+]  # fmt: skip
+
+
+def on(name, change):
+    return lambda a: {name: change(a[name])}
+
+
+def give(**values):
+    return lambda _: values
+
+
+def bounds(*values):
+    return give(cu_seqlens=tensor(values, dtype=torch.int32))
+
+
+def parent(n, t, value):
+    def change(a):
+        parents = a["retrieve_parent_token"].clone()
+        parents[n, t] = value
+        return {"retrieve_parent_token": parents}
+
+    return change
+
+
+def expanded(axis):
+    def change(pool):
+        index = [slice(None)] * pool.ndim
+        index[axis] = slice(0, 1)
+        return pool[tuple(index)].expand(pool.shape)
+
+    return change
+
+
+BOTH = (UPDATE, SIGMOID)
+#: (operators, case, what is wrong, error, argument named, what the message must say)
+BAD = {
+    # dtypes
+    "q-fp64": (BOTH, POOLED, on("q", torch.Tensor.double), ArgumentTypeError, "q", "torch.float32, torch.bfloat16, torch.float16"),
+    "q-int": (BOTH, POOLED, on("q", torch.Tensor.int), ArgumentTypeError, "q", "torch.float32"),
+    "q-complex": (BOTH, POOLED, on("q", lambda x: x.to(torch.complex64)), ArgumentTypeError, "q", "torch.float32"),
+    "k-other-dtype": (BOTH, POOLED, on("k", torch.Tensor.half), ArgumentTypeError, "k", "must be the same"),
+    "v-other-dtype": (BOTH, POOLED, on("v", torch.Tensor.bfloat16), ArgumentTypeError, "v", "must be the same"),
+    "g-fp64": ((UPDATE,), POOLED, on("g", torch.Tensor.double), ArgumentTypeError, "g", "torch.float32"),
+    "beta-bool": ((UPDATE,), POOLED, on("beta", torch.Tensor.bool), ArgumentTypeError, "beta", "torch.float32"),
+    "A_log-int": ((SIGMOID,), POOLED, on("A_log", torch.Tensor.int), ArgumentTypeError, "A_log", "torch.float32"),
+    "pool-fp64": (BOTH, POOLED, on("initial_state_source", torch.Tensor.double), ArgumentTypeError, "initial_state_source", "torch.bfloat16"),
+    "buffer-other-dtype": (BOTH, VERIFY, on("intermediate_states_buffer", torch.Tensor.half), ArgumentTypeError, "intermediate_states_buffer", "must be the same"),
+    "slots-int16": (BOTH, POOLED, on("initial_state_indices", torch.Tensor.short), ArgumentTypeError, "initial_state_indices", "torch.int32, torch.int64"),
+    "slots-float": (BOTH, POOLED, on("initial_state_indices", torch.Tensor.float), ArgumentTypeError, "initial_state_indices", "torch.int32, torch.int64"),
+    "cu-float": (BOTH, VARLEN, on("cu_seqlens", torch.Tensor.float), ArgumentTypeError, "cu_seqlens", "torch.int32, torch.int64"),
+    "parents-uint8": (BOTH, TREE, on("retrieve_parent_token", lambda x: x.clamp(min=0).byte()), ArgumentTypeError, "retrieve_parent_token", "torch.int32"),
+    # ranks and sizes
+    "q-rank": (BOTH, POOLED, on("q", lambda x: x[0]), ArgumentError, "q", "4, [B, T, H, K]"),
+    "v-rank": (BOTH, POOLED, on("v", lambda x: x[None]), ArgumentError, "v", "4, [B, T, HV, V]"),
+    "g-rank": ((UPDATE,), POOLED, on("g", lambda x: x[..., None]), ArgumentError, "g", "3, [B, T, HV]"),
+    "a-without-batch": ((SIGMOID,), POOLED, on("a", lambda x: x[0]), ArgumentError, "a", "B = 3"),
+    "pool-rank": (BOTH, POOLED, on("initial_state_source", lambda x: x[0]), ArgumentError, "initial_state_source", "4, [S, HV, K, V]"),
+    "slots-rank": (BOTH, POOLED, on("initial_state_indices", lambda x: x[:, None]), ArgumentError, "initial_state_indices", "1, [N]"),
+    "k-tokens": (BOTH, POOLED, on("k", lambda x: x[:, :3]), ArgumentError, "k", "T = 4"),
+    "k-batch": (BOTH, POOLED, on("k", lambda x: x[:2]), ArgumentError, "k", "B = 3"),
+    "k-head-size": (BOTH, POOLED, on("k", lambda x: x[..., :32]), ArgumentError, "k", "K = 64"),
+    "k-heads": (BOTH, POOLED, on("k", lambda x: x[:, :, :1]), ArgumentError, "k", "H = 2"),
+    "v-tokens": (BOTH, POOLED, on("v", lambda x: x[:, :3]), ArgumentError, "v", "T = 4"),
+    "beta-heads": ((UPDATE,), POOLED, on("beta", lambda x: x[..., :2]), ArgumentError, "beta", "HV = 4"),
+    "A_log-heads": ((SIGMOID,), POOLED, on("A_log", lambda x: x[:2]), ArgumentError, "A_log", "HV = 4"),
+    "pool-heads": (BOTH, POOLED, on("initial_state_source", lambda x: x[:, :2]), ArgumentError, "initial_state_source", "HV = 4"),
+    "pool-layout": (BOTH, POOLED, give(state_v_first=True), ArgumentError, "initial_state_source", "V = 32"),
+    "pool-head-size": (BOTH, POOLED, on("initial_state_source", lambda x: x[..., :16].contiguous()), ArgumentError, "initial_state_source", "V = 32"),
+    "heads-not-multiple": (BOTH, POOLED, lambda a: {n: a[n][:, :, :1].repeat(1, 1, 3, 1) for n in "qk"}, ArgumentError, "v", "multiple of H"),
+    "no-heads": (BOTH, POOLED, lambda a: {n: a[n][:, :, :0] for n in "qk"}, ArgumentError, "v", "multiple of H"),
+    # sequence bounds
+    "cu-first": (BOTH, VARLEN, bounds(1, 5, 5, 8, 9), ArgumentError, "cu_seqlens", "start with 0"),
+    "cu-short": (BOTH, VARLEN, bounds(0, 5, 5, 8, 8), ArgumentError, "cu_seqlens", "end with the number of tokens, 9"),
+    "cu-long": (BOTH, VARLEN, bounds(0, 5, 5, 8, 10), ArgumentError, "cu_seqlens", "end with the number of tokens, 9"),
+    "cu-far": (BOTH, VARLEN, bounds(0, 5, 5, 8, 2**31 - 1), ArgumentError, "cu_seqlens", "end with the number of tokens, 9"),
+    "cu-decreasing": (BOTH, VARLEN, bounds(0, 5, 4, 8, 9), ArgumentError, "cu_seqlens", "never decrease; entries 1 and 2 are 5 and 4"),
+    "cu-inside-far": (BOTH, VARLEN, bounds(0, 10**9, 5, 8, 9), ArgumentError, "cu_seqlens", "never decrease"),
+    "cu-negative": (BOTH, VARLEN, bounds(0, -3, 5, 8, 9), ArgumentError, "cu_seqlens", "never decrease"),
+    "cu-empty": (BOTH, VARLEN, bounds(), ArgumentError, "cu_seqlens", "[N+1]"),
+    "cu-other-count": (BOTH, VARLEN, bounds(0, 5, 9), ArgumentError, "", "4"),
+    "cu-rank": (BOTH, VARLEN, on("cu_seqlens", lambda x: x[None]), ArgumentError, "cu_seqlens", "1, [N+1]"),
+    "cu-with-batch": (BOTH, VARLEN, lambda a: {n: a[n].expand(2, *a[n].shape[1:]) for n in ("q", "k", "v", "g", "beta", "a", "b") if n in a}, ArgumentError, "cu_seqlens", "batch size 1"),
+    # slots
+    "slot-high": (BOTH, POOLED, give(initial_state_indices=tensor([0, 6, 1])), ArgumentError, "initial_state_indices[1] = 6", "0 to 5"),
+    "slot-low": (BOTH, POOLED, give(initial_state_indices=tensor([0, 1, -2])), ArgumentError, "initial_state_indices[2] = -2", "-1 for padding"),
+    "slot-far": (BOTH, POOLED, give(initial_state_indices=tensor([0, 1, 2**40])), ArgumentError, "initial_state_indices[2]", "0 to 5"),
+    "slot-32-bit-wrap": (BOTH, POOLED, give(initial_state_indices=tensor([0, 1, 2**32])), ArgumentError, "initial_state_indices[2]", "0 to 5"),
+    "slots-short": (BOTH, POOLED, give(initial_state_indices=tensor([0, 1])), ArgumentError, "initial_state_indices", "one per sequence"),
+    "slots-long": (BOTH, POOLED, give(initial_state_indices=tensor([0, 1, 2, 3])), ArgumentError, "initial_state_indices", "one per sequence"),
+    "slots-without-pool": (BOTH, POOLED, give(initial_state_source=None), ArgumentError, "initial_state_indices", "initial_state_source"),
+    "pool-too-small": ((UPDATE,), DEFAULT_SLOTS, on("initial_state_source", lambda x: x[:3]), ArgumentError, "initial_state_source", "3 slots for 4 sequences"),
+    "pool-empty": (BOTH, POOLED, on("initial_state_source", lambda x: x[:0]), ArgumentError, "initial_state_indices", "-1 for padding"),
+    "buffer-slot-high": (BOTH, VERIFY, give(intermediate_state_indices=tensor([0, 3])), ArgumentError, "intermediate_state_indices[1] = 3", "0 to 2"),
+    "buffer-slot-low": (BOTH, VERIFY, give(intermediate_state_indices=tensor([-5, 0])), ArgumentError, "intermediate_state_indices[0] = -5", "-1 for padding"),
+    "buffer-slots-short": (BOTH, VERIFY, give(intermediate_state_indices=tensor([0])), ArgumentError, "intermediate_state_indices", "N = 2"),
+    "buffer-slots-without-buffer": (BOTH, VERIFY, give(intermediate_states_buffer=None), ArgumentError, "intermediate_state_indices", "intermediate_states_buffer"),
+    "buffer-too-small": (BOTH, DEFAULT_BUFFER_SLOTS, on("intermediate_states_buffer", lambda x: x[:1]), ArgumentError, "intermediate_states_buffer", "1 slots for 2 sequences"),
+    # verification
+    "too-many-steps": (BOTH, VERIFY, on("intermediate_states_buffer", lambda x: x[:, :3]), ArgumentError, "intermediate_states_buffer", "holds 3 steps, a sequence has 4 tokens"),
+    "too-many-steps-packed": (BOTH, DEFAULT_BUFFER_SLOTS, on("intermediate_states_buffer", lambda x: x[:, :3]), ArgumentError, "intermediate_states_buffer", "holds 3 steps, a sequence has 4 tokens"),
+    "cache-steps": (BOTH, VERIFY, give(cache_steps=4), ArgumentError, "cache_steps", "5 steps"),
+    "parent-itself": (BOTH, TREE, parent(1, 2, 2), ArgumentError, "retrieve_parent_token[1, 2] = 2", "0 to 1"),
+    "parent-later": (BOTH, TREE, parent(0, 1, 3), ArgumentError, "retrieve_parent_token[0, 1] = 3", "an earlier step"),
+    "parent-low": (BOTH, TREE, parent(0, 3, -2), ArgumentError, "retrieve_parent_token[0, 3] = -2", "-1 for none"),
+    "parents-short": (BOTH, TREE, on("retrieve_parent_token", lambda x: x[:, :3]), ArgumentError, "retrieve_parent_token", "at least 4"),
+    "parents-rows": (BOTH, TREE, on("retrieve_parent_token", lambda x: x[:1]), ArgumentError, "retrieve_parent_token", "2"),
+    "parents-without-buffer": (BOTH, TREE, give(intermediate_states_buffer=None, intermediate_state_indices=None), ArgumentError, "retrieve_parent_token", "intermediate_states_buffer"),
+    # memory
+    "q-last-axis-strided": (BOTH, POOLED, on("q", lambda x: x.repeat(1, 1, 1, 2)[..., ::2]), ArgumentError, "q", "q.contiguous()"),
+    "v-last-axis-strided": (BOTH, POOLED, on("v", lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)), ArgumentError, "v", "v.contiguous()"),
+    "pool-strided": (BOTH, POOLED, on("initial_state_source", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)), ArgumentError, "initial_state_source", "contiguous"),
+    "pool-expanded": (BOTH, POOLED, on("initial_state_source", expanded(0)), ArgumentError, "initial_state_source", "overlapping"),
+    "pool-heads-expanded": (BOTH, POOLED, on("initial_state_source", expanded(1)), ArgumentError, "initial_state_source", "contiguous"),
+    "pool-overlapping": (BOTH, POOLED, on("initial_state_source", lambda x: x.reshape(-1).as_strided((6, 4, 64, 32), (8191, 2048, 32, 1))), ArgumentError, "initial_state_source", "overlapping"),
+    "buffer-steps-expanded": (BOTH, VERIFY, on("intermediate_states_buffer", expanded(1)), ArgumentError, "intermediate_states_buffer", "overlapping"),
+    "buffer-slots-expanded": (BOTH, VERIFY, on("intermediate_states_buffer", expanded(0)), ArgumentError, "intermediate_states_buffer", "overlapping"),
+    "slots-strided": (BOTH, POOLED, give(initial_state_indices=tensor([0, 9, 1, 9, 2, 9])[::2]), ArgumentError, "initial_state_indices", "contiguous()"),
+    "pool-requires-grad": (BOTH, POOLED, on("initial_state_source", lambda x: x.requires_grad_()), ArgumentError, "initial_state_source", ".detach()"),
+    # devices and absent tensors
+    "q-on-meta": (BOTH, POOLED, on("q", lambda x: x.to("meta")), ArgumentTypeError, "on meta", "cpu"),
+    "k-on-meta": (BOTH, POOLED, on("k", lambda x: x.to("meta")), ArgumentTypeError, "k is on meta", "cpu"),
+    "pool-on-meta": (BOTH, POOLED, on("initial_state_source", lambda x: x.to("meta")), ArgumentTypeError, "initial_state_source is on meta", "cpu"),
+    "slots-on-meta": (BOTH, POOLED, on("initial_state_indices", lambda x: x.to("meta")), ArgumentTypeError, "initial_state_indices is on meta", "cpu"),
+    "q-none": (BOTH, POOLED, give(q=None), ArgumentTypeError, "q", "pass a tensor"),
+    # the other operators
+    "final-and-slots": ((RECURRENT,), SEPARATE, give(initial_state_indices=tensor([0, 1])), ArgumentError, "output_final_state", "initial_state_indices"),
+    "states-count": ((RECURRENT,), SEPARATE, on("initial_state", lambda x: x[:1]), ArgumentError, "initial_state", "2 sequences"),
+    "states-count-packed": ((RECURRENT,), SEPARATE_VARLEN, on("initial_state", lambda x: x[:2]), ArgumentError, "", "N = 2"),
+    "states-layout": ((RECURRENT,), SEPARATE, give(state_v_first=True), ArgumentError, "initial_state", "V = 128"),
+    "states-strided": ((RECURRENT,), SEPARATE, on("initial_state", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)), ArgumentError, "initial_state", "contiguous"),
+    "recurrent-cu-decreasing": ((RECURRENT,), SEPARATE_VARLEN, give(cu_seqlens=tensor([0, 5, 3, 7])), ArgumentError, "cu_seqlens", "never decrease"),
+    "packed-row-short": ((PACKED,), PACKED_STEP, on("mixed_qkv", lambda x: x[:, :-1]), ArgumentError, "mixed_qkv", "2*H*K + HV*V"),
+    "packed-row-of-v-alone": ((PACKED,), PACKED_STEP, on("mixed_qkv", lambda x: x[:, :256]), ArgumentError, "mixed_qkv", "2*H*K + HV*V"),
+    "packed-heads-not-multiple": ((PACKED,), PACKED_STEP, on("mixed_qkv", lambda x: x.repeat(1, 2)[:, : 3 * 256 + 256]), ArgumentError, "mixed_qkv", "multiple of H"),
+    "packed-strided": ((PACKED,), PACKED_STEP, on("mixed_qkv", lambda x: x.t().contiguous().t()), ArgumentError, "mixed_qkv", "contiguous()"),
+    "packed-slot": ((PACKED,), PACKED_STEP, give(initial_state_indices=tensor([0, 1, 2, 3, 7])), ArgumentError, "initial_state_indices[4] = 7", "0 to 6"),
+    "packed-pool-expanded": ((PACKED,), PACKED_STEP, on("initial_state_source", expanded(0)), ArgumentError, "initial_state_source", "overlapping"),
+    "packed-gates": ((PACKED,), PACKED_STEP, on("a", lambda x: x[:4]), ArgumentError, "a", "B = 5"),
+    "packed-no-pool": ((PACKED,), PACKED_STEP, give(initial_state_source=None), ArgumentTypeError, "initial_state_source", "pass a tensor"),
+    "gating-shapes": ((GATING,), GATES, on("b", lambda x: x[:5]), ArgumentError, "b", "M = 9"),
+    "gating-heads": ((GATING,), GATES, on("dt_bias", lambda x: x[:5]), ArgumentError, "dt_bias", "HV = 6"),
+    "gating-dtypes": ((GATING,), GATES, on("b", torch.Tensor.float), ArgumentTypeError, "b", "must be the same"),
+    "gating-fp64": ((GATING,), GATES, on("A_log", torch.Tensor.double), ArgumentTypeError, "A_log", "torch.float32"),
+    "gating-rank": ((GATING,), GATES, on("A_log", lambda x: x[None]), ArgumentError, "A_log", "1, [HV]"),
+    "gating-strided": ((GATING,), GATES, on("A_log", lambda x: x.repeat(2)[::2]), ArgumentError, "A_log", "contiguous()"),
+    "gating-scalar": ((GATING,), GATES, lambda a: {n: a[n][0, 0] for n in "ab"}, ArgumentError, "a", "2, [M, HV]"),
+    "gating-device": ((GATING,), GATES, on("dt_bias", lambda x: x.to("meta")), ArgumentTypeError, "dt_bias is on meta", "cpu"),
+}  # fmt: skip
+EACH = [pytest.param(op, name, id=f"{name} {op}") for name, row in BAD.items() for op in row[0]]
+
+
+def public(op, a):
+    return getattr(tvm_gdn, op)(**a)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first-call", "later-call"])
+@pytest.mark.parametrize(("op", "name"), EACH)
+def test_bad_argument(op, name, warm):
+    _, case, change, error, argument, allowed = BAD[name]
+    if warm:
+        call(op, draw(op, case))
+    else:
+        dispatch.reset()
+    good = draw(op, case)
+    bad = {**good, **change(good)}
+    before = {key: bits(x.detach()).clone() for key, x in good.items() if isinstance(x, torch.Tensor)}
+    with pytest.raises((ArgumentError, ArgumentTypeError)) as caught:
+        public(op, bad)
+    assert type(caught.value) is error
+    message = str(caught.value)
+    assert re.search(rf"(?<!\w){re.escape(argument)}", message.partition(": ")[2]), message
+    assert allowed in message, message
+    assert "the kernel refused" not in message
+    for key, value in before.items():
+        assert torch.equal(bits(good[key].detach()), value), f"{key} was written to"
+    # The refusal leaves nothing behind: the right call still works.
+    call(op, draw(op, case))
+
+
+@pytest.fixture
+def reference_only(monkeypatch):
+    """Every call runs on the torch reference, as where no compiler and no pack are at hand."""
+    dispatch.reset()
+    monkeypatch.setattr(dispatch, "lookup", lambda *_: dispatch.Served(None, "reference", "none", "a test"))
+    yield
+    dispatch.reset()
+
+
+@pytest.mark.parametrize(("op", "name"), EACH)
+def test_bad_argument_of_the_fallback(op, name, reference_only):
+    _, case, change, error, _, allowed = BAD[name]
+    public(op, draw(op, case))
+    good = draw(op, case)
+    before = {key: bits(x.detach()).clone() for key, x in good.items() if isinstance(x, torch.Tensor)}
+    with pytest.raises(error, match=re.escape(allowed)):
+        public(op, {**good, **change(good)})
+    assert all(torch.equal(bits(good[key].detach()), value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_no_tensor_is_refused_by_name(op):
+    case = {UPDATE: POOLED, SIGMOID: POOLED, RECURRENT: SEPARATE, PACKED: PACKED_STEP, GATING: GATES}[op]
+    a = draw(op, case)
+    for spec in OPS[op].tensors:
+        if a[spec.name] is None:
+            continue
+        for value in (1.5, "text", [1.0], object()):
+            # torch checks types against the schema before any code of ours runs.
+            with pytest.raises((ArgumentTypeError, RuntimeError, TypeError), match=rf"\b{spec.name}\b"):
+                public(op, {**a, spec.name: value})
+
+
+def test_a_pool_that_requires_grad_is_fine_where_no_graph_is_built():
+    a = draw(UPDATE, POOLED)
+    a["initial_state_source"].requires_grad_()
+    with torch.no_grad():
+        call(UPDATE, a)
+    with pytest.raises(ArgumentError, match="initial_state_source"):
+        public(UPDATE, a)
+
+
+def test_fake_kernels_refuse_mixed_devices():
+    for op, case in ((UPDATE, POOLED), (PACKED, PACKED_STEP), (RECURRENT, SEPARATE)):
+        a = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in draw(op, case).items()}
+        last = [name for name, x in a.items() if isinstance(x, torch.Tensor)][-1]
+        with pytest.raises(ArgumentTypeError, match=last):
+            public(op, {**a, last: torch.empty_like(a[last], device="cpu")})
+
+
+READ_ONLY = """
+    import sys, tempfile, warnings
+    import numpy as np, torch
+    sys.path.insert(0, {tests!r})
+    from calls import UPDATE, draw
+    import tvm_gdn
+    warnings.simplefilter("ignore")
+    case = {case!r}
+    good = draw(UPDATE, case)
+    if {warm}:
+        tvm_gdn.fused_recurrent_gated_delta_rule_update(**draw(UPDATE, case))
+    with tempfile.NamedTemporaryFile() as file:
+        good["initial_state_source"].numpy().tofile(file.name)
+        mapped = np.memmap(file.name, dtype=np.float32, mode="r", shape=tuple(good["initial_state_source"].shape))
+        good["initial_state_source"] = torch.from_numpy(mapped)
+        try:
+            tvm_gdn.fused_recurrent_gated_delta_rule_update(**good)
+        except tvm_gdn.errors.ArgumentError as error:
+            assert "initial_state_source" in str(error) and "read-only" in str(error), error
+            print("refused")
+        private = np.memmap(file.name, dtype=np.float32, mode="c", shape=mapped.shape)
+        good["initial_state_source"] = torch.from_numpy(private)
+        tvm_gdn.fused_recurrent_gated_delta_rule_update(**good)
+        print("written" if not np.array_equal(private, mapped) else "not written")
+"""
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["first-call", "later-call"])
+def test_a_read_only_pool_is_refused(warm):
+    code = textwrap.dedent(READ_ONLY).format(tests=str(Path(__file__).parent), case=POOLED, warm=warm)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )  # fmt: skip
+    assert done.stdout.split() == ["refused", "written"], (done.returncode, done.stderr[-2000:])
+
+
+def test_clone_shares_nothing():
+    """The comparison above relies on it."""
+    a = draw(UPDATE, POOLED)
+    copy = cases.clone(a)
+    copy["initial_state_source"].zero_()
+    assert a["initial_state_source"].abs().max() > 0

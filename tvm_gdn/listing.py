@@ -1,0 +1,154 @@
+"""``tvm_gdn list``: which schedule every operator gets on every target, and which packs calls would use."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from typing import Any
+
+from tvm_gdn import arguments, dispatch, schedule
+from tvm_gdn.digest import version_of
+from tvm_gdn.errors import TvmGdnError
+from tvm_gdn.ops import OPS
+from tvm_gdn.report_text import as_json, emit, table
+from tvm_gdn.spec import OpSpec
+from tvm_gdn.target import TargetSpec, named, resolve, target_names
+
+_WORDS = """\
+tuned    knobs that `tvm_gdn tune` measured as the fastest
+default  a schedule shaped by hand for the target or one that it inherits from; `tvm_gdn tune` may find faster knobs
+generic  the portable fallback: right, but slow; the target has no schedule of its own for this operator
+(not here) marks a target that this machine cannot run; the table of targets says what it lacks"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's arguments."""
+    arguments.add_op(parser, "list this operator only; may be repeated")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the subcommand."""
+    found = collect(args.op or list(OPS))
+    emit(as_json(found) if args.json else _text(found))
+    return 0
+
+
+def collect(ops: list[str]) -> dict[str, Any]:
+    """What the listing shows, ready for JSON.
+
+    Parameters
+    ----------
+    ops : list of str
+        Operator names.
+
+    Returns
+    -------
+    dict
+        ``auto`` (the target that it means here), ``targets``, ``schedules`` (one entry per operator and target; None
+        without apache-tvm, which schedules are written in), ``pack_folders``, ``packs`` and ``refused_packs``.
+    """
+    targets = [named(name) for name in target_names()]
+    schedules = None
+    if version_of("apache-tvm") != "none":
+        schedules = [_schedule_of(OPS[op], target) for op in ops for target in targets]
+    usable, refused = dispatch.usable_packs()
+    return {
+        "auto": _auto(),
+        "targets": [_target(target) for target in targets],
+        "schedules": schedules,
+        "pack_folders": [str(folder) for folder in dispatch.pack_folders()],
+        "packs": [
+            {
+                "folder": str(pack.folder), "target": pack.target, "kernels": len(pack.manifest["kernels"]),
+                "ops": dict(Counter(entry["op"] for entry in pack.manifest["kernels"])),
+            }
+            for pack in usable
+        ],
+        "refused_packs": refused,
+    }  # fmt: skip
+
+
+def _auto() -> str | None:
+    try:
+        return resolve("auto").name
+    except TvmGdnError:
+        return None
+
+
+def _target(target: TargetSpec) -> dict[str, Any]:
+    missing = target.missing()
+    if missing:
+        reason = f"not runnable here: this CPU lacks {', '.join(missing)}"
+    elif not target.rank:
+        reason = "runnable here when named; auto never takes it"
+    else:
+        reason = "runnable here"
+    return {
+        "name": target.name, "description": target.description, "device": target.device,
+        "lineage": list(target.lineage), "runnable": not missing, "missing": missing, "reason": reason,
+    }  # fmt: skip
+
+
+def _schedule_of(spec: OpSpec, target: TargetSpec) -> dict[str, Any]:
+    """Where an operator's schedule comes from, over its benchmark shapes: records are per geometry."""
+    geometries = {key.key: key for key in (arguments.geometry_of_case(spec, case) for case in spec.bench)}
+    origins = Counter(schedule.choose(spec, geometry, target).origin for geometry in geometries.values())
+    _, space = schedule.find_space(spec.algorithm, target)
+    tuned, total = origins["tuned"], sum(origins.values())
+    if space == schedule.GENERIC:
+        reason = f"no schedule of {spec.algorithm!r} for {' or '.join(target.lineage)}"
+    elif tuned == total:
+        reason = f"schedule of {space}, tuned for all {total} benchmark geometries"
+    else:
+        reason = f"schedule of {space}; tuned records for {tuned} of {total} benchmark geometries"
+    return {
+        "op": spec.name, "target": target.name, "word": "tuned" if tuned else next(iter(origins)), "tuned": tuned,
+        "geometries": total, "space": space, "runnable": not target.missing(), "missing": target.missing(),
+        "reason": reason,
+    }  # fmt: skip
+
+
+def _text(found: dict[str, Any]) -> str:
+    parts = []
+    if found["schedules"] is None:
+        parts.append(
+            "apache-tvm is not installed, so schedules cannot be listed (pip install 'tvm_gdn[compile]'); packs run."
+        )
+    else:
+        parts.append(_schedules_text(found))
+    parts.append(
+        f"auto means {found['auto']} on this machine" if found["auto"] else "auto finds no target that fits this CPU"
+    )
+    rows = [(target["name"], target["device"], target["reason"], target["description"]) for target in found["targets"]]
+    parts.append(table(("target", "device", "", ""), rows))
+    parts.append(_packs_text(found))
+    return "\n\n".join(parts)
+
+
+def _schedules_text(found: dict[str, Any]) -> str:
+    names = [target["name"] for target in found["targets"]]
+    rows: dict[str, list[str]] = {}
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for entry in found["schedules"]:
+        word = entry["word"]
+        if word == "tuned" and entry["tuned"] < entry["geometries"]:
+            word += f" {entry['tuned']}/{entry['geometries']}"
+        rows.setdefault(entry["op"], [entry["op"]]).append(word if entry["runnable"] else f"{word} (not here)")
+        reasons.setdefault((entry["op"], entry["reason"]), []).append(entry["target"])
+    lines = [
+        f"  {op} on {'every target' if targets == names else ', '.join(targets)}: {reason}"
+        for (op, reason), targets in reasons.items()
+    ]
+    return "\n".join([table(("operator", *names), list(rows.values())), "", _WORDS, "", "why:", *lines])
+
+
+def _packs_text(found: dict[str, Any]) -> str:
+    lines = [f"packs are looked for in {', '.join(found['pack_folders'])}"]
+    for pack in found["packs"]:
+        ops = ", ".join(f"{op} {count}" for op, count in pack["ops"].items())
+        lines.append(f"  {pack['folder']}: {pack['target']}, {pack['kernels']} kernels ({ops})")
+    lines += [f"  not used: {reason}" for reason in found["refused_packs"]]
+    if not found["packs"] and not found["refused_packs"]:
+        lines.append("  none; kernels are compiled at the first call. Build one with: tvm_gdn build --model qwen3-next")
+    return "\n".join(lines)
