@@ -6,6 +6,7 @@ has to be synchronized. `lanes` is the widest vector in fp32 elements; 1 writes 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm.script import tirx as T
@@ -35,7 +36,26 @@ class CpuTiles:
 
     def scalars(self, count: int) -> Any:
         """fp32 scratch scalars."""
-        return _local(count)
+        return local_array(count)
+
+    @staticmethod
+    def exp(x: Any) -> Any:
+        """Exp in fp32 as vector code: 2^n times a polynomial on [-ln2/2, ln2/2]; about 1 ulp, NaN and infinities kept.
+
+        A call of libm per element would cost more than the products of a chunk.
+        """
+        f = T.float32
+        low = T.Select(x < f(-87.3), f(-87.3), x)
+        clamped = T.Select(low > f(88.7), f(88.7), low)
+        n = T.floor(clamped * f(1.4426950408889634) + f(0.5))
+        r = clamped - n * f(0.693359375) - n * f(-2.12194440e-4)
+        p = f(1.9875691500e-4)
+        for c in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            p = p * r + f(c)
+        p = p * r * r + r + f(1.0)
+        half_power = T.reinterpret("float32", T.shift_left(T.Cast("int32", n) + 126, 23))  # 2^128 itself is no fp32 number
+        scaled = T.Select(x < f(-87.3), f(0.0), p * half_power * f(2.0))
+        return T.Select(x > f(88.72), f(float("inf")), scaled)
 
 
 class GatingTiles(CpuTiles):
@@ -97,16 +117,16 @@ class RecurrentTiles(CpuTiles):
 
     def k_vector(self) -> Any:
         """fp32 vector along K."""
-        return _local(self.K)
+        return local_array(self.K)
 
     def v_vector(self) -> Any:
         """fp32 vector along the worker's columns."""
-        return _local(self.v_tile)
+        return local_array(self.v_tile)
 
     def state(self) -> Any:
         """fp32 state tile of the worker's own, indexed [row, column] whatever the storage order."""
         size = self.K * self.v_tile
-        memory = _local(size)
+        memory = local_array(size)
         strides = (1, self.K) if self.v_first else (self.v_tile, 1)
         return T.decl_buffer((self.K, self.v_tile), "float32", data=memory.data, strides=strides, scope="local")
 
@@ -123,13 +143,13 @@ class RecurrentTiles(CpuTiles):
         @T.inline
         def dot(m, at, x, y):
             """m[at] = sum_i x[i] * y[i]."""
-            part = _local(lanes)
+            part = local_array(lanes)
             for lane in T.vectorized(lanes):
                 part[lane] = T.float32(0)
             for c in T.serial(chunks):
                 for lane in T.vectorized(lanes):
                     part[lane] = part[lane] + x[c * lanes + lane] * y[c * lanes + lane]
-            m[at] = _sum_lanes(part, lanes)
+            m[at] = sum_lanes(part, lanes)
 
         return dot
 
@@ -188,7 +208,7 @@ class RecurrentTiles(CpuTiles):
         @T.inline
         def ger_gemv(acc, W, d, x, u, y):
             """W = diag(d) W + x u^T; acc = W^T y, from the unrounded W."""
-            new = _local(VT)
+            new = local_array(VT)
             for j in T.vectorized(VT):
                 acc[j] = T.float32(0)
             for io in T.serial(K // unroll):
@@ -208,7 +228,7 @@ class RecurrentTiles(CpuTiles):
         @T.inline
         def gemv(acc, W, x):
             """Product acc = W^T x, vectors along K."""
-            part = _local(lanes)
+            part = local_array(lanes)
             for jo in T.serial(VT // unroll):
                 for ji in T.unroll(unroll):
                     for lane in T.vectorized(lanes):
@@ -218,7 +238,7 @@ class RecurrentTiles(CpuTiles):
                             part[lane] = (
                                 part[lane] + T.Cast("float32", W[c * lanes + lane, jo * unroll + ji]) * x[c * lanes + lane]
                             )
-                    acc[jo * unroll + ji] = _sum_lanes(part, lanes)
+                    acc[jo * unroll + ji] = sum_lanes(part, lanes)
 
         return gemv
 
@@ -228,8 +248,8 @@ class RecurrentTiles(CpuTiles):
         @T.inline
         def ger_gemv(acc, W, d, x, u, y):
             """W = diag(d) W + x u^T; acc = W^T y, from the unrounded W, vectors along K."""
-            part = _local(lanes)
-            new = _local(lanes)
+            part = local_array(lanes)
+            new = local_array(lanes)
             for jo in T.serial(VT // unroll):
                 for ji in T.unroll(unroll):
                     for lane in T.vectorized(lanes):
@@ -244,21 +264,24 @@ class RecurrentTiles(CpuTiles):
                             W[c * lanes + lane, jo * unroll + ji] = T.Cast(W.dtype, new[lane])
                         for lane in T.vectorized(lanes):
                             part[lane] = part[lane] + new[lane] * y[c * lanes + lane]
-                    acc[jo * unroll + ji] = _sum_lanes(part, lanes)
+                    acc[jo * unroll + ji] = sum_lanes(part, lanes)
 
         return ger_gemv
 
 
-def _local(size: int) -> Any:
+def local_array(*shape: int) -> Any:
     """fp32 array on the worker's stack, where LLVM can keep it in registers.
 
     Without the annotation TVM 0.27 takes even 64 bytes from the heap, through a call that hides the array from LLVM; its
     StorageRewrite pass drops the annotation, so builds turn that pass off (`pass_config` in targets/x86.toml).
     """
-    return T.alloc_buffer((size,), "float32", scope="local", annotations={"disable_lower_builtin": True})
+    memory = T.alloc_buffer((math.prod(shape),), "float32", scope="local", annotations={"disable_lower_builtin": True})
+    if len(shape) == 1:
+        return memory
+    return T.decl_buffer(shape, "float32", data=memory.data, scope="local")
 
 
-def _sum_lanes(part: Any, lanes: int) -> Any:
+def sum_lanes(part: Any, lanes: int) -> Any:
     """Sum of a vector's lanes by halves: log2(lanes) shuffles instead of a chain of lanes additions."""
     if lanes == 1:
         return part[0]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from tvm_gdn.schedule import schedule
 from tvm_gdn.schedules.gpu import RecurrentWarpTiles
+
+from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
 WARP = 32

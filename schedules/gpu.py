@@ -40,6 +40,11 @@ class WarpTiles:
         """Take the thread index that the following operations belong to."""
         self.lane = lane
 
+    @staticmethod
+    def exp(x: Any) -> Any:
+        """Exp in fp32."""
+        return T.exp(x)
+
     def scalars(self, count: int) -> Any:
         """fp32 scratch scalars, one set per thread."""
         return T.alloc_buffer((count,), "float32", scope="local")

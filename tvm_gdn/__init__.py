@@ -16,18 +16,30 @@ from tvm_gdn import logs, torch_ops  # noqa: E402
 from tvm_gdn.ops import OPS  # noqa: E402
 from tvm_gdn.ops.gating import fused_gdn_gating  # noqa: E402
 from tvm_gdn.ops.recurrent import (  # noqa: E402
-    fused_recurrent_gated_delta_rule,
     fused_recurrent_gated_delta_rule_update,
     fused_sigmoid_gating_delta_rule_update,
     packed_decode_gated_delta_rule,
+)
+from tvm_gdn.ops.sequence import (  # noqa: E402
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    chunk_kda,
+    fused_recurrent_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    fused_recurrent_kda,
 )
 
 __version__ = "0.1.0"
 __all__ = [
     "OPS",
+    "chunk_delta_rule",
+    "chunk_gated_delta_rule",
+    "chunk_kda",
     "fused_gdn_gating",
+    "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gated_delta_rule_update",
+    "fused_recurrent_kda",
     "fused_sigmoid_gating_delta_rule_update",
     "packed_decode_gated_delta_rule",
 ]

@@ -139,7 +139,7 @@ def geometry_of(spec: OpSpec, args: Mapping[str, Any]) -> Geometry:
         axes.append((axis, int(args[name].shape[position])))
     dtypes = [(t.name, DTYPE_NAMES[args[t.name].dtype]) for t in spec.tensors if args.get(t.name) is not None]
     attrs = [(s.name, bool(args[s.name]) if s.type == "bool" else args[s.name]) for s in spec.scalars if s.static]
-    return Geometry(axes=tuple(axes), dtypes=tuple(dtypes), attrs=tuple(attrs))
+    return Geometry(axes=tuple(axes), dtypes=tuple(dtypes), attrs=(*attrs, *spec.traits))
 
 
 def scalar_value(scalar: Scalar, value: Any, axes: Mapping[str, int]) -> Any:

@@ -21,7 +21,7 @@ References
 from __future__ import annotations
 
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,8 +79,9 @@ def _store(pool: Tensor, slots: Tensor, states: Tensor) -> None:
 def _recurrence(inputs: list[Tensor], initial: Tensor, verify: _Verify | None) -> tuple[Tensor, Tensor]:
     """Token loop over sequences of one length, all tensors of one dtype; the only place with the delta rule.
 
-    inputs: q, k ``[N, T, HV, K]`` (normalized, scaled, repeated to the value heads), v ``[N, T, HV, V]``, g and beta
-    ``[N, T, HV]``; initial ``[N, HV, K, V]``. Returns o ``[N, T, HV, V]`` and the state after the last token.
+    inputs: q, k ``[N, T, HV, K]`` (normalized, scaled, repeated to the value heads), v ``[N, T, HV, V]``, g
+    ``[N, T, HV, 1 or K]``, beta ``[N, T, HV]``; initial ``[N, HV, K, V]``. Returns o ``[N, T, HV, V]`` and the state after
+    the last token.
     """
     q, k, v, g, beta = inputs
     # Products are written as multiply and sum: matmul and einsum obey global precision switches (TF32, bf16).
@@ -89,7 +90,7 @@ def _recurrence(inputs: list[Tensor], initial: Tensor, verify: _Verify | None) -
         q_t, k_t = q[:, t, :, :, None], k[:, t, :, :, None]
         if verify is not None:
             state = verify.start(t, initial, state)
-        state = state * decay[:, t, :, None, None]
+        state = state * decay[:, t, :, :, None]
         u = (v[:, t] - (state * k_t).sum(-2)) * beta[:, t, :, None]
         state = torch.addcmul(state, k_t, u[:, :, None, :])
         outputs.append((state * q_t).sum(-2))
@@ -161,7 +162,8 @@ def _run(
         qs, ks = _l2norm(qs), _l2norm(ks)
     qs = qs * (q.shape[-1] ** -0.5 if scale is None else scale)
     qs, ks = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (qs, ks))
-    flat = (qs, ks, v.flatten(0, 1).to(dtype), *(x.reshape(tokens, heads).to(dtype) for x in (g, beta)))
+    gates = g.reshape(tokens, heads, k.shape[-1] if g.ndim == q.ndim and g.shape[-1] == k.shape[-1] else 1).to(dtype)
+    flat = (qs, ks, v.flatten(0, 1).to(dtype), gates, beta.reshape(tokens, heads).to(dtype))
 
     outputs, finals = [], []
     for first, count, begin, length in runs:
@@ -446,3 +448,19 @@ def packed_decode_gated_delta_rule(
         state_v_first=state_v_first,
         exact=exact,
     )
+
+
+def fused_recurrent_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Delta rule without decay: `fused_recurrent_gated_delta_rule` with g = 0."""
+    return fused_recurrent_gated_delta_rule(q, k, v, torch.zeros_like(beta, dtype=torch.float32), beta, *args, **kwargs)
+
+
+def fused_recurrent_delta_rule_update(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Delta rule without decay on a pool: `fused_recurrent_gated_delta_rule_update` with g = 0."""
+    return fused_recurrent_gated_delta_rule_update(q, k, v, torch.zeros_like(beta, dtype=torch.float32), beta, *args, **kwargs)
+
+
+# Chunking is a way to compute, not another function; a gate per channel is told by the shape of g.
+chunk_gated_delta_rule = chunk_kda = fused_recurrent_kda = fused_recurrent_gated_delta_rule
+chunk_gated_delta_rule_update = chunk_kda_update = fused_recurrent_kda_update = fused_recurrent_gated_delta_rule_update
+chunk_delta_rule, chunk_delta_rule_update = fused_recurrent_delta_rule, fused_recurrent_delta_rule_update

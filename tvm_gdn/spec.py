@@ -190,6 +190,8 @@ class OpSpec:
         Returned tensors in order.
     static_axes : tuple of str
         Axes compiled into a kernel.
+    traits : tuple of (str, value)
+        Static attributes that every geometry of the operator has: what tells it from others of the same algorithm.
     cases : tuple of mapping
         Shapes, dtypes and options on which parity runs (see `cases.py`).
     bench : tuple of mapping
@@ -208,6 +210,7 @@ class OpSpec:
     inputs: tuple[Tensor | Scalar, ...]
     outputs: tuple[Output, ...]
     static_axes: tuple[str, ...]
+    traits: tuple[tuple[str, Any], ...] = ()
     cases: tuple[Mapping[str, Any], ...] = ()
     bench: tuple[Mapping[str, Any], ...] = ()
     check: Callable[[Mapping[str, Any], Mapping[str, int]], None] | None = None

@@ -1,0 +1,93 @@
+"""What the delta-rule operators share: arguments, cost model, the view of one-token batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tvm_gdn.spec import INTS, Geometry, Output, Scalar, Tensor
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def default_scale(axes: Mapping[str, int]) -> float:
+    """Attention's usual factor on q."""
+    return float(axes["K"]) ** -0.5
+
+
+def cost(sizes: Mapping[str, int], geometry: Geometry) -> tuple[int, int]:
+    """Floor of a call: every state read and written once, every token's rows once; 3 multiply-adds per state element."""
+    tokens, sequences = sizes["B"] * sizes["T"], sizes["N"]
+    heads, H, K, V = sizes["HV"], sizes["H"], geometry.axis["K"], geometry.axis["V"]
+    dtypes = geometry.dtype
+    data = ITEMSIZE[dtypes.get("q", dtypes.get("mixed_qkv", "float32"))]
+    state_name = next((n for n in ("initial_state_source", "initial_state") if n in dtypes), None)
+    state = 0
+    if state_name:
+        state = 2 * sequences * heads * K * V * ITEMSIZE[dtypes[state_name]]
+    elif geometry.attr.get("output_final_state"):
+        state = sequences * heads * K * V * 4
+    rows = tokens * (2 * H * K + 2 * heads * V) * data
+    return state + rows, tokens * heads * K * V * 7
+
+
+QUERY = Tensor("q", "B T H K", role="data", values="unit")
+KEY = Tensor("k", "B T H K", role="data", values="unit")
+VALUE = Tensor("v", "B T HV V", role="data")
+GATE = Tensor("g", "B T HV", strides="any", values="log_decay")
+BETA = Tensor("beta", "B T HV", strides="any", values="beta")
+A_LOG = Tensor("A_log", "HV", strides="dense", values="A_log")
+DT_BIAS = Tensor("dt_bias", "HV", strides="dense", values="dt_bias")
+A = Tensor("a", "B T HV", strides="any")
+B = Tensor("b", "B T HV", strides="any")
+SCALE = Scalar("scale", "float", None, resolve=default_scale)
+SOFTPLUS = (Scalar("softplus_beta", "float"), Scalar("softplus_threshold", "float"))
+POOL = Tensor(
+    "initial_state_source",
+    "S HV K V",
+    axes_v_first="S HV V K",
+    role="state",
+    optional=True,
+    mutated=True,
+    strides="outer",
+    values="state",
+)
+SLOTS = Tensor("initial_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values="slots")
+CU_SEQLENS = Tensor("cu_seqlens", "N+1", dtypes=INTS, optional=True, strides="dense", values="cu_seqlens")
+L2NORM = Scalar("use_qk_l2norm_in_kernel", "bool", False)
+V_FIRST = Scalar("state_v_first", "bool", False, static=True, passed=False)
+VERIFY = (
+    Scalar("disable_state_update", "bool", False),
+    Tensor(
+        "intermediate_states_buffer",
+        "C P HV K V",
+        axes_v_first="C P HV V K",
+        role="state",
+        optional=True,
+        mutated=True,
+        strides="outer2",
+        values="empty",
+    ),
+    Tensor("intermediate_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values="slots"),
+    Scalar("cache_steps", "int", None, passed=False),
+    Tensor("retrieve_parent_token", "N P2", dtypes=INTS, optional=True, strides="dense", values="parents"),
+)
+OUT = Output("o", "B T HV V", like="data")
+
+INITIAL = Tensor(
+    "initial_state", "N HV K V", axes_v_first="N HV V K", role="state", optional=True, strides="outer", values="state"
+)
+OUTPUT_FINAL = Scalar("output_final_state", "bool", False, static=True, passed=False)
+FINAL = Output("final_state", "N HV K V", axes_v_first="N HV V K", like="state", when="output_final_state")
+
+
+def tokens_first(tensor: Any) -> Any:
+    """[N, 1, ...] seen as [1, N, ...]: one-token sequences as one packed batch, without a copy."""
+    return tensor.transpose(0, 1) if isinstance(tensor, torch.Tensor) and tensor.ndim >= 2 else tensor
+
+
+def is_one_token_batch(q: Any, cu_seqlens: torch.Tensor | None) -> bool:
+    """Whether q is [N, 1, H, K] with bounds of N one-token sequences."""
+    return cu_seqlens is not None and isinstance(q, torch.Tensor) and q.ndim == 4 and q.shape[0] > 1 and q.shape[1] == 1

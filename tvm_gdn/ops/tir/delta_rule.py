@@ -1,0 +1,367 @@
+"""The token-recurrent gated delta rule in TensorIR: one definition for every operator that steps token by token.
+
+Per worker: one sequence, one value head, `v_tile` value columns, the state as a ``[K, v_tile]`` tile W. Per token, in fp32::
+
+    x, y = k, q (l2-normalized if asked, q scaled)        d = exp(g), per head or per channel
+    u    = beta * (v - W^T (d*x))                         tiles.gemv
+    W    = d * W + x u^T ;  o = W^T y                     tiles.ger_gemv
+
+which is the contract's ``S *= exp(g); u = (v - S^T k) * beta; S += k u^T; o = S^T q`` with the decay moved onto the K vectors,
+so that a step passes over the state twice and writes it once. Source of the maths: Yang et al., Gated Delta Networks
+(arXiv:2412.06464).
+
+What differs between the operators (gates given or computed, separate or packed q/k/v, pool or separate states, verification)
+is decided here, while the function is parsed, from the geometry. What differs between targets comes from `tiles`
+(see `schedules/cpu.py`): how workers map to threads or blocks, where the state tile lives, and the two matrix-vector
+operations. `tiles.direct` says that a state may be updated in the pool's own memory instead of in a local copy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tvm_gdn.ops.tir.gates import gate_macros
+from tvm_gdn.spec import Geometry
+
+NORM_EPS = 1e-6
+
+
+def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
+    """Build the kernel of one geometry.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        Static axes K and V, dtypes of the tensors present, ``state_v_first`` and ``output_final_state``.
+    tiles : object
+        The target's tile operations.
+    chunks : macro, optional
+        Advances a state over all tokens of a sequence at once (`chunk.py`); by default the state steps token by token.
+
+    Returns
+    -------
+    tvm.tirx.PrimFunc
+        With every parameter that any operator of the family has; `tvm_gdn.build` keeps those that the operator's SPEC names.
+    """
+    has = geometry.dtype
+    dtype_of = lambda name, default="float32": has.get(name, default)  # noqa: E731
+    K, V, VT = geometry.axis["K"], geometry.axis["V"], tiles.v_tile
+    NV = V // VT
+    v_first = bool(geometry.attr.get("state_v_first", False))
+    state_shape = (V, K) if v_first else (K, V)
+    # TVM 0.27 wants a stride literal in the dtype of its axis: int64 where the axis is a symbol (heads).
+    head_strides = (T.int64(K * V), state_shape[1], 1)
+
+    packed = "mixed_qkv" in has
+    gated = "g" in has
+    channel_gate = bool(geometry.attr.get("channel_gate", False))
+    per_channel, unit = ((K,), (1,)) if channel_gate else ((), ())
+    fused_gate = "A_log" in has
+    varlen = "cu_seqlens" in has
+    pool = "initial_state_source" in has
+    slots_given = "initial_state_indices" in has
+    separate = "initial_state" in has
+    final = bool(geometry.attr.get("output_final_state", False))
+    buffered = "intermediate_states_buffer" in has
+    buffer_slots_given = "intermediate_state_indices" in has
+    tree = "retrieve_parent_token" in has
+    data = dtype_of("mixed_qkv" if packed else "q")
+    pool_dtype = dtype_of("initial_state_source")
+    initial_dtype = dtype_of("initial_state")
+    buffer_dtype = dtype_of("intermediate_states_buffer")
+    # A low-precision state must not be rounded between the tokens of one call, so only one-token calls may use it in place.
+    direct_pool = tiles.direct and pool and not tree
+    direct_any_length = pool_dtype == "float32"
+    checks = tiles.host_checks
+    chunked = chunks is not None
+
+    def gate_dims(batch: Any, token: Any, head: Any) -> tuple[Any, ...]:
+        """The packed decode step has one token and so no token axis on a and b."""
+        return (batch, head) if packed else (batch, token, head)
+
+    def pick(condition: bool, yes: Any, no: Any) -> Any:
+        """A choice made while the function is parsed."""
+        return yes if condition else no
+
+    def int64(buffer: Any, *index: Any) -> Any:
+        """Element of an index tensor."""
+        return T.Cast("int64", buffer[index])
+
+    def div(x: Any, y: Any) -> Any:
+        """Quotient of small non-negative integers."""
+        return T.Cast("int64", T.truncdiv(T.Cast("int32", x), T.Cast("int32", y)))
+
+    def mod(x: Any, y: Any) -> Any:
+        """Remainder of small non-negative integers."""
+        return T.Cast("int64", T.truncmod(T.Cast("int32", x), T.Cast("int32", y)))
+
+    def gate_at(buffer: Any, batch: Any, token: Any, head: Any) -> Any:
+        """Element of a gate tensor in fp32."""
+        return T.Cast("float32", buffer[gate_dims(batch, token, head)])
+
+    log_decay, sigmoid = gate_macros()
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        q_: T.handle,
+        k_: T.handle,
+        v_: T.handle,
+        mixed_: T.handle,
+        g_: T.handle,
+        beta_: T.handle,
+        A_log_: T.handle,
+        a_: T.handle,
+        dt_bias_: T.handle,
+        b_: T.handle,
+        cu_: T.handle,
+        source_: T.handle,
+        slots_: T.handle,
+        initial_: T.handle,
+        final_: T.handle,
+        buffer_: T.handle,
+        buffer_slots_: T.handle,
+        parents_: T.handle,
+        o_: T.handle,
+        scale: T.float32,
+        softplus_beta: T.float32,
+        softplus_threshold: T.float32,
+        use_qk_l2norm_in_kernel: T.int32,
+        disable_state_update: T.int32,
+    ):
+        T.func_attr({"global_symbol": "kernel"})
+        B, TK, H, HV = T.int64(), T.int64(), T.int64(), T.int64()
+        q0, q1, q2 = T.int64(), T.int64(), T.int64()
+        k0, k1, k2 = T.int64(), T.int64(), T.int64()
+        v0s, v1, v2 = T.int64(), T.int64(), T.int64()
+        g0, g1, g2 = T.int64(), T.int64(), T.int64()
+        e0, e1, e2 = T.int64(), T.int64(), T.int64()
+        a0, a1, a2 = T.int64(), T.int64(), T.int64()
+        b0, b1, b2 = T.int64(), T.int64(), T.int64()
+        N1, NI, NB, NP, NS, NF, R = T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        S, C, P, PT = T.int64(), T.int64(), T.int64(), T.int64()
+        m0, s0, i0, c0, c1 = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        q = T.match_buffer(q_, (B, TK, H, K), data, strides=(q0, q1, q2, 1), align=2)
+        k = T.match_buffer(k_, (B, TK, H, K), data, strides=(k0, k1, k2, 1), align=2)
+        v = T.match_buffer(v_, (B, TK, HV, V), data, strides=(v0s, v1, v2, 1), align=2)
+        mixed_qkv = T.match_buffer(mixed_, (B, R), data, strides=(m0, T.int64(1)), align=2)
+        g = T.match_buffer(g_, (B, TK, HV, *per_channel), dtype_of("g"), strides=(g0, g1, g2, *unit), align=2)
+        beta = T.match_buffer(beta_, (B, TK, HV), dtype_of("beta"), strides=(e0, e1, e2), align=2)
+        A_log = T.match_buffer(A_log_, (HV,), dtype_of("A_log"), align=2)
+        a = T.match_buffer(a_, gate_dims(B, TK, HV), dtype_of("a"), strides=gate_dims(a0, a1, a2), align=2)
+        dt_bias = T.match_buffer(dt_bias_, (HV,), dtype_of("dt_bias"), align=2)
+        b = T.match_buffer(b_, gate_dims(B, TK, HV), dtype_of("b"), strides=gate_dims(b0, b1, b2), align=2)
+        cu_seqlens = T.match_buffer(cu_, (N1,), dtype_of("cu_seqlens", "int64"), align=4)
+        initial_state_source = T.match_buffer(source_, (S, HV, *state_shape), pool_dtype, strides=(s0, *head_strides), align=2)
+        initial_state_indices = T.match_buffer(slots_, (NI,), dtype_of("initial_state_indices", "int64"), align=4)
+        initial_state = T.match_buffer(initial_, (NS, HV, *state_shape), initial_dtype, strides=(i0, *head_strides), align=2)
+        final_state = T.match_buffer(final_, (NF, HV, *state_shape), initial_dtype, align=2)
+        intermediate_states_buffer = T.match_buffer(
+            buffer_, (C, P, HV, *state_shape), buffer_dtype, strides=(c0, c1, *head_strides), align=2
+        )
+        intermediate_state_indices = T.match_buffer(
+            buffer_slots_, (NB,), dtype_of("intermediate_state_indices", "int64"), align=4
+        )
+        retrieve_parent_token = T.match_buffer(parents_, (NP, PT), dtype_of("retrieve_parent_token", "int64"), align=4)
+        o = T.match_buffer(o_, (B, TK, HV, V), data, align=2)
+
+        n_seq: T.let[T.int64] = pick(varlen, N1 - 1, B)
+        heads: T.let[T.int64] = pick(packed, (R - HV * V) // (2 * K), H)
+
+        if checks:
+            assert heads > 0 and HV % heads == 0, ("ValueError", ["v: heads must be a multiple of q's"])
+            if packed:
+                assert 2 * heads * K + HV * V == R, ("ValueError", ["mixed_qkv: row length"])
+                assert TK == 1, ("ValueError", ["o: one token"])
+            if varlen:
+                assert B == 1 and N1 > 0, ("ValueError", ["cu_seqlens: needs q of batch 1"])
+                assert int64(cu_seqlens, 0) == 0 and int64(cu_seqlens, N1 - 1) == TK, ("ValueError", ["cu_seqlens: first, last"])
+                for n in T.serial(n_seq):
+                    assert cu_seqlens[n] <= cu_seqlens[n + 1], ("ValueError", ["cu_seqlens: decreasing"])
+            if pool:
+                assert S <= 1 or s0 >= HV * K * V, ("ValueError", ["initial_state_source: slots overlap"])
+                if slots_given:
+                    assert NI == n_seq, ("ValueError", ["initial_state_indices: length"])
+                    for n in T.serial(n_seq):
+                        assert int64(initial_state_indices, n) >= -1 and int64(initial_state_indices, n) < S, (
+                            "ValueError",
+                            ["initial_state_indices: slot"],
+                        )
+                else:
+                    assert S >= n_seq, ("ValueError", ["initial_state_source: fewer slots than sequences"])
+            if separate:
+                assert NS == n_seq, ("ValueError", ["initial_state: length"])
+            if final:
+                assert NF == n_seq, ("ValueError", ["final_state: length"])
+            if buffered:
+                assert (C <= 1 or c0 >= P * HV * K * V) and (P <= 1 or c1 >= HV * K * V), (
+                    "ValueError",
+                    ["intermediate_states_buffer: slots overlap"],
+                )
+                if buffer_slots_given:
+                    assert NB == n_seq, ("ValueError", ["intermediate_state_indices: length"])
+                    for n in T.serial(n_seq):
+                        assert int64(intermediate_state_indices, n) >= -1 and int64(intermediate_state_indices, n) < C, (
+                            "ValueError",
+                            ["intermediate_state_indices: slot"],
+                        )
+                else:
+                    assert C >= n_seq, ("ValueError", ["intermediate_states_buffer: fewer slots than sequences"])
+                for n in T.serial(n_seq):
+                    assert pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK) <= P, (
+                        "ValueError",
+                        ["intermediate_states_buffer: steps"],
+                    )
+            if tree:
+                assert NP == n_seq, ("ValueError", ["retrieve_parent_token: length"])
+                for n in T.serial(n_seq):
+                    assert pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK) <= PT, (
+                        "ValueError",
+                        ["retrieve_parent_token: steps"],
+                    )
+                    for t in T.serial(1, pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)):
+                        assert int64(retrieve_parent_token, n, t) >= -1 and int64(retrieve_parent_token, n, t) < t, (
+                            "ValueError",
+                            ["retrieve_parent_token: parent"],
+                        )
+
+        for w in tiles.workers(n_seq * HV * NV):
+            for lane in tiles.lanes():
+                tiles.enter(lane)
+                # Workers fit in 32 bits, where a division is several times cheaper than in 64, above all on GPUs.
+                n: T.let[T.int64] = div(w, HV * NV)
+                hv: T.let[T.int64] = mod(div(w, NV), HV)
+                j0: T.let[T.int64] = mod(w, NV) * VT
+                h: T.let[T.int64] = div(hv, div(HV, heads))
+                row: T.let[T.int64] = pick(varlen, T.int64(0), n)
+                first: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n), T.int64(0))
+                length: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)
+                slot: T.let[T.int64] = pick(slots_given, int64(initial_state_indices, n), n)
+                buffer_slot: T.let[T.int64] = pick(buffer_slots_given, int64(intermediate_state_indices, n), n)
+
+                if not chunked:
+                    x, y, d, dx = tiles.k_vector(), tiles.k_vector(), tiles.k_vector(), tiles.k_vector()
+                    u, z = tiles.v_vector(), tiles.v_vector()
+                    m = tiles.scalars(4)
+
+                @T.inline
+                def load_qk(t):
+                    for i in tiles.rows(K):
+                        if packed:
+                            x[i] = T.Cast("float32", mixed_qkv[n, (heads + h) * K + tiles.row(i)])
+                            y[i] = T.Cast("float32", mixed_qkv[n, h * K + tiles.row(i)])
+                        else:
+                            x[i] = T.Cast("float32", k[row, first + t, h, tiles.row(i)])
+                            y[i] = T.Cast("float32", q[row, first + t, h, tiles.row(i)])
+                    m[0] = T.float32(1)
+                    m[1] = scale
+                    if use_qk_l2norm_in_kernel != 0:
+                        tiles.dot(m, 2, x, x)
+                        m[0] = T.float32(1) / T.sqrt(m[2] + T.float32(NORM_EPS))
+                        tiles.dot(m, 2, y, y)
+                        m[1] = scale / T.sqrt(m[2] + T.float32(NORM_EPS))
+                    for i in tiles.rows(K):
+                        x[i] = x[i] * m[0]
+                        y[i] = y[i] * m[1]
+
+                @T.inline
+                def load_gates(t):
+                    """D = exp(g) for every row of the state, m[1] = beta."""
+                    m[0] = T.float32(0)
+                    if fused_gate:
+                        m[0] = gate_at(a, row, first + t, hv) + T.Cast("float32", dt_bias[hv])
+                        log_decay(m, 0, 2, T.Cast("float32", A_log[hv]), softplus_beta, softplus_threshold)
+                        m[1] = gate_at(b, row, first + t, hv)
+                        sigmoid(m, 1)
+                    else:
+                        if gated and not channel_gate:
+                            m[0] = T.Cast("float32", g[row, first + t, hv])
+                        m[1] = T.Cast("float32", beta[row, first + t, hv])
+                    if channel_gate:
+                        for i in tiles.rows(K):
+                            d[i] = tiles.exp(T.Cast("float32", g[row, first + t, hv, tiles.row(i)]))
+                    else:
+                        m[0] = T.exp(m[0])
+                        for i in tiles.rows(K):
+                            d[i] = m[0]
+
+                @T.inline
+                def step(W, t):
+                    load_qk(t)
+                    load_gates(t)
+                    for i in tiles.rows(K):
+                        dx[i] = d[i] * x[i]
+                    tiles.gemv(u, W, dx)
+                    for j in tiles.cols(VT):
+                        if packed:
+                            u[j] = (T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)]) - u[j]) * m[1]
+                        else:
+                            u[j] = (T.Cast("float32", v[row, first + t, hv, j0 + tiles.col(j)]) - u[j]) * m[1]
+                    tiles.ger_gemv(z, W, d, x, u, y)
+                    for j in tiles.cols(VT):
+                        o[row, first + t, hv, j0 + tiles.col(j)] = T.Cast(data, z[j])
+
+                @T.inline
+                def load_initial(W):
+                    if pool:
+                        if slot >= 0 and slot < S:
+                            tiles.load(W, tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
+                        else:
+                            tiles.zero(W)
+                    elif separate:
+                        tiles.load(W, tiles.view(initial_state, n * i0 + hv * (K * V), j0))
+                    else:
+                        tiles.zero(W)
+
+                @T.inline
+                def load_parent(W, t):
+                    """The state after the parent's step; the initial state where there is no parent."""
+                    parent: T.let[T.int64] = int64(retrieve_parent_token, n, t)
+                    if parent < 0:
+                        load_initial(W)
+                    elif buffer_slot >= 0 and buffer_slot < C and parent < P:
+                        tiles.load(W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0))
+                    else:
+                        tiles.zero(W)
+
+                @T.inline
+                def tokens(W):
+                    if chunked:
+                        chunks(W, q, k, v, g, beta, o, row, first, length, h, hv, j0, scale, use_qk_l2norm_in_kernel)
+                    else:
+                        steps(W)
+
+                @T.inline
+                def steps(W):
+                    for t in T.serial(length):
+                        if tree:
+                            if t > 0:
+                                load_parent(W, t)
+                        step(W, t)
+                        if buffered:
+                            if buffer_slot >= 0 and buffer_slot < C and t < P:
+                                tiles.store(
+                                    tiles.view(intermediate_states_buffer, buffer_slot * c0 + t * c1 + hv * (K * V), j0), W
+                                )
+
+                @T.inline
+                def through_local():
+                    local = tiles.state()
+                    load_initial(local)
+                    tokens(local)
+                    if pool:
+                        if slot >= 0 and slot < S and disable_state_update == 0:
+                            tiles.store(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), local)
+                    if final:
+                        tiles.store(tiles.view(final_state, (n * HV + hv) * (K * V), j0), local)
+
+                if direct_pool:
+                    if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
+                        tokens(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
+                    else:
+                        through_local()
+                else:
+                    through_local()
+
+    return kernel
