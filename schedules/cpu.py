@@ -57,6 +57,21 @@ class CpuTiles:
         scaled = T.Select(x < f(-87.3), f(0.0), p * half_power * f(2.0))
         return T.Select(x > f(88.72), f(float("inf")), scaled)
 
+    @staticmethod
+    def log(x: Any) -> Any:
+        """Natural logarithm of positive normal fp32 numbers as vector code: exponent plus a polynomial of the mantissa."""
+        f = T.float32
+        bits = T.reinterpret("int32", x)
+        exponent = T.shift_right(bits - 0x3F3504F3, 23)  # of a mantissa in [sqrt(1/2), sqrt(2))
+        r = T.reinterpret("float32", bits - T.shift_left(exponent, 23)) - f(1.0)
+        e = T.Cast("float32", exponent)
+        p = f(7.0376836292e-2)
+        for c in (-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1):
+            p = p * r + f(c)
+        for c in (2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1):
+            p = p * r + f(c)
+        return r + (p * r * (r * r) - f(0.5) * r * r + e * f(-2.12194440e-4)) + e * f(0.693359375)
+
 
 class GatingTiles(CpuTiles):
     """Row blocks of the gating operator.
@@ -65,10 +80,12 @@ class GatingTiles(CpuTiles):
     ----------
     rows_per_worker : int
         Rows that one worker computes.
+    vector : int
+        Heads computed at once.
     """
 
-    def __init__(self, rows_per_worker: int) -> None:
-        self.rows_per_worker = rows_per_worker
+    def __init__(self, rows_per_worker: int, vector: int) -> None:
+        self.rows_per_worker, self.vector = rows_per_worker, vector
 
 
 class RecurrentTiles(CpuTiles):

@@ -67,4 +67,4 @@ class GatingGeneric(_NoKnobs):
     def tiles(geometry: Geometry) -> GatingTiles:
         """Scalar loops."""
         del geometry
-        return GatingTiles(1)
+        return GatingTiles(1, 1)

@@ -45,6 +45,11 @@ class WarpTiles:
         """Exp in fp32."""
         return T.exp(x)
 
+    @staticmethod
+    def log(x: Any) -> Any:
+        """Natural logarithm in fp32."""
+        return T.log(x)
+
     def scalars(self, count: int) -> Any:
         """fp32 scratch scalars, one set per thread."""
         return T.alloc_buffer((count,), "float32", scope="local")

@@ -112,18 +112,18 @@ class GatingX86:
 
     @staticmethod
     def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Rows per worker."""
+        """Rows per worker, heads at once."""
         del geometry
-        return {"rows_per_worker": (1, 4, 16, 64)}
+        return {"rows_per_worker": (4, 16, 64, 256), "vector": (8, 16, 32)}
 
     @staticmethod
     def default(geometry: Geometry) -> dict[str, Any]:
-        """A piece of about 500 gates."""
+        """Pieces of about 2,000 gates at 32 heads."""
         del geometry
-        return {"rows_per_worker": 16}
+        return {"rows_per_worker": 64, "vector": 16}
 
     @staticmethod
-    def tiles(geometry: Geometry, *, rows_per_worker: int) -> GatingTiles:
-        """Scalar loops over parallel row blocks."""
+    def tiles(geometry: Geometry, *, rows_per_worker: int, vector: int) -> GatingTiles:
+        """Vectors of heads over parallel row blocks."""
         del geometry
-        return GatingTiles(rows_per_worker)
+        return GatingTiles(rows_per_worker, vector)

@@ -153,8 +153,9 @@ def test_a_forked_child_computes(order):
             busy(0.05)()
 
         def child():
-            check(UPDATE, draw(UPDATE, POOLED))
-            busy(0.05)()
+            # Sizes on which torch's own operators run on one thread: in a forked child they would hang.
+            for seed in range(20):
+                check(UPDATE, draw(UPDATE, {{**POOLED, "B": 2, "S": 3}}, seed=seed))
 
         for _ in range(2):
             process = multiprocessing.get_context("fork").Process(target=child)

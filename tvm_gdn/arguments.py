@@ -154,7 +154,7 @@ def checked_geometry(spec: OpSpec, geometry: Geometry) -> Geometry:
     wrong = []
     if set(geometry.axis) != set(spec.static_axes) or min(geometry.axis.values(), default=1) < 1:
         wrong.append(f"axes must be {{{', '.join(spec.static_axes)}}}, each at least 1; got {geometry.axis}")
-    if set(geometry.attr) != set(spec.static_attrs):
+    if set(geometry.attr) != {*spec.static_attrs, *dict(spec.traits)}:
         wrong.append(f"attrs must be {{{', '.join(spec.static_attrs)}}}; got {geometry.attr}")
     missing = [name for name, tensor in tensors.items() if not tensor.optional and name not in geometry.dtype]
     unknown = sorted(set(geometry.dtype) - set(tensors))

@@ -101,7 +101,7 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
         """Element of a gate tensor in fp32."""
         return T.Cast("float32", buffer[gate_dims(batch, token, head)])
 
-    log_decay, sigmoid = gate_macros()
+    log_decay, sigmoid = gate_macros(tiles, 1)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -243,7 +243,9 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                 if not chunked:
                     x, y, d, dx = tiles.k_vector(), tiles.k_vector(), tiles.k_vector(), tiles.k_vector()
                     u, z = tiles.v_vector(), tiles.v_vector()
-                    m = tiles.scalars(4)
+                    m = tiles.scalars(3)
+                    if fused_gate:
+                        gate, log_a = tiles.scalars(1), tiles.scalars(1)
 
                 @T.inline
                 def load_qk(t):
@@ -270,10 +272,13 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                     """D = exp(g) for every row of the state, m[1] = beta."""
                     m[0] = T.float32(0)
                     if fused_gate:
-                        m[0] = gate_at(a, row, first + t, hv) + T.Cast("float32", dt_bias[hv])
-                        log_decay(m, 0, 2, T.Cast("float32", A_log[hv]), softplus_beta, softplus_threshold)
-                        m[1] = gate_at(b, row, first + t, hv)
-                        sigmoid(m, 1)
+                        gate[0] = gate_at(a, row, first + t, hv) + T.Cast("float32", dt_bias[hv])
+                        log_a[0] = T.Cast("float32", A_log[hv])
+                        log_decay(gate, log_a, softplus_beta, softplus_threshold)
+                        m[0] = gate[0]
+                        gate[0] = gate_at(b, row, first + t, hv)
+                        sigmoid(gate)
+                        m[1] = gate[0]
                     else:
                         if gated and not channel_gate:
                             m[0] = T.Cast("float32", g[row, first + t, hv])
@@ -282,7 +287,7 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                         for i in tiles.rows(K):
                             d[i] = tiles.exp(T.Cast("float32", g[row, first + t, hv, tiles.row(i)]))
                     else:
-                        m[0] = T.exp(m[0])
+                        m[0] = tiles.exp(m[0])
                         for i in tiles.rows(K):
                             d[i] = m[0]
 

@@ -7,26 +7,46 @@ from typing import Any
 from tvm.script import tirx as T
 
 
-def gate_macros() -> tuple[Any, Any]:
-    """Macros ``log_decay(m, at, scratch, A_log, beta, threshold)`` and ``sigmoid(m, at)`` on fp32 scratch scalars m.
+def gate_macros(tiles: Any, lanes: int) -> tuple[Any, Any]:
+    """Macros that turn fp32 arrays of `lanes` elements into gates, in place.
 
-    `log_decay` replaces m[at] = x by -exp(A_log) * softplus(x), linear where beta * x exceeds the threshold. log1p(e) is
-    written as log(1+e) * e / ((1+e) - 1), which keeps full relative precision for tiny e (Kahan's form; Goldberg 1991,
-    theorem 4) and needs no log1p, which not every target has.
+    Parameters
+    ----------
+    tiles : object
+        Supplies ``exp`` and ``log``.
+    lanes : int
+        Elements computed at once.
+
+    Returns
+    -------
+    log_decay : macro ``(x, A_log, beta, threshold)``
+        x = -exp(A_log) * softplus(x), linear where beta * x exceeds the threshold. log1p(e) is written as
+        log(1+e) * (e / ((1+e) - 1)), which keeps full relative precision for tiny e (Kahan's form; Goldberg 1991, theorem 4)
+        and needs no log1p, which not every target has.
+    sigmoid : macro ``(x)``
+        x = 1 / (1 + exp(-x)).
     """
+    one = T.float32(1)
 
     @T.inline
-    def log_decay(m, at, scratch, A_log, beta, threshold):
-        if beta * m[at] <= threshold:
-            m[scratch] = T.exp(beta * m[at])
-            if m[scratch] + T.float32(1) == T.float32(1):
-                m[at] = m[scratch] / beta
-            else:
-                m[at] = T.log(m[scratch] + T.float32(1)) * (m[scratch] / ((m[scratch] + T.float32(1)) - T.float32(1))) / beta
-        m[at] = T.float32(0) - T.exp(A_log) * m[at]
+    def log_decay(x, A_log, beta, threshold):
+        e = tiles.scalars(lanes)
+        y = tiles.scalars(lanes)
+        for lane in T.vectorized(lanes):
+            e[lane] = tiles.exp(beta * x[lane])
+        for lane in T.vectorized(lanes):
+            y[lane] = tiles.log(one + e[lane])
+        for lane in T.vectorized(lanes):
+            y[lane] = T.Select(one + e[lane] == one, e[lane], y[lane] * (e[lane] / ((one + e[lane]) - one)))
+        for lane in T.vectorized(lanes):
+            # Far above 17 both sides are equal in fp32; the bound keeps exp finite under any threshold.
+            x[lane] = T.Select(beta * x[lane] > T.min(threshold, T.float32(80)), x[lane], y[lane] / beta)
+        for lane in T.vectorized(lanes):
+            x[lane] = T.float32(0) - tiles.exp(A_log[lane]) * x[lane]
 
     @T.inline
-    def sigmoid(m, at):
-        m[at] = T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - m[at]))
+    def sigmoid(x):
+        for lane in T.vectorized(lanes):
+            x[lane] = one / (one + tiles.exp(T.float32(0) - x[lane]))
 
     return log_decay, sigmoid

@@ -18,7 +18,7 @@ def gating(geometry: Geometry, tiles: Any) -> Any:
     geometry : Geometry
         Dtypes of A_log, a, b and dt_bias.
     tiles : object
-        The target's loops: `workers` over row blocks, `rows_per_worker`.
+        The target's loops: `workers` over row blocks of `rows_per_worker`, `vector` heads at once.
 
     Returns
     -------
@@ -26,8 +26,8 @@ def gating(geometry: Geometry, tiles: Any) -> Any:
     """
     dtype = geometry.dtype
     data = dtype["a"]
-    block = tiles.rows_per_worker
-    log_decay, sigmoid = gate_macros()
+    block, lanes = tiles.rows_per_worker, tiles.vector
+    macros = {width: gate_macros(tiles, width) for width in (1, lanes)}
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -49,16 +49,28 @@ def gating(geometry: Geometry, tiles: Any) -> Any:
         dt_bias = T.match_buffer(dt_bias_, (HV,), dtype["dt_bias"], align=2)
         g = T.match_buffer(g_, (M, HV), "float32", align=2)
         beta = T.match_buffer(beta_, (M, HV), data, align=2)
+
+        @T.inline
+        def heads(row, first, width, log_decay, sigmoid):
+            x = tiles.scalars(width)
+            A = tiles.scalars(width)
+            for lane in T.vectorized(width):
+                x[lane] = T.Cast("float32", a[row, first + lane]) + T.Cast("float32", dt_bias[first + lane])
+                A[lane] = T.Cast("float32", A_log[first + lane])
+            log_decay(x, A, softplus_beta, softplus_threshold)
+            for lane in T.vectorized(width):
+                g[row, first + lane] = x[lane]
+            for lane in T.vectorized(width):
+                x[lane] = T.Cast("float32", b[row, first + lane])
+            sigmoid(x)
+            for lane in T.vectorized(width):
+                beta[row, first + lane] = T.Cast(data, x[lane])
+
         for w in tiles.workers((M + block - 1) // block):
-            m = tiles.scalars(3)
             for r in T.serial(T.min(T.int64(block), M - w * block)):
-                row: T.let[T.int64] = w * block + r
-                for hv in T.serial(HV):
-                    m[0] = T.Cast("float32", a[row, hv]) + T.Cast("float32", dt_bias[hv])
-                    log_decay(m, 0, 1, T.Cast("float32", A_log[hv]), softplus_beta, softplus_threshold)
-                    g[row, hv] = m[0]
-                    m[1] = T.Cast("float32", b[row, hv])
-                    sigmoid(m, 1)
-                    beta[row, hv] = T.Cast(data, m[1])
+                for h in T.serial(HV // lanes):
+                    heads(w * block + r, h * lanes, lanes, macros[lanes][0], macros[lanes][1])
+                for h in T.serial(HV % lanes):
+                    heads(w * block + r, HV // lanes * lanes + h, 1, macros[1][0], macros[1][1])
 
     return kernel
