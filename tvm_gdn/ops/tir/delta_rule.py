@@ -245,7 +245,7 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                     u, z = tiles.v_vector(), tiles.v_vector()
                     m = tiles.scalars(3)
                     if fused_gate:
-                        gate, log_a = tiles.scalars(1), tiles.scalars(1)
+                        gate, rate = tiles.scalars(1), tiles.scalars(1)
 
                 @T.inline
                 def load_qk(t):
@@ -273,8 +273,8 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                     m[0] = T.float32(0)
                     if fused_gate:
                         gate[0] = gate_at(a, row, first + t, hv) + T.Cast("float32", dt_bias[hv])
-                        log_a[0] = T.Cast("float32", A_log[hv])
-                        log_decay(gate, log_a, softplus_beta, softplus_threshold)
+                        rate[0] = tiles.exp(T.Cast("float32", A_log[hv]))
+                        log_decay(gate, rate, softplus_beta, softplus_threshold)
                         m[0] = gate[0]
                         gate[0] = gate_at(b, row, first + t, hv)
                         sigmoid(gate)

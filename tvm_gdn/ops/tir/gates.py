@@ -19,8 +19,8 @@ def gate_macros(tiles: Any, lanes: int) -> tuple[Any, Any]:
 
     Returns
     -------
-    log_decay : macro ``(x, A_log, beta, threshold)``
-        x = -exp(A_log) * softplus(x), linear where beta * x exceeds the threshold. log1p(e) is written as
+    log_decay : macro ``(x, A, beta, threshold)``
+        x = -A * softplus(x) with A = exp(A_log), linear where beta * x exceeds the threshold. log1p(e) is written as
         log(1+e) * (e / ((1+e) - 1)), which keeps full relative precision for tiny e (Kahan's form; Goldberg 1991, theorem 4)
         and needs no log1p, which not every target has.
     sigmoid : macro ``(x)``
@@ -29,7 +29,7 @@ def gate_macros(tiles: Any, lanes: int) -> tuple[Any, Any]:
     one = T.float32(1)
 
     @T.inline
-    def log_decay(x, A_log, beta, threshold):
+    def log_decay(x, A, beta, threshold):
         e = tiles.scalars(lanes)
         y = tiles.scalars(lanes)
         for lane in T.vectorized(lanes):
@@ -42,7 +42,7 @@ def gate_macros(tiles: Any, lanes: int) -> tuple[Any, Any]:
             # Far above 17 both sides are equal in fp32; the bound keeps exp finite under any threshold.
             x[lane] = T.Select(beta * x[lane] > T.min(threshold, T.float32(80)), x[lane], y[lane] / beta)
         for lane in T.vectorized(lanes):
-            x[lane] = T.float32(0) - tiles.exp(A_log[lane]) * x[lane]
+            x[lane] = T.float32(0) - A[lane] * x[lane]
 
     @T.inline
     def sigmoid(x):

@@ -50,27 +50,39 @@ def gating(geometry: Geometry, tiles: Any) -> Any:
         g = T.match_buffer(g_, (M, HV), "float32", align=2)
         beta = T.match_buffer(beta_, (M, HV), data, align=2)
 
+        a_rows = T.decl_buffer((M, HV), data, data=a.data, strides=(a0, T.int64(1)))
+        b_rows = T.decl_buffer((M, HV), data, data=b.data, strides=(b0, T.int64(1)))
+
         @T.inline
-        def heads(row, first, width, log_decay, sigmoid):
-            x = tiles.scalars(width)
-            A = tiles.scalars(width)
+        def heads(a_in, b_in, w, first, width, log_decay, sigmoid):
+            x, A, bias = tiles.scalars(width), tiles.scalars(width), tiles.scalars(width)
             for lane in T.vectorized(width):
-                x[lane] = T.Cast("float32", a[row, first + lane]) + T.Cast("float32", dt_bias[first + lane])
-                A[lane] = T.Cast("float32", A_log[first + lane])
-            log_decay(x, A, softplus_beta, softplus_threshold)
-            for lane in T.vectorized(width):
-                g[row, first + lane] = x[lane]
-            for lane in T.vectorized(width):
-                x[lane] = T.Cast("float32", b[row, first + lane])
-            sigmoid(x)
-            for lane in T.vectorized(width):
-                beta[row, first + lane] = T.Cast(data, x[lane])
+                A[lane] = tiles.exp(T.Cast("float32", A_log[first + lane]))
+                bias[lane] = T.Cast("float32", dt_bias[first + lane])
+            for r in T.serial(T.min(T.int64(block), M - w * block)):
+                for lane in T.vectorized(width):
+                    x[lane] = T.Cast("float32", a_in[w * block + r, first + lane]) + bias[lane]
+                log_decay(x, A, softplus_beta, softplus_threshold)
+                for lane in T.vectorized(width):
+                    g[w * block + r, first + lane] = x[lane]
+                for lane in T.vectorized(width):
+                    x[lane] = T.Cast("float32", b_in[w * block + r, first + lane])
+                sigmoid(x)
+                for lane in T.vectorized(width):
+                    beta[w * block + r, first + lane] = T.Cast(data, x[lane])
+
+        @T.inline
+        def rows(a_in, b_in, w):
+            for h in T.serial(HV // lanes):
+                heads(a_in, b_in, w, h * lanes, lanes, macros[lanes][0], macros[lanes][1])
+            for h in T.serial(HV % lanes):
+                heads(a_in, b_in, w, HV // lanes * lanes + h, 1, macros[1][0], macros[1][1])
 
         for w in tiles.workers((M + block - 1) // block):
-            for r in T.serial(T.min(T.int64(block), M - w * block)):
-                for h in T.serial(HV // lanes):
-                    heads(w * block + r, h * lanes, lanes, macros[lanes][0], macros[lanes][1])
-                for h in T.serial(HV % lanes):
-                    heads(w * block + r, HV // lanes * lanes + h, 1, macros[1][0], macros[1][1])
+            # Vector loads where the heads are contiguous; element by element where they are strided.
+            if a1 == 1 and b1 == 1:
+                rows(a_rows, b_rows, w)
+            else:
+                rows(a, b, w)
 
     return kernel
