@@ -205,29 +205,38 @@ class RecurrentTiles(CpuTiles):
         return zero
 
     def _gemv_columns(self, unroll: int) -> Any:
-        K, VT = self.K, self.v_tile
+        K, VT, chains = self.K, self.v_tile, self._chains(unroll)
+        finish = self._sum_chains(chains)
 
         @T.inline
         def gemv(acc, W, x):
             """Product acc = W^T x."""
-            for j in T.vectorized(VT):
-                acc[j] = T.float32(0)
+            part = local_array(chains, VT)
+            for c in T.unroll(chains):
+                for j in T.vectorized(VT):
+                    part[c, j] = T.float32(0)
             for io in T.serial(K // unroll):
                 for ii in T.unroll(unroll):
                     for j in T.vectorized(VT):
-                        acc[j] = acc[j] + T.Cast("float32", W[io * unroll + ii, j]) * x[io * unroll + ii]
+                        part[ii % chains, j] = (
+                            part[ii % chains, j] + T.Cast("float32", W[io * unroll + ii, j]) * x[io * unroll + ii]
+                        )
+            finish(acc, part)
 
         return gemv
 
     def _ger_gemv_columns(self, unroll: int) -> Any:
-        K, VT = self.K, self.v_tile
+        K, VT, chains = self.K, self.v_tile, self._chains(unroll)
+        finish = self._sum_chains(chains)
 
         @T.inline
         def ger_gemv(acc, W, d, x, u, y):
             """W = diag(d) W + x u^T; acc = W^T y, from the unrounded W."""
             new = local_array(VT)
-            for j in T.vectorized(VT):
-                acc[j] = T.float32(0)
+            part = local_array(chains, VT)
+            for c in T.unroll(chains):
+                for j in T.vectorized(VT):
+                    part[c, j] = T.float32(0)
             for io in T.serial(K // unroll):
                 for ii in T.unroll(unroll):
                     for j in T.vectorized(VT):
@@ -235,9 +244,27 @@ class RecurrentTiles(CpuTiles):
                     for j in T.vectorized(VT):
                         W[io * unroll + ii, j] = T.Cast(W.dtype, new[j])
                     for j in T.vectorized(VT):
-                        acc[j] = acc[j] + new[j] * y[io * unroll + ii]
+                        part[ii % chains, j] = part[ii % chains, j] + new[j] * y[io * unroll + ii]
+            finish(acc, part)
 
         return ger_gemv
+
+    def _chains(self, unroll: int) -> int:
+        """Independent sums per column: a narrow tile alone cannot hide the latency of a chain of multiply-adds."""
+        return max(c for c in (1, 2, 4) if unroll % c == 0 and (c == 1 or c * self.v_tile <= 8 * 16))
+
+    def _sum_chains(self, chains: int) -> Any:
+        VT = self.v_tile
+
+        @T.inline
+        def finish(acc, part):
+            for j in T.vectorized(VT):
+                acc[j] = part[0, j]
+            for c in T.unroll(chains - 1):
+                for j in T.vectorized(VT):
+                    acc[j] = acc[j] + part[c + 1, j]
+
+        return finish
 
     def _gemv_rows(self, unroll: int) -> Any:
         VT, lanes, chunks = self.v_tile, self.vector, self.K // self.vector

@@ -77,7 +77,7 @@ def test_torch_governs_the_threads():
         alone = tasks()
         spent = cpu_time(work)
         assert tasks() == alone, "a kernel started threads of its own"
-        assert spent[0] > 20 and sum(spent[1:]) <= spent[0] // 10, spent
+        assert spent[0] > 5 and sum(spent[1:]) <= spent[0] // 10, spent
 
         torch.set_num_threads(2)
         torch_parallel()

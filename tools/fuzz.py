@@ -1,0 +1,184 @@
+"""Makes random calls, valid and invalid, in watched processes: no crash, no hang, no wrong number, no wrong error.
+
+::
+
+    python tools/fuzz.py --calls 2000 --seed 0              # exit status 1 if anything was wrong
+    python tools/fuzz.py --calls 100000 --seed 1 --jobs 2
+    python tools/fuzz.py --seed 1 --only 4711               # one call again, in this process
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+#: A run that fails this often is stopped: every crash costs the start of a process.
+MAX_FAILURES = 50
+#: No call may compile; and threads that wait for work sleep, so that jobs do not take each other's cores.
+_ENVIRONMENT = {"TVM_GDN_DISABLE_JIT": "1", "TVM_GDN_LOG": "WARNING", "OMP_WAIT_POLICY": "passive"}
+#: What a child tells its parent in a shared page: the index of the call it is about to make, and what it has made.
+_PAGE = struct.Struct("4q")
+_FIELDS = ("valid", "invalid", "wrong")
+
+
+class Watch:
+    """One job: a range of calls, made by one child process after another."""
+
+    def __init__(self, seed: int, calls: range, timeout: float, failures: list[str], counts: Counter[str]) -> None:
+        self.seed, self.calls, self.timeout, self.failures, self.counts = seed, calls, timeout, failures, counts
+
+    def run(self) -> None:
+        """Make every call of the range, in a new process after each crash or hang."""
+        start = self.calls.start
+        while start < self.calls.stop and len(self.failures) < MAX_FAILURES:
+            start = self._run_child(start)
+
+    def _run_child(self, start: int) -> int:
+        with tempfile.NamedTemporaryFile() as page, tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as log:
+            page.write(_PAGE.pack(start, 0, 0, 0).ljust(mmap.PAGESIZE, b"\0"))
+            page.flush()
+            shared = mmap.mmap(page.fileno(), mmap.PAGESIZE)
+            child = subprocess.Popen(
+                [sys.executable, __file__, "--worker", page.name, "--seed", str(self.seed), "--calls", f"{self.calls.stop}"],
+                stdout=output, stderr=log, env={**os.environ, **_ENVIRONMENT},
+            )  # fmt: skip
+            hangs = self._wait(child, shared)
+            reached, *made = _PAGE.unpack_from(shared)
+            self.counts.update(dict(zip(_FIELDS, made, strict=True)))
+            output.seek(0)
+            self.failures.extend(json.loads(line) for line in output)
+            if child.returncode == 0:
+                return self.calls.stop
+            log.seek(0)
+            kind = "hang" if hangs else f"crash (exit status {child.returncode})"
+            self.counts.update({"hangs" if hangs else "crashes": 1})
+            self.failures.append(f"call {reached}: {kind}\n{log.read()[-1500:]}")
+            return reached + 1
+
+    def _wait(self, child: subprocess.Popen[bytes], shared: mmap.mmap) -> bool:
+        """Wait for the child's end; whether it had to be killed because a call took too long."""
+        last, since = b"", time.monotonic()
+        while True:
+            try:
+                child.wait(0.2)
+                return False
+            except subprocess.TimeoutExpired:
+                now = shared[:8]
+                if now != last:
+                    last, since = now, time.monotonic()
+                elif time.monotonic() - since > self.timeout:
+                    child.kill()
+                    child.wait()
+                    return True
+
+
+def work(page: Path, seed: int, stop: int) -> None:
+    """Make calls in this process, from the index in the page on; failures go to stdout as JSON lines."""
+    import faulthandler
+
+    import torch
+    from fuzz_calls import Call
+
+    faulthandler.enable()
+    counts: Counter[str] = Counter()
+    with page.open("r+b") as file:
+        shared = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+    for index in range(_PAGE.unpack_from(shared)[0], stop):
+        _PAGE.pack_into(shared, 0, index, *(counts[field] for field in _FIELDS))
+        if index % 500 == 0:
+            torch.set_num_threads(1 + index // 500 % 2)
+        call = Call(seed, index)
+        description = str(call)
+        try:
+            problem = call.judge()
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        counts["invalid" if call.broken else "valid"] += 1
+        if problem:
+            counts["wrong"] += 1
+            print(json.dumps(f"call {index}: {problem}\n    {description}"), flush=True)
+        if counts["wrong"] >= MAX_FAILURES:
+            break
+    _PAGE.pack_into(shared, 0, stop, *(counts[field] for field in _FIELDS))
+
+
+def make_again(seed: int, index: int) -> int:
+    """Make one call in this process and tell everything about it."""
+    from fuzz_calls import Call
+
+    call = Call(seed, index)
+    print(call)
+    problem = call.judge()
+    print(problem or "fine")
+    return bool(problem)
+
+
+def fuzz(calls: int, seed: int, jobs: int, timeout: float) -> int:
+    """Make calls 0 to `calls`; print a summary; 1 if anything was wrong."""
+    from fuzz_calls import kernels
+
+    from tvm_gdn import dispatch, env
+    from tvm_gdn.target import resolve
+
+    failed = dispatch.prebuild(kernels(), resolve(env.target_name()))
+    if failed:
+        print("\n".join(failed))
+        return 1
+    failures: list[str] = []
+    counts: Counter[str] = Counter()
+    start = time.monotonic()
+    bounds = [calls * job // jobs for job in range(jobs + 1)]
+    stopped = threading.Event()
+
+    def progress() -> None:
+        while not stopped.wait(30):
+            print(f"{time.monotonic() - start:.0f} s, {len(failures)} failures", file=sys.stderr)
+
+    threading.Thread(target=progress, daemon=True).start()
+    with ThreadPoolExecutor(jobs) as pool:
+        watches = [Watch(seed, range(*pair), timeout, failures, counts) for pair in zip(bounds, bounds[1:], strict=False)]
+        for future in [pool.submit(watch.run) for watch in watches]:
+            future.result()
+    stopped.set()
+    seconds = time.monotonic() - start
+    for failure in failures:
+        print(failure)
+    made = counts["valid"] + counts["invalid"]
+    print(
+        f"{made} calls of seed {seed} ({counts['valid']} valid, {counts['invalid']} invalid) in {seconds:.1f} s, "
+        f"{made / seconds:.0f} a second: {counts['crashes']} crashes, {counts['hangs']} hangs, {counts['wrong']} wrong results"
+    )
+    return int(bool(failures) or made + counts["crashes"] + counts["hangs"] != calls)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=2000, help="how many (default 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="which calls (default 0)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a call counts as hanging (default 60)")
+    parser.add_argument("--only", type=int, metavar="INDEX", help="make this call alone, in this process")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args.worker, args.seed, args.calls)
+        return 0
+    if args.only is not None:
+        return make_again(args.seed, args.only)
+    return fuzz(args.calls, args.seed, max(1, args.jobs), args.timeout)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
