@@ -29,9 +29,14 @@ def draw(op, case, seed=0, **changes):
     return {**arguments, **changes}
 
 
+def function(op):
+    """The public function of an operator, or its torch operator where that is called through another's function."""
+    return getattr(tvm_gdn, op, None) or getattr(torch.ops.tvm_gdn, op)
+
+
 def call(op, arguments):
-    """Outputs of the public function by name, then the tensors it writes to (which `arguments` hold)."""
-    result = getattr(tvm_gdn, op)(**arguments)
+    """Outputs of an operator's function by name, then the tensors it writes to (which `arguments` hold)."""
+    result = function(op)(**arguments)
     assert dispatch.served_by(op).startswith("compiled")
     values = result if isinstance(result, tuple) else (result,)
     outputs = {output.name: value for output, value in zip(OPS[op].outputs, values, strict=True) if value is not None}

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, bits, call, draw
+from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, bits, call, draw, function
 from torch import tensor
 
-import tvm_gdn
 from tvm_gdn import cases, dispatch
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops import OPS
@@ -193,10 +192,6 @@ BAD = {
 EACH = [pytest.param(op, name, id=f"{name} {op}") for name, row in BAD.items() for op in row[0]]
 
 
-def public(op, a):
-    return getattr(tvm_gdn, op)(**a)
-
-
 @pytest.mark.parametrize("warm", [False, True], ids=["first-call", "later-call"])
 @pytest.mark.parametrize(("op", "name"), EACH)
 def test_bad_argument(op, name, warm):
@@ -209,7 +204,7 @@ def test_bad_argument(op, name, warm):
     bad = {**good, **change(good)}
     before = {key: bits(x.detach()).clone() for key, x in good.items() if isinstance(x, torch.Tensor)}
     with pytest.raises((ArgumentError, ArgumentTypeError)) as caught:
-        public(op, bad)
+        function(op)(**bad)
     assert type(caught.value) is error
     message = str(caught.value)
     assert re.search(rf"(?<!\w){re.escape(argument)}", message.partition(": ")[2]), message
@@ -233,25 +228,24 @@ def reference_only(monkeypatch):
 @pytest.mark.parametrize(("op", "name"), EACH)
 def test_bad_argument_of_the_fallback(op, name, reference_only):
     _, case, change, error, _, allowed = BAD[name]
-    public(op, draw(op, case))
+    function(op)(**draw(op, case))
     good = draw(op, case)
     before = {key: bits(x.detach()).clone() for key, x in good.items() if isinstance(x, torch.Tensor)}
     with pytest.raises(error, match=re.escape(allowed)):
-        public(op, {**good, **change(good)})
+        function(op)(**{**good, **change(good)})
     assert all(torch.equal(bits(good[key].detach()), value) for key, value in before.items())
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_what_is_no_tensor_is_refused_by_name(op):
-    case = {UPDATE: POOLED, SIGMOID: POOLED, RECURRENT: SEPARATE, PACKED: PACKED_STEP, GATING: GATES}[op]
-    a = draw(op, case)
+    a = draw(op, OPS[op].cases[0])
     for spec in OPS[op].tensors:
         if a[spec.name] is None:
             continue
         for value in (1.5, "text", [1.0], object()):
             # torch checks types against the schema before any code of ours runs.
             with pytest.raises((ArgumentTypeError, RuntimeError, TypeError), match=rf"\b{spec.name}\b"):
-                public(op, {**a, spec.name: value})
+                function(op)(**{**a, spec.name: value})
 
 
 def test_a_pool_that_requires_grad_is_fine_where_no_graph_is_built():
@@ -260,7 +254,7 @@ def test_a_pool_that_requires_grad_is_fine_where_no_graph_is_built():
     with torch.no_grad():
         call(UPDATE, a)
     with pytest.raises(ArgumentError, match="initial_state_source"):
-        public(UPDATE, a)
+        function(UPDATE)(**a)
 
 
 def test_fake_kernels_refuse_mixed_devices():
@@ -268,7 +262,7 @@ def test_fake_kernels_refuse_mixed_devices():
         a = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in draw(op, case).items()}
         last = [name for name, x in a.items() if isinstance(x, torch.Tensor)][-1]
         with pytest.raises(ArgumentTypeError, match=last):
-            public(op, {**a, last: torch.empty_like(a[last], device="cpu")})
+            function(op)(**{**a, last: torch.empty_like(a[last], device="cpu")})
 
 
 READ_ONLY = """

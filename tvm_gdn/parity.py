@@ -72,7 +72,13 @@ def expected(spec: OpSpec, arguments: Mapping[str, Any]) -> dict[str, torch.Tens
 
 def run(spec: OpSpec, arguments: Mapping[str, Any], function: Callable[..., Any] | None = None) -> dict[str, torch.Tensor]:
     """Run the torch operator, or a function with its signature; outputs by name, then the mutated arguments (modified)."""
-    result = (function or getattr(torch.ops.tvm_gdn, spec.name))(*arguments.values())
+    # Outputs are allocated full of NaN, so that a kernel that skips elements cannot pass on what an earlier one left there.
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        result = (function or getattr(torch.ops.tvm_gdn, spec.name))(*arguments.values())
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
     values = result if isinstance(result, tuple) else (result,)
     names = [tensor.name for tensor in spec.tensors if tensor.mutated and arguments[tensor.name] is not None]
     outputs = {o.name: value for o, value in zip(spec.outputs, values, strict=True) if not o.when or arguments[o.when]}

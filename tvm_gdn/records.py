@@ -146,6 +146,7 @@ def write_atomic(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+        Path(temporary).chmod(0o644)  # mkstemp gives 0600; records and manifests are for everyone who may read the folder
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The chunked gated delta rule in TensorIR (WY / UT-transform form): one definition over tile operations.
 
-A chunk of C tokens, in fp32, with G the cumulated log-decays within the chunk, S the state before it, rows of K, Q, V the tokens::
+A chunk of C tokens, in fp32, with G the cumulated log-decays within the chunk, S the state before it, rows of K, Q, V the
+tokens::
 
     A = strictly_lower(beta_i * exp(G_i - G_j) * k_i.k_j)            tiles.gram, tiles.decay
     P = lower(exp(G_i - G_j) * q_i.k_j)
@@ -66,7 +67,7 @@ def _chunks(geometry: Geometry, tiles: Any) -> Any:
     def chunks(S, q, k, v, g, beta, o, row, first, length, h, hv, j0, scale, l2norm):
         kr, kc, qr = tiles.k_rows(), tiles.k_columns(), tiles.k_rows()
         A, P = tiles.square(), tiles.square()
-        R, O = tiles.v_rows(), tiles.v_rows()
+        R, out = tiles.v_rows(), tiles.v_rows()
         b, end = tiles.per_token(), tiles.per_channel()
         if channel_gate:
             G, kg = tiles.k_rows(), tiles.k_rows()
@@ -103,9 +104,9 @@ def _chunks(geometry: Geometry, tiles: Any) -> Any:
             tiles.decay(A, G, b, m, True)
             tiles.decay(P, G, b, m, False)
             tiles.gemm(R, kr, S, m)
-            tiles.gemm(O, qr, S, m)
+            tiles.gemm(out, qr, S, m)
             tiles.scale_rows(R, eg, m)
-            tiles.scale_rows(O, eg, m)
+            tiles.scale_rows(out, eg, m)
             tiles.scale_rows(kr, w, m)
 
         @T.inline
@@ -126,7 +127,7 @@ def _chunks(geometry: Geometry, tiles: Any) -> Any:
                     qr[i, kk] = qr[i, kk] * tiles.exp(G[i, kk])
                     kr[i, kk] = kr[i, kk] * tiles.exp(end[kk] - G[i, kk])
             tiles.gemm(R, kg, S, m)
-            tiles.gemm(O, qr, S, m)
+            tiles.gemm(out, qr, S, m)
             for kk in tiles.cols(K):
                 end[kk] = tiles.exp(end[kk])
 
@@ -138,15 +139,15 @@ def _chunks(geometry: Geometry, tiles: Any) -> Any:
                 channel_gates(t0, m)
             else:
                 head_gate(t0, m)
-            # Here A, P are decayed and masked, R = K S and O = Q S decayed, kr = K decayed to the chunk's end.
+            # Here A, P are decayed and masked, R = K S and out = Q S decayed, kr = K decayed to the chunk's end.
             for i in T.serial(m):
                 for j in tiles.cols(VT):
                     R[i, j] = b[i] * (T.Cast("float32", v[row, t0 + i, hv, j0 + tiles.col(j)]) - R[i, j])
             tiles.solve(A, R, m)
-            tiles.gemm_lower(O, P, R, m)
+            tiles.gemm_lower(out, P, R, m)
             for i in T.serial(m):
                 for j in tiles.cols(VT):
-                    o[row, t0 + i, hv, j0 + tiles.col(j)] = T.Cast(data, O[i, j])
+                    o[row, t0 + i, hv, j0 + tiles.col(j)] = T.Cast(data, out[i, j])
             tiles.gemm_update(S, end, kr, R, m)
 
     return chunks
