@@ -60,6 +60,9 @@ def prim_func(spec: OpSpec, geometry: Geometry, tiles: Any) -> Any:
         if arg.name in names or (arg.name in {s.name for s in spec.scalars if s.passed and not s.static})
     ]
     ordered += [output.name for output in spec.outputs if not output.when or geometry.attr.get(output.when)]
+    unknown = [name for name in ordered if name not in parameters]
+    if unknown:
+        raise BuildError(f"{spec.name}: its SPEC names {', '.join(unknown)}, which {spec.algorithm!r} does not take")
     # A scalar that the operator does not have is off: disable_state_update, use_qk_l2norm_in_kernel.
     absent = {
         variable: tvm.tirx.const(0, str(variable.ty))
@@ -131,7 +134,9 @@ def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltK
 
 def kernel_digest(spec: OpSpec, target: TargetSpec) -> str:
     """Digest of everything that decides what a kernel computes and how it is called."""
-    return f"{algorithm_digest(spec, target)}-{spec_digest(spec)}"
+    launcher = (resources.files("tvm_gdn") / "csrc" / "omp_launcher.c").read_text(encoding="utf-8")
+    parts = algorithm_digest(spec, target), source_digest("tvm_gdn.build"), launcher
+    return f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}-{spec_digest(spec)}"
 
 
 def spec_digest(spec: OpSpec) -> str:

@@ -1,11 +1,16 @@
 """Explains a refused call: finds the first argument that breaks the SPEC and says what is allowed.
 
-A call's hot path checks nothing in Python: the compiled kernel checks dtypes, shapes, strides and, on CPUs, slots and sequence
-bounds before it writes anything. When it refuses, this module turns the refusal into an error that names the argument.
+A call's hot path checks next to nothing in Python: the compiled kernel checks dtypes, shapes, strides and, on CPUs, slots and
+sequence bounds before it writes anything. When it refuses, this module turns the refusal into an error that names the argument.
+What a kernel cannot see of a tensor that it writes to, `refuse_or_learn` looks at, once per address.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import functools
+import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +24,9 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64")
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+#: Addresses of tensors that were found writable.
+WRITABLE: set[int] = set()
+_MADV_POPULATE_WRITE = 23
 
 
 def validate(spec: OpSpec, args: Mapping[str, Any]) -> dict[str, int]:
@@ -45,8 +53,9 @@ def validate(spec: OpSpec, args: Mapping[str, Any]) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     first: dict[str, tuple[str, Any]] = {}
-    device: tuple[str, torch.device] | None = None
-    for tensor in spec.tensors:
+    one_device(spec, args)
+    # q, k and v say what sizes a call has; what disagrees with them is at fault, wherever it stands in the signature.
+    for tensor in sorted(spec.tensors, key=lambda tensor: tensor.role != "data"):
         value = args.get(tensor.name)
         if value is None:
             if not tensor.optional:
@@ -54,12 +63,6 @@ def validate(spec: OpSpec, args: Mapping[str, Any]) -> dict[str, int]:
             continue
         if not isinstance(value, torch.Tensor):
             raise ArgumentTypeError(f"{spec.name}: {tensor.name} is a {type(value).__name__}; pass a torch.Tensor")
-        if device is None:
-            device = (tensor.name, value.device)
-        elif value.device != device[1]:
-            raise ArgumentTypeError(
-                f"{spec.name}: {tensor.name} is on {value.device}, {device[0]} on {device[1]}; move it with .to({device[1]!s})"
-            )
         _check_dtype(spec, tensor, value, first)
         _check_shape(spec, tensor, value, tensor.axis_names(args), sizes)
         _check_memory(spec, tensor, value)
@@ -71,6 +74,64 @@ def validate(spec: OpSpec, args: Mapping[str, Any]) -> dict[str, int]:
         except ArgumentError as error:
             raise ArgumentError(f"{spec.name}: {error}") from None
     return sizes
+
+
+def one_device(spec: OpSpec, args: Mapping[str, Any]) -> None:
+    """Check that all tensors are on the first one's device.
+
+    Raises
+    ------
+    ArgumentTypeError
+        Names the first that is elsewhere.
+    """
+    first: tuple[str, torch.device] | None = None
+    for tensor in spec.tensors:
+        value = args.get(tensor.name)
+        if not isinstance(value, torch.Tensor):
+            continue
+        if first is None:
+            first = (tensor.name, value.device)
+        elif value.device != first[1]:
+            raise ArgumentTypeError(
+                f"{spec.name}: {tensor.name} is on {value.device}, {first[0]} on {first[1]}; move it with .to({first[1]!s})"
+            )
+
+
+def refuse_or_learn(tensor: torch.Tensor) -> None:
+    """Remember the address of a tensor that may be written to.
+
+    Raises
+    ------
+    ValueError
+        It may not; `validate` says why.
+    """
+    if (tensor.requires_grad and torch.is_grad_enabled()) or not _is_writable(tensor):
+        raise ValueError("a tensor that may not be written to")
+    if len(WRITABLE) > 4096:  # pools live long; addresses that come and go must not pile up
+        WRITABLE.clear()
+    WRITABLE.add(tensor.data_ptr())
+
+
+@functools.cache
+def _populates() -> Any:
+    """madvise, where it can fault a page in for writing (Linux 5.14 and later); else None."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).madvise
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    own = mmap.mmap(-1, mmap.PAGESIZE)
+    known = function(ctypes.addressof(ctypes.c_char.from_buffer(own)), mmap.PAGESIZE, _MADV_POPULATE_WRITE) == 0
+    return function if known else None
+
+
+def _is_writable(tensor: torch.Tensor) -> bool:
+    """Whether the first page of a tensor in main memory may be written to; nothing is written to find out."""
+    populate = _populates()
+    if populate is None or tensor.device.type != "cpu" or not tensor.numel():
+        return True
+    page = tensor.data_ptr() & -mmap.PAGESIZE
+    return populate(page, mmap.PAGESIZE, _MADV_POPULATE_WRITE) == 0 or ctypes.get_errno() not in {errno.EFAULT, errno.EINVAL}
 
 
 def _check_dtype(spec: OpSpec, tensor: Tensor, value: torch.Tensor, first: dict[str, tuple[str, Any]]) -> None:
@@ -117,6 +178,11 @@ def _check_memory(spec: OpSpec, tensor: Tensor, value: torch.Tensor) -> None:
         )
     if tensor.mutated and value.requires_grad and torch.is_grad_enabled():
         raise ArgumentError(f"{spec.name}: {tensor.name} requires grad but is updated in place; pass {tensor.name}.detach()")
+    if tensor.mutated and not _is_writable(value):
+        raise ArgumentError(
+            f"{spec.name}: {tensor.name} lies in read-only memory (a file mapped for reading?); it is written to: pass "
+            f"{tensor.name}.clone()"
+        )
 
 
 def geometry_of(spec: OpSpec, args: Mapping[str, Any]) -> Geometry:

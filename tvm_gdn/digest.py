@@ -34,14 +34,24 @@ def _module_path(module: str) -> Path:
     return Path(spec.origin)
 
 
+def _is_module(name: str) -> bool:
+    parent, _, child = name.rpartition(".")
+    package = importlib.util.find_spec(parent)
+    folders = package.submodule_search_locations if package else None
+    return any((Path(folder) / f"{child}.py").is_file() for folder in folders or ())
+
+
 def _collect(module: str, seen: dict[str, str]) -> None:
     if module in seen:
         return
     text = _module_path(module).read_text(encoding="utf-8")
     seen[module] = text
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(_TRACKED):
-            _collect(node.module, seen)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            # `from tvm_gdn.schedules import cpu` names a module too.
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                if name.startswith(_TRACKED) and _is_module(name):
+                    _collect(name, seen)
 
 
 @functools.cache

@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 
-from tvm_gdn import build, env, load, records, reference
+from tvm_gdn import build, env, load, records
 from tvm_gdn import pack as packs
 from tvm_gdn.digest import version_of
 from tvm_gdn.errors import BuildError, PackError, TargetError, TvmGdnError
@@ -81,17 +80,6 @@ def served_by(op: str) -> str:
         For example ``"compiled (x86-avx512, tuned)"``, ``"fallback (torch reference): ..."`` or ``"not called yet"``.
     """
     return str(_served.get(op, "not called yet"))
-
-
-def run_reference(spec: OpSpec, *args: Any) -> Any:
-    """Run the torch reference behind the torch operator's signature."""
-    names = [arg.name for arg in spec.inputs]
-    defaults = {arg.name: None if hasattr(arg, "axes") else arg.default for arg in spec.inputs[len(args) :]}
-    result = getattr(reference, spec.name)(**dict(zip(names, args, strict=False)), **defaults)
-    if len(spec.outputs) == 1:
-        return result
-    # A torch operator cannot return None: an output that was not asked for is an empty tensor, as in the compiled path.
-    return tuple(torch.empty(0) if value is None else value for value in result)
 
 
 def lookup(spec: OpSpec, geometry: Geometry, device: str) -> Served:

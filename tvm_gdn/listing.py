@@ -96,7 +96,7 @@ def _schedule_of(spec: OpSpec, target: TargetSpec) -> dict[str, Any]:
     origins = Counter(schedule.choose(spec, geometry, target).origin for geometry in geometries.values())
     _, space = schedule.find_space(spec.algorithm, target)
     tuned, total = origins["tuned"], sum(origins.values())
-    if space == schedule.GENERIC:
+    if space.startswith(schedule.GENERIC):
         reason = f"no schedule of {spec.algorithm!r} for {' or '.join(target.lineage)}"
     elif tuned == total:
         reason = f"schedule of {space}, tuned for all {total} benchmark geometries"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,10 @@ import tvm_ffi
 from tvm_gdn.errors import PackError
 from tvm_gdn.pack import Pack
 
+_log = logging.getLogger("tvm_gdn")
 _lock = threading.Lock()
 _launcher: ctypes.CDLL | None = None
+_forked = False
 #: Libraries stay loaded as long as the process: torch may still hold functions from them.
 _modules: list[Any] = []
 _RUNTIME_SYMBOLS = {
@@ -42,6 +46,10 @@ def load_launcher(path: Path) -> ctypes.CDLL:
             library = ctypes.CDLL(str(path))
             library.tvm_gdn_launcher_init.restype = ctypes.c_char_p
             library.tvm_gdn_launcher_init()
+            if _forked:
+                # The child of a process whose OpenMP threads ran would wait for them for ever, and nobody can tell if they did.
+                library.tvm_gdn_launcher_forked()
+                _log.info("kernels run on one thread in a forked process; start it with spawn to use more")
             _launcher = library
         return _launcher
 
@@ -89,3 +97,12 @@ def load_kernel(pack: Pack, entry: dict[str, Any]) -> Callable[..., Any]:
         raise PackError(f"pack {pack.folder}: {entry['file']} cannot be loaded: {error}") from error
     _modules.append(module)
     return function
+
+
+def _after_fork() -> None:
+    global _lock, _forked
+    _lock = threading.Lock()
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -7,9 +7,11 @@ cache folder holds what this user tuned and wins. A record made from other sourc
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from importlib import resources
 from pathlib import Path
@@ -39,14 +41,19 @@ def tuning_key(spec: OpSpec, geometry: Geometry) -> str:
 
 
 def algorithm_digest(spec: OpSpec, target: TargetSpec) -> str:
-    """Digest of the sources behind an operator's kernels on a target: its TIR and every schedule module of the lineage."""
-    modules = [f"tvm_gdn.ops.tir.{spec.algorithm}"]
+    """Digest of what shapes an operator's kernels on a target: its TIR, the schedule modules that serve it there, the target.
+
+    Schedule modules are found by their ``@schedule("algorithm", "target")`` lines: importing them would need tvm.
+    """
+    serving = re.compile(
+        rf'^@schedule\("{spec.algorithm}", "({"|".join((*target.lineage, f"generic-{target.device}"))})"\)', re.M
+    )
     folder = resources.files("tvm_gdn.schedules")
-    for name in (*target.lineage, "generic"):
-        module = name.replace("-", "_")
-        if (folder / f"{module}.py").is_file():
-            modules.append(f"tvm_gdn.schedules.{module}")
-    return source_digest(*modules)
+    modules = [f"tvm_gdn.ops.tir.{spec.algorithm}"]
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".py") and serving.search(entry.read_text(encoding="utf-8")):
+            modules.append(f"tvm_gdn.schedules.{entry.name[:-3]}")
+    return hashlib.sha256((source_digest(*modules) + target.digest()).encode()).hexdigest()[:16]
 
 
 def user_file(target: str) -> Path:

@@ -8,8 +8,8 @@ A module of `schedules/` named after a target registers its spaces::
         def default(geometry): ...    # name -> value, hand-shaped
         def tiles(geometry, **knobs): # the target's tile operations
 
-Resolution for a target walks its lineage, nearest first, and ends at ``generic``: a tuned record of the space wins over its
-hand-shaped default; a space of ``generic`` is the portable fallback, reported as such.
+Resolution for a target walks its lineage, nearest first, and ends at the target's device (``generic-cpu``): a tuned record of the
+space wins over its hand-shaped default; a space of ``generic-...`` is the portable fallback, reported as such.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from importlib import resources
 from typing import Any
 
 from tvm_gdn import records
-from tvm_gdn.errors import TuneError
+from tvm_gdn.errors import TargetError, TuneError
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec
 
-GENERIC = "generic"
+GENERIC = "generic-"
 _SPACES: dict[tuple[str, str], type] = {}
 
 
@@ -43,6 +43,22 @@ class Choice:
         return self.space.tiles(geometry, **self.knobs)
 
 
+class NoKnobs:
+    """Base of a design space with nothing to tune."""
+
+    @staticmethod
+    def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
+        """Nothing to tune."""
+        del geometry
+        return {}
+
+    @staticmethod
+    def default(geometry: Geometry) -> dict[str, Any]:
+        """Nothing to set."""
+        del geometry
+        return {}
+
+
 def schedule(algorithm: str, target: str) -> Callable[[type], type]:
     """Class decorator that registers a design space.
 
@@ -51,7 +67,8 @@ def schedule(algorithm: str, target: str) -> Callable[[type], type]:
     algorithm : str
         Name of the TIR builder, `OpSpec.algorithm`.
     target : str
-        Target whose kernels (and those of the targets that inherit from it) it shapes; ``"generic"`` for the fallback.
+        Target whose kernels (and those of the targets that inherit from it) it shapes; ``"generic-cpu"`` for the fallback
+        of CPU targets.
     """
 
     def register(space: type) -> type:
@@ -71,10 +88,10 @@ def _load_spaces() -> None:
 def find_space(algorithm: str, target: TargetSpec) -> tuple[Any, str]:
     """The nearest design space of a target for an algorithm, and the name it is registered under."""
     _load_spaces()
-    for name in (*target.lineage, GENERIC):
+    for name in (*target.lineage, f"{GENERIC}{target.device}"):
         if (algorithm, name) in _SPACES:
             return _SPACES[algorithm, name], name
-    raise LookupError(f"no schedule of {algorithm!r} for {target.name}, not even a generic one")
+    raise TargetError(f"no schedule of {algorithm!r} for {target.name}, and no generic one for {target.device}")
 
 
 def choose(spec: OpSpec, geometry: Geometry, target: TargetSpec, knobs: Mapping[str, Any] | None = None) -> Choice:
@@ -98,7 +115,7 @@ def choose(spec: OpSpec, geometry: Geometry, target: TargetSpec, knobs: Mapping[
     record = records.lookup(spec, geometry, target)
     if record is not None and fits(record["knobs"], space.knobs(geometry)):
         return Choice(space, "tuned", dict(record["knobs"]))
-    return Choice(space, "generic" if name == GENERIC else "default", space.default(geometry))
+    return Choice(space, "generic" if name.startswith(GENERIC) else "default", space.default(geometry))
 
 
 def fits(knobs: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> bool:

@@ -10,13 +10,12 @@ loops over arguments would cost more than the whole call is allowed to (8 us abo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from tvm_gdn import check, dispatch, env
+from tvm_gdn import check, dispatch, env, reference
 from tvm_gdn.errors import KernelError, TvmGdnError
 from tvm_gdn.spec import OpSpec, Output, Scalar, Tensor
 
@@ -101,9 +100,11 @@ def _define(source: str, name: str, namespace: dict[str, Any]) -> Callable[..., 
 
 
 def fake_function(spec: OpSpec) -> Callable[..., Any]:
-    """Shape function of an operator: allocates its outputs and does nothing else."""
-    body = "\n    ".join([*_allocations(spec), f"return {_returned(spec)}"])
-    return _define(f"def fake({_parameters(spec)}):\n    {body}\n", "fake", {})
+    """Shape function of an operator: allocates its outputs, after refusing what no kernel could serve."""
+    tensors = ", ".join(f"{tensor.name}={tensor.name}" for tensor in spec.tensors)
+    # torch takes the meta device's implementation, this one, as soon as one of the tensors is there.
+    body = "\n    ".join([f"one_device(spec, dict({tensors}))", *_allocations(spec), f"return {_returned(spec)}"])
+    return _define(f"def fake({_parameters(spec)}):\n    {body}\n", "fake", {"one_device": check.one_device, "spec": spec})
 
 
 def call_function(spec: OpSpec, present: frozenset[str], axes: dict[str, int], kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,8 +120,33 @@ def call_function(spec: OpSpec, present: frozenset[str], axes: dict[str, int], k
         elif arg.name in present:
             names.append(arg.name)
     names += [o.name for o in spec.outputs if not o.when or o.when in present]
-    body = "\n    ".join([*_allocations(spec), f"kernel({', '.join(names)})", f"return {_returned(spec)}"])
-    return _define(f"def call({_parameters(spec)}):\n    {body}\n", "call", {"kernel": kernel, **constants})
+    # What a kernel cannot see of the tensors it writes to: that they require grad, that their memory is read-only.
+    guards = [
+        f"if {tensor.name}.requires_grad or {tensor.name}.data_ptr() not in writable: refuse_or_learn({tensor.name})"
+        for tensor in spec.tensors
+        if tensor.mutated and tensor.name in present
+    ]
+    body = "\n    ".join([*guards, *_allocations(spec), f"kernel({', '.join(names)})", f"return {_returned(spec)}"])
+    namespace = {"kernel": kernel, "writable": check.WRITABLE, "refuse_or_learn": check.refuse_or_learn, **constants}
+    return _define(f"def call({_parameters(spec)}):\n    {body}\n", "call", namespace)
+
+
+def reference_function(spec: OpSpec) -> Callable[..., Any]:
+    """Function of the operator's arguments that checks them, as a kernel would, and runs the torch reference."""
+    names = [arg.name for arg in spec.inputs]
+    defaults = {arg.name: None if isinstance(arg, Tensor) else arg.default for arg in spec.inputs}
+    fake = fake_function(spec)
+
+    def call(*values: Any) -> Any:
+        args = {**defaults, **dict(zip(names, values, strict=False))}
+        check.validate(spec, args)
+        result = getattr(reference, spec.name)(**args)
+        if len(spec.outputs) == 1:
+            return result
+        # A torch operator cannot return None: an output that was not asked for is empty, as in the compiled path.
+        return tuple(given if value is None else value for value, given in zip(result, fake(*values), strict=True))
+
+    return call
 
 
 def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
@@ -131,9 +157,8 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
         check.validate(spec, args)
         geometry = check.geometry_of(spec, args)
         served = dispatch.lookup(spec, geometry, device)
-        function: Callable[..., Any]
         if served.kernel is None:
-            function = functools.partial(dispatch.run_reference, spec)
+            function = reference_function(spec)
         else:
             present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
             function = call_function(spec, present, geometry.axis, served.kernel)
@@ -147,11 +172,13 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
         raise KernelError(f"{spec.name}: the kernel refused the call: {error}") from error
 
     def checked(values: tuple[Any, ...]) -> None:
-        if env.checks_enabled():
-            check.validate(spec, dict(zip(names, values, strict=True)))
+        check.validate(spec, dict(zip(names, values, strict=True)))
 
     arguments = ", ".join(names)
-    before = "" if device == "cpu" else f"        checked(({arguments},))\n"
+    # A kernel cannot see that a pool requires grad; the host part of a CPU kernel sees everything else.
+    suspicious = [f"{t.name} is not None and {t.name}.requires_grad" for t in spec.tensors if t.mutated]
+    suspicious += [] if device == "cpu" else ["checks_enabled()"]
+    before = f"        if {' or '.join(suspicious)}: checked(({arguments},))\n" if suspicious else ""
     source = (
         f"def implementation({_parameters(spec)}):\n"
         f"    try:\n"
@@ -163,7 +190,8 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
     )
     table: dict[tuple[Any, ...], Callable[..., Any]] = {}
     dispatch.on_reset(table.clear)
-    return _define(source, "implementation", {"table": table, "resolve": resolve, "explain": explain, "checked": checked})
+    namespace = {"table": table, "resolve": resolve, "explain": explain, "checked": checked, "checks_enabled": env.checks_enabled}
+    return _define(source, "implementation", namespace)
 
 
 def register(spec: OpSpec) -> None:

@@ -28,7 +28,8 @@ static OmpQuery omp_thread_num, omp_max_threads, omp_inside, omp_team_size, torc
 static char omp_path[1024];
 static int forked;
 
-static void after_fork(void) { forked = 1; }
+/* A forked child has no pool threads left; starting a team there hangs. Called by load.py where the fork came first. */
+void tvm_gdn_launcher_forked(void) { forked = 1; }
 
 static int visit(struct dl_phdr_info* info, size_t size, void* data) {
   (void)size;
@@ -58,8 +59,7 @@ static int visit(struct dl_phdr_info* info, size_t size, void* data) {
 const char* tvm_gdn_launcher_init(void) {
   if (!omp_path[0]) {
     dl_iterate_phdr(visit, 0);
-    /* A forked child has no pool threads left; starting a team there hangs. */
-    pthread_atfork(0, 0, after_fork);
+    pthread_atfork(0, 0, tvm_gdn_launcher_forked);
   }
   return omp_path;
 }

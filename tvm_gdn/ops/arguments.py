@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tvm_gdn.ops.rules import NO_STEPS
 from tvm_gdn.spec import INTS, Geometry, Output, Scalar, Tensor
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -15,6 +16,12 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 def default_scale(axes: Mapping[str, int]) -> float:
     """Attention's usual factor on q."""
     return float(axes["K"]) ** -0.5
+
+
+def no_steps(axes: Mapping[str, int]) -> int:
+    """What kernels get for `cache_steps` where the caller gives none."""
+    del axes
+    return NO_STEPS
 
 
 def cost(sizes: Mapping[str, int], geometry: Geometry) -> tuple[int, int]:
@@ -71,8 +78,8 @@ VERIFY = (
         values="empty",
     ),
     Tensor("intermediate_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values="slots"),
-    Scalar("cache_steps", "int", None, passed=False),
-    Tensor("retrieve_parent_token", "N P2", dtypes=INTS, optional=True, strides="dense", values="parents"),
+    Scalar("cache_steps", "int", None, resolve=no_steps),
+    Tensor("retrieve_parent_token", "N P2", dtypes=INTS, optional=True, values="parents"),
 )
 OUT = Output("o", "B T HV V", like="data")
 

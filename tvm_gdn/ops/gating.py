@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from tvm_gdn.autograd import forward_only
 from tvm_gdn.spec import Geometry, OpSpec, Output, Scalar, Tensor
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -44,6 +45,7 @@ FUSED_GDN_GATING = OpSpec(
 SPECS = (FUSED_GDN_GATING,)
 
 
+@forward_only
 def fused_gdn_gating(
     A_log: torch.Tensor,
     a: torch.Tensor,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tvm_gdn.autograd import forward_only
 from tvm_gdn.ops.arguments import (
     A_LOG,
     BETA,
@@ -193,6 +194,7 @@ PACKED_DECODE = OpSpec(
 SPECS = (FUSED_RECURRENT_UPDATE, FUSED_SIGMOID_GATING_UPDATE, PACKED_DECODE)
 
 
+@forward_only
 def fused_recurrent_gated_delta_rule_update(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -270,6 +272,7 @@ def fused_recurrent_gated_delta_rule_update(
     return torch.ops.tvm_gdn.fused_recurrent_gated_delta_rule_update(q, k, v, g, beta, *args)
 
 
+@forward_only
 def fused_sigmoid_gating_delta_rule_update(
     A_log: torch.Tensor,
     a: torch.Tensor,
@@ -356,6 +359,7 @@ intermediate_states_buffer, intermediate_state_indices, cache_steps, retrieve_pa
     return tokens_first(o) if one_token else o
 
 
+@forward_only
 def packed_decode_gated_delta_rule(
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,

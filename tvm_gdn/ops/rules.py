@@ -14,6 +14,9 @@ import torch
 
 from tvm_gdn.errors import ArgumentError
 
+#: Stands for an absent `cache_steps` in a kernel's arguments.
+NO_STEPS = -(2**31)
+
 
 def check_recurrent(args: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     """Check heads, sequence bounds, slots, verification arguments.

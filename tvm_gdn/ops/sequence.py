@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops.arguments import (
     BETA,
@@ -125,6 +126,7 @@ def _call(
     return tokens_first(o) if one_token else o, final if output_final_state else None
 
 
+@forward_only
 def chunk_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -201,6 +203,7 @@ def chunk_gated_delta_rule(
     )
 
 
+@forward_only
 def fused_recurrent_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -255,6 +258,7 @@ state_v_first
     )
 
 
+@forward_only
 def chunk_kda(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -311,6 +315,7 @@ state_v_first
     )
 
 
+@forward_only
 def fused_recurrent_kda(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -367,6 +372,7 @@ state_v_first
     )
 
 
+@forward_only
 def chunk_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -420,6 +426,7 @@ state_v_first
     )
 
 
+@forward_only
 def fused_recurrent_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -22,6 +22,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from tvm_gdn.ops.rules import NO_STEPS
 from tvm_gdn.ops.tir.gates import gate_macros
 from tvm_gdn.spec import Geometry
 
@@ -129,12 +130,14 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
         softplus_threshold: T.float32,
         use_qk_l2norm_in_kernel: T.int32,
         disable_state_update: T.int32,
+        cache_steps: T.int64,
     ):
         T.func_attr({"global_symbol": "kernel"})
         B, TK, H, HV = T.int64(), T.int64(), T.int64(), T.int64()
         q0, q1, q2 = T.int64(), T.int64(), T.int64()
         k0, k1, k2 = T.int64(), T.int64(), T.int64()
         v0s, v1, v2 = T.int64(), T.int64(), T.int64()
+        o0, o1, o2, p0 = T.int64(), T.int64(), T.int64(), T.int64()
         g0, g1, g2 = T.int64(), T.int64(), T.int64()
         e0, e1, e2 = T.int64(), T.int64(), T.int64()
         a0, a1, a2 = T.int64(), T.int64(), T.int64()
@@ -163,14 +166,19 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
         intermediate_state_indices = T.match_buffer(
             buffer_slots_, (NB,), dtype_of("intermediate_state_indices", "int64"), align=4
         )
-        retrieve_parent_token = T.match_buffer(parents_, (NP, PT), dtype_of("retrieve_parent_token", "int64"), align=4)
-        o = T.match_buffer(o_, (B, TK, HV, V), data, align=2)
+        # These two have strides of their own: without tokens torch's strides do not count as contiguous here.
+        retrieve_parent_token = T.match_buffer(
+            parents_, (NP, PT), dtype_of("retrieve_parent_token", "int64"), strides=(p0, T.int64(1)), align=4
+        )
+        o = T.match_buffer(o_, (B, TK, HV, V), data, strides=(o0, o1, o2, 1), align=2)
 
         n_seq: T.let[T.int64] = pick(varlen, N1 - 1, B)
         heads: T.let[T.int64] = pick(packed, (R - HV * V) // (2 * K), H)
 
         if checks:
-            assert heads > 0 and HV % heads == 0, ("ValueError", ["v: heads must be a multiple of q's"])
+            # On its own: both sides of an `and` are evaluated, and a division by zero kills the process.
+            assert heads > 0, ("ValueError", ["q: no heads"])
+            assert HV % heads == 0, ("ValueError", ["v: heads must be a multiple of q's"])
             if packed:
                 assert 2 * heads * K + HV * V == R, ("ValueError", ["mixed_qkv: row length"])
                 assert TK == 1, ("ValueError", ["o: one token"])
@@ -198,6 +206,10 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                 assert (C <= 1 or c0 >= P * HV * K * V) and (P <= 1 or c1 >= HV * K * V), (
                     "ValueError",
                     ["intermediate_states_buffer: slots overlap"],
+                )
+                assert cache_steps == NO_STEPS or cache_steps == P, (  # noqa: PLR1714 - no `in` in TVMScript
+                    "ValueError",
+                    ["cache_steps: not the buffer's"],
                 )
                 if buffer_slots_given:
                     assert NB == n_seq, ("ValueError", ["intermediate_state_indices: length"])

@@ -31,13 +31,17 @@ def gate_macros(tiles: Any, lanes: int) -> tuple[Any, Any]:
     @T.inline
     def log_decay(x, A, beta, threshold):
         e = tiles.scalars(lanes)
+        # 1+e goes through memory: TVM's simplifier takes (1 + e) - 1 for e, in floating point too.
+        more = tiles.scalars(lanes)
         y = tiles.scalars(lanes)
         for lane in T.vectorized(lanes):
             e[lane] = tiles.exp(beta * x[lane])
         for lane in T.vectorized(lanes):
-            y[lane] = tiles.log(one + e[lane])
+            more[lane] = one + e[lane]
         for lane in T.vectorized(lanes):
-            y[lane] = T.Select(one + e[lane] == one, e[lane], y[lane] * (e[lane] / ((one + e[lane]) - one)))
+            y[lane] = tiles.log(more[lane])
+        for lane in T.vectorized(lanes):
+            y[lane] = T.Select(more[lane] == one, e[lane], y[lane] * (e[lane] / (more[lane] - one)))
         for lane in T.vectorized(lanes):
             # Far above 17 both sides are equal in fp32; the bound keeps exp finite under any threshold.
             x[lane] = T.Select(beta * x[lane] > T.min(threshold, T.float32(80)), x[lane], y[lane] / beta)

@@ -1,0 +1,62 @@
+"""Design spaces: every operator resolves on every CPU target and every shape, and the one definition lowers to a GPU too."""
+
+import pytest
+
+from tvm_gdn import cases, check, schedule
+from tvm_gdn.build import prim_func
+from tvm_gdn.ops import OPS
+from tvm_gdn.target import named, resolve, target_names
+
+SHAPES = ((1, 1), (6, 10), (7, 13), (8, 8), (10, 6), (20, 12), (128, 128), (256, 64), (64, 256))
+
+
+def geometry(name, K=64, V=32, **more):
+    case = {**OPS[name].cases[0], "K": K, "V": V, **more}
+    return check.geometry_of(OPS[name], cases.draw(OPS[name], case))
+
+
+@pytest.mark.parametrize("target", target_names())
+@pytest.mark.parametrize("name", OPS)
+def test_every_operator_resolves_on_every_target(name, target):
+    choice = schedule.choose(OPS[name], geometry(name), named(target))
+    assert choice.origin in {"default", "tuned", "generic"}
+
+
+@pytest.mark.parametrize("name", ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule_update"])
+@pytest.mark.parametrize(("K", "V"), SHAPES)
+def test_defaults_are_among_the_choices_for_any_shape(name, K, V):
+    shape = geometry(name, K, V)
+    space, _ = schedule.find_space(OPS[name].algorithm, named("x86-avx512"))
+    assert schedule.fits(space.default(shape), space.knobs(shape))
+    space.tiles(shape, **space.default(shape))
+
+
+def test_a_name_that_the_kernel_does_not_take_is_an_error():
+    from dataclasses import replace
+
+    from tvm_gdn.errors import BuildError
+    from tvm_gdn.spec import Scalar
+
+    spec = OPS["fused_gdn_gating"]
+    wrong = replace(spec, inputs=(*spec.inputs, Scalar("softplus_gamma", "float", 1.0)))
+    shape = check.geometry_of(spec, cases.draw(spec, spec.cases[0]))
+    with pytest.raises(BuildError, match="softplus_gamma"):
+        prim_func(wrong, shape, schedule.choose(spec, shape, named("x86")).tiles(shape))
+
+
+@pytest.mark.parametrize("name", ["packed_decode_gated_delta_rule", "fused_recurrent_kda"])
+def test_the_same_definition_lowers_to_cuda(name):
+    import tvm
+
+    target = resolve('{"device": "cuda", "codegen": {"kind": "cuda", "arch": "sm_80"}}')
+    space, _ = schedule.find_space("recurrent", named("x86"))
+    cuda = schedule._SPACES["recurrent", "cuda"]
+    assert cuda is not space
+    shape = geometry(name, 128, 128)
+    function = prim_func(OPS[name], shape, cuda.tiles(shape, **cuda.default(shape)))
+    with tvm.target.Target(dict(target.codegen), host="llvm"):
+        module = tvm.tirx.transform.BindTarget(tvm.target.Target(dict(target.codegen), host="llvm"))(tvm.IRModule.from_expr(function))
+    text = module.script()
+    assert "threadIdx.x" in text
+    assert "blockIdx.x" in text
+    assert "warp_shuffle_xor" in text
