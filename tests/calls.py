@@ -56,8 +56,7 @@ def oracle(op, arguments):
         g, beta = num(a["g"]), num(a["beta"])
     initial = a["initial_state"] if op == RECURRENT else a["initial_state_source"]
     pool, buffer = (
-        None if x is None else num(x.transpose(-1, -2) if v_first else x)
-        for x in (initial, a.get("intermediate_states_buffer"))
+        None if x is None else num(x.transpose(-1, -2) if v_first else x) for x in (initial, a.get("intermediate_states_buffer"))
     )
     if op == PACKED:
         heads, (dim_k, dim_v) = a["A_log"].shape[0], pool.shape[-2:]
@@ -88,8 +87,7 @@ def oracle(op, arguments):
         written = {"initial_state_source": pool, "intermediate_states_buffer": buffer}
         want |= {name: value for name, value in written.items() if value is not None}
     return {
-        name: torch.from_numpy(np.swapaxes(value, -1, -2) if v_first and name != "o" else value)
-        for name, value in want.items()
+        name: torch.from_numpy(np.swapaxes(value, -1, -2) if v_first and name != "o" else value) for name, value in want.items()
     }
 
 

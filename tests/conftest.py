@@ -3,6 +3,7 @@
 ``pytest --target NAME`` runs every test on one target, named explicitly, so that a call which the target cannot serve raises
 instead of passing on the torch reference. What the collected tests will call is compiled in one batch before the first of them:
 a module lists its kernels as ``KERNELS = [(operator, case), ...]``, a parametrized test takes one as its argument ``kernel``.
+(Or as pairs of SPEC and geometry.)
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from filelock import FileLock
 
 from tvm_gdn import cases, check, dispatch, env
 from tvm_gdn.ops import OPS
+from tvm_gdn.spec import Geometry
 from tvm_gdn.target import resolve, runnable
 
 
@@ -58,7 +60,10 @@ def compiled_kernels(request: pytest.FixtureRequest) -> None:
         return
     folder = Path(env.cache_dir())
     folder.mkdir(parents=True, exist_ok=True)
-    kernels = [(OPS[op], check.geometry_of(OPS[op], cases.draw(OPS[op], case))) for op, case in wanted]
+    kernels = [
+        (op, case) if isinstance(case, Geometry) else (OPS[op], check.geometry_of(OPS[op], cases.draw(OPS[op], case)))
+        for op, case in wanted
+    ]
     with FileLock(folder / "tests.lock"):
         failed = dispatch.prebuild(kernels, resolve(env.target_name()))
     assert not failed, "\n".join(failed)

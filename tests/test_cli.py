@@ -163,8 +163,8 @@ def test_build_writes_one_pack_and_never_over_another(capsys, packs_only):
     row = next(line.split() for line in out.splitlines() if line.startswith(GATING))
     assert row[1] == "1" and row[-1] in {"tuned", "default", "generic"}
     manifest = pack.read(folder).manifest
-    assert [entry["op"] for entry in manifest["kernels"]] == [GATING]
-    assert manifest["kernels"][0]["geometry"]["dtypes"]["dt_bias"] == "bfloat16"
+    assert [entry.op for entry in manifest.kernels] == [GATING]
+    assert manifest.kernels[0].geometry.dtype["dt_bias"] == "bfloat16"
     before = (folder / pack.MANIFEST).stat().st_mtime_ns
 
     status, _, err = build_gating(capsys, folder)
@@ -194,7 +194,7 @@ def test_concurrent_builds_leave_one_whole_pack(packs_only):
     with ThreadPoolExecutor(4) as pool:
         assert [future.result() for future in [pool.submit(build) for _ in range(4)]] == [20] * 4
     found = pack.read(folder)
-    assert found.file(found.manifest["kernels"][0]["file"], found.manifest["kernels"][0]["sha256"]).is_file()
+    assert found.file(found.manifest.kernels[0]).is_file()
     assert [path.name for path in packs_only.iterdir()] == ["shared"]
 
 

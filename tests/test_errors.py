@@ -56,6 +56,38 @@ def bounds(*values):
     return give(cu_seqlens=tensor(values, dtype=torch.int32))
 
 
+def slots(*values):
+    return give(initial_state_indices=tensor(values))
+
+
+def step_slots(*values):
+    return give(intermediate_state_indices=tensor(values))
+
+
+def heads(count):
+    return lambda a: {name: a[name][:, :, :1].repeat(1, 1, count, 1) for name in ("q", "k")}
+
+
+def twice(a):
+    """Batches of two."""
+    return {n: a[n].expand(2, *a[n].shape[1:]) for n in ("q", "k", "v", "g", "beta", "a", "b") if n in a}
+
+
+def turned(x):
+    """Two middle axes swapped in memory."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def columns(x):
+    """The last two axes swapped in memory."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def overlapping(pool):
+    """Each slot starts on the last element of the one before."""
+    return pool.reshape(-1).as_strided((6, 4, 64, 32), (8191, 2048, 32, 1))
+
+
 def parent(n, t, value):
     def change(a):
         parents = a["retrieve_parent_token"].clone()
@@ -125,8 +157,8 @@ WRONG_VALUE = {
     "pool-heads": (BOTH, POOLED, on(STATES, lambda x: x[:, :2]), STATES, "HV = 4"),
     "pool-layout": (BOTH, POOLED, give(state_v_first=True), STATES, "V = 32"),
     "pool-head-size": (BOTH, POOLED, on(STATES, lambda x: x[..., :16].contiguous()), STATES, "V = 32"),
-    "heads-not-multiple": (BOTH, POOLED, lambda a: {n: a[n][:, :, :1].repeat(1, 1, 3, 1) for n in "qk"}, "v", "multiple of H"),
-    "no-heads": (BOTH, POOLED, lambda a: {n: a[n][:, :, :0] for n in "qk"}, "v", "multiple of H"),
+    "heads-not-multiple": (BOTH, POOLED, heads(3), "v", "multiple of H"),
+    "no-heads": (BOTH, POOLED, heads(0), "v", "multiple of H"),
     # sequence bounds
     "cu-first": (BOTH, VARLEN, bounds(1, 5, 5, 8, 9), BOUNDS, "start with 0"),
     "cu-short": (BOTH, VARLEN, bounds(0, 5, 5, 8, 8), BOUNDS, "end with the number of tokens, 9"),
@@ -138,55 +170,55 @@ WRONG_VALUE = {
     "cu-empty": (BOTH, VARLEN, bounds(), BOUNDS, "[N+1]"),
     "cu-other-count": (BOTH, VARLEN, bounds(0, 5, 9), "", "4"),
     "cu-rank": (BOTH, VARLEN, on(BOUNDS, lambda x: x[None]), BOUNDS, "1, [N+1]"),
-    "cu-with-batch": (BOTH, VARLEN, lambda a: {n: a[n].expand(2, *a[n].shape[1:]) for n in ("q", "k", "v", "g", "beta", "a", "b") if n in a}, BOUNDS, "batch size 1"),
+    "cu-with-batch": (BOTH, VARLEN, twice, BOUNDS, "batch size 1"),
     # slots
-    "slot-high": (BOTH, POOLED, give(initial_state_indices=tensor([0, 6, 1])), "initial_state_indices[1] = 6", "0 to 5"),
-    "slot-low": (BOTH, POOLED, give(initial_state_indices=tensor([0, 1, -2])), "initial_state_indices[2] = -2", "-1 for padding"),
-    "slot-far": (BOTH, POOLED, give(initial_state_indices=tensor([0, 1, 2**40])), "initial_state_indices[2]", "0 to 5"),
-    "slot-32-bit-wrap": (BOTH, POOLED, give(initial_state_indices=tensor([0, 1, 2**32])), "initial_state_indices[2]", "0 to 5"),
-    "slots-short": (BOTH, POOLED, give(initial_state_indices=tensor([0, 1])), SLOTS, "one per sequence"),
-    "slots-long": (BOTH, POOLED, give(initial_state_indices=tensor([0, 1, 2, 3])), SLOTS, "one per sequence"),
+    "slot-high": (BOTH, POOLED, slots(0, 6, 1), "initial_state_indices[1] = 6", "0 to 5"),
+    "slot-low": (BOTH, POOLED, slots(0, 1, -2), "initial_state_indices[2] = -2", "-1 for padding"),
+    "slot-far": (BOTH, POOLED, slots(0, 1, 2**40), "initial_state_indices[2]", "0 to 5"),
+    "slot-32-bit-wrap": (BOTH, POOLED, slots(0, 1, 2**32), "initial_state_indices[2]", "0 to 5"),
+    "slots-short": (BOTH, POOLED, slots(0, 1), SLOTS, "one per sequence"),
+    "slots-long": (BOTH, POOLED, slots(0, 1, 2, 3), SLOTS, "one per sequence"),
     "slots-without-pool": (BOTH, POOLED, give(initial_state_source=None), SLOTS, STATES),
     "pool-too-small": ((UPDATE,), DEFAULT_SLOTS, on(STATES, lambda x: x[:3]), STATES, "3 slots for 4 sequences"),
     "pool-empty": (BOTH, POOLED, on(STATES, lambda x: x[:0]), SLOTS, "-1 for padding"),
-    "buffer-slot-high": (BOTH, VERIFY, give(intermediate_state_indices=tensor([0, 3])), "intermediate_state_indices[1] = 3", "0 to 2"),
-    "buffer-slot-low": (BOTH, VERIFY, give(intermediate_state_indices=tensor([-5, 0])), "intermediate_state_indices[0] = -5", "-1 for padding"),
-    "buffer-slots-short": (BOTH, VERIFY, give(intermediate_state_indices=tensor([0])), STEP_SLOTS, "N = 2"),
+    "buffer-slot-high": (BOTH, VERIFY, step_slots(0, 3), "intermediate_state_indices[1] = 3", "0 to 2"),
+    "buffer-slot-low": (BOTH, VERIFY, step_slots(-5, 0), "intermediate_state_indices[0] = -5", "-1 for padding"),
+    "buffer-slots-short": (BOTH, VERIFY, step_slots(0), STEP_SLOTS, "N = 2"),
     "buffer-slots-without-buffer": (BOTH, VERIFY, give(intermediate_states_buffer=None), STEP_SLOTS, STEPS),
     "buffer-too-small": (BOTH, DEFAULT_BUFFER_SLOTS, on(STEPS, lambda x: x[:1]), STEPS, "1 slots for 2 sequences"),
     # verification
     "too-many-steps": (BOTH, VERIFY, on(STEPS, lambda x: x[:, :3]), STEPS, "holds 3 steps, a sequence has 4 tokens"),
-    "too-many-steps-packed": (BOTH, DEFAULT_BUFFER_SLOTS, on(STEPS, lambda x: x[:, :3]), STEPS, "holds 3 steps, a sequence has 4 tokens"),
+    "too-many-steps-packed": (BOTH, DEFAULT_BUFFER_SLOTS, on(STEPS, lambda x: x[:, :3]), STEPS, "a sequence has 4 tokens"),
     "cache-steps": (BOTH, VERIFY, give(cache_steps=4), "cache_steps", "5 steps"),
     "parent-itself": (BOTH, TREE, parent(1, 2, 2), "retrieve_parent_token[1, 2] = 2", "0 to 1"),
     "parent-later": (BOTH, TREE, parent(0, 1, 3), "retrieve_parent_token[0, 1] = 3", "an earlier step"),
     "parent-low": (BOTH, TREE, parent(0, 3, -2), "retrieve_parent_token[0, 3] = -2", "-1 for none"),
     "parents-short": (BOTH, TREE, on(PARENTS, lambda x: x[:, :3]), PARENTS, "at least 4"),
     "parents-rows": (BOTH, TREE, on(PARENTS, lambda x: x[:1]), PARENTS, "2"),
-    "parents-without-buffer": (BOTH, TREE, give(intermediate_states_buffer=None, intermediate_state_indices=None), PARENTS, STEPS),
+    "parents-without-buffer": (BOTH, TREE, give(**{STEPS: None, STEP_SLOTS: None}), PARENTS, STEPS),
     # memory
     "q-last-axis-strided": (BOTH, POOLED, on("q", lambda x: x.repeat(1, 1, 1, 2)[..., ::2]), "q", "q.contiguous()"),
-    "v-last-axis-strided": (BOTH, POOLED, on("v", lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)), "v", "v.contiguous()"),
-    "pool-strided": (BOTH, POOLED, on(STATES, lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)), STATES, "contiguous"),
+    "v-last-axis-strided": (BOTH, POOLED, on("v", columns), "v", "v.contiguous()"),
+    "pool-strided": (BOTH, POOLED, on(STATES, turned), STATES, "contiguous"),
     "pool-expanded": (BOTH, POOLED, on(STATES, expanded(0)), STATES, "overlapping"),
     "pool-heads-expanded": (BOTH, POOLED, on(STATES, expanded(1)), STATES, "contiguous"),
-    "pool-overlapping": (BOTH, POOLED, on(STATES, lambda x: x.reshape(-1).as_strided((6, 4, 64, 32), (8191, 2048, 32, 1))), STATES, "overlapping"),
+    "pool-overlapping": (BOTH, POOLED, on(STATES, overlapping), STATES, "overlapping"),
     "buffer-steps-expanded": (BOTH, VERIFY, on(STEPS, expanded(1)), STEPS, "overlapping"),
     "buffer-slots-expanded": (BOTH, VERIFY, on(STEPS, expanded(0)), STEPS, "overlapping"),
     "slots-strided": (BOTH, POOLED, give(initial_state_indices=tensor([0, 9, 1, 9, 2, 9])[::2]), SLOTS, "contiguous()"),
     "pool-requires-grad": (BOTH, POOLED, on(STATES, lambda x: x.requires_grad_()), STATES, ".detach()"),
     # the other operators
-    "final-and-slots": ((RECURRENT,), SEPARATE, give(initial_state_indices=tensor([0, 1])), "output_final_state", SLOTS),
+    "final-and-slots": ((RECURRENT,), SEPARATE, slots(0, 1), "output_final_state", SLOTS),
     "states-count": ((RECURRENT,), SEPARATE, on("initial_state", lambda x: x[:1]), "initial_state", "2 sequences"),
     "states-count-packed": ((RECURRENT,), SEPARATE_VARLEN, on("initial_state", lambda x: x[:2]), "", "N = 2"),
     "states-layout": ((RECURRENT,), SEPARATE, give(state_v_first=True), "initial_state", "V = 128"),
-    "states-strided": ((RECURRENT,), SEPARATE, on("initial_state", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)), "initial_state", "contiguous"),
-    "recurrent-cu-decreasing": ((RECURRENT,), SEPARATE_VARLEN, give(cu_seqlens=tensor([0, 5, 3, 7])), BOUNDS, "never decrease"),
+    "states-strided": ((RECURRENT,), SEPARATE, on("initial_state", turned), "initial_state", "contiguous"),
+    "recurrent-cu-decreasing": ((RECURRENT,), SEPARATE_VARLEN, give(cu_seqlens=tensor([0, 5, 3, 7])), BOUNDS, "decrease"),
     "packed-row-short": ((PACKED,), PACKED_STEP, on("mixed_qkv", lambda x: x[:, :-1]), "mixed_qkv", "2*H*K + HV*V"),
     "packed-row-of-v-alone": ((PACKED,), PACKED_STEP, on("mixed_qkv", lambda x: x[:, :256]), "mixed_qkv", "2*H*K + HV*V"),
-    "packed-heads-not-multiple": ((PACKED,), PACKED_STEP, on("mixed_qkv", lambda x: x.repeat(1, 2)[:, : 3 * 256 + 256]), "mixed_qkv", "multiple of H"),
-    "packed-strided": ((PACKED,), PACKED_STEP, on("mixed_qkv", lambda x: x.t().contiguous().t()), "mixed_qkv", "contiguous()"),
-    "packed-slot": ((PACKED,), PACKED_STEP, give(initial_state_indices=tensor([0, 1, 2, 3, 7])), "initial_state_indices[4] = 7", "0 to 6"),
+    "packed-row-long": ((PACKED,), PACKED_STEP, on("mixed_qkv", lambda x: x.repeat(1, 2)[:, :1024]), "mixed_qkv", "multiple"),
+    "packed-strided": ((PACKED,), PACKED_STEP, on("mixed_qkv", columns), "mixed_qkv", "contiguous()"),
+    "packed-slot": ((PACKED,), PACKED_STEP, slots(0, 1, 2, 3, 7), "initial_state_indices[4] = 7", "0 to 6"),
     "packed-pool-expanded": ((PACKED,), PACKED_STEP, on(STATES, expanded(0)), STATES, "overlapping"),
     "packed-gates": ((PACKED,), PACKED_STEP, on("a", lambda x: x[:4]), "a", "B = 5"),
     "gating-shapes": ((GATING,), GATES, on("b", lambda x: x[:5]), "b", "M = 9"),

@@ -1,17 +1,23 @@
 """Packs and the cache of compiled kernels: what is written is whole, what does not fit is refused, first calls compile once."""
 
+import contextlib
+import ctypes
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
-from tvm_gdn import build, cases, check, dispatch, pack, parity
+from tvm_gdn import build, cases, check, dispatch, load, pack, parity
 from tvm_gdn.errors import PackError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import named, resolve
@@ -66,11 +72,13 @@ def test_pack_serves_without_compiler(small_pack, tmp_path):
 
 def test_manifest_round_trips(small_pack):
     read = pack.read(small_pack)
-    assert read.target == resolve().name
-    assert [entry["op"] for entry in read.manifest["kernels"]] == [SPEC.name]
-    entry = read.manifest["kernels"][0]
-    assert (small_pack / entry["file"]).is_file()
-    assert set(read.manifest["requires"]) == set(resolve().requires)
+    assert read.manifest.target == resolve().name
+    assert read.manifest.target_digest == resolve().digest()
+    (entry,) = read.manifest.kernels
+    assert (entry.op, entry.geometry) == (SPEC.name, check.geometry_of(SPEC, cases.draw(SPEC, CASE)))
+    assert (small_pack / entry.file).is_file()
+    assert set(read.manifest.requires) == set(resolve().requires)
+    assert pack.read_whole(small_pack) == read
 
 
 @pytest.mark.parametrize(
@@ -92,6 +100,63 @@ def test_foreign_pack_is_refused_with_what_differs(small_pack, tmp_path, changes
         pack.read(folder)
 
 
+FIELDS = ("target", "target_digest", "rank", "device", "machine", "image", "requires", "tvm_ffi", "kernels")
+KERNEL_FIELDS = ("op", "geometry", "symbol", "file", "sha256", "schedule", "knobs", "source")
+
+
+@pytest.mark.parametrize("field", [*FIELDS, *(f"kernels[0].{name}" for name in KERNEL_FIELDS), "kernels[0].geometry.axes"])
+@pytest.mark.parametrize("value", [..., None, 1.5, True, [None]])
+def test_field_that_is_missing_or_of_another_type_is_named(small_pack, tmp_path, field, value):
+    folder = copy_of(small_pack, tmp_path)
+    manifest = json.loads((folder / pack.MANIFEST).read_text())
+    table = manifest["kernels"][0] if field.startswith("kernels[0]") else manifest
+    table = table["geometry"] if field.endswith(".axes") else table
+    table.pop(field.rpartition(".")[2])
+    if value is not ...:
+        table[field.rpartition(".")[2]] = value
+    (folder / pack.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(PackError) as error:
+        pack.read(folder)
+    assert f"{pack.MANIFEST} is damaged ({field}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("file", "/etc/passwd"),
+        ("file", "../other/kernel.so"),
+        ("file", ".."),
+        ("file", ""),
+        ("symbol", "../../kernel"),
+        ("sha256", "0"),
+        ("source", "0123"),
+        ("geometry", {"axes": {"K": "8"}, "dtypes": {}, "attrs": {}}),
+        ("geometry", {"axes": {}, "dtypes": {"q": 1}, "attrs": {}}),
+        ("geometry", {"axes": {}, "dtypes": {}, "attrs": {"state_v_first": []}}),
+    ],
+)
+def test_hostile_kernel_entry_is_refused(small_pack, tmp_path, field, value):
+    folder = copy_of(small_pack, tmp_path)
+    kernels = json.loads((folder / pack.MANIFEST).read_text())["kernels"]
+    edit(folder, kernels=[{**kernels[0], field: value}])
+    with pytest.raises(PackError, match=rf"damaged \(kernels\[0\]\.{field}.* must be "):
+        pack.read(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"format": 1, "launcher": "x"}', "\udcff"])
+def test_manifest_that_is_no_table_is_refused(tmp_path, text):
+    (tmp_path / pack.MANIFEST).write_text(text, errors="surrogateescape")
+    with pytest.raises(PackError, match="damaged"):
+        pack.read(tmp_path)
+
+
+def test_launcher_outside_the_pack_is_refused(small_pack, tmp_path):
+    folder = copy_of(small_pack, tmp_path)
+    edit(folder, launcher={"file": "/lib/launcher.so", "sha256": "0" * 64})
+    with pytest.raises(PackError, match=r"launcher\.file must be a bare file name"):
+        pack.read(folder)
+
+
 def test_truncated_manifest_is_refused(small_pack, tmp_path):
     folder = copy_of(small_pack, tmp_path)
     path = folder / pack.MANIFEST
@@ -103,7 +168,7 @@ def test_truncated_manifest_is_refused(small_pack, tmp_path):
 @pytest.mark.parametrize("how", ["tampered", "truncated", "missing"])
 def test_changed_library_is_never_loaded(small_pack, tmp_path, how):
     folder = copy_of(small_pack, tmp_path)
-    library = folder / pack.read(folder).manifest["kernels"][0]["file"]
+    library = folder / pack.read(folder).manifest.kernels[0].file
     data = bytearray(library.read_bytes())
     if how == "missing":
         library.unlink()
@@ -114,6 +179,123 @@ def test_changed_library_is_never_loaded(small_pack, tmp_path, how):
     assert done.returncode == 1
     assert library.name in done.stderr
     assert "PackError" in done.stderr
+
+
+def damaged_copy(folder: Path, place: Path) -> Path:
+    shutil.copytree(folder, place)
+    library = place / pack.read(place).manifest.kernels[0].file
+    library.write_bytes(library.read_bytes()[:1000])
+    return place
+
+
+def test_damaged_library_leaves_the_next_pack_and_the_cache(small_pack, tmp_path, monkeypatch):
+    damaged = damaged_copy(small_pack, tmp_path / "damaged")
+    geometry = check.geometry_of(SPEC, cases.draw(SPEC, CASE))
+    monkeypatch.setenv("TVM_GDN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TVM_GDN_TARGET", "auto")
+    monkeypatch.setenv("TVM_GDN_DISABLE_JIT", "1")
+    cached = tmp_path / "cache" / "kernels" / dispatch.kernel_key(SPEC, geometry, resolve())
+    for sound in (tmp_path / "sound", cached):
+        monkeypatch.setenv("TVM_GDN_PACK_PATH", f"{damaged}{os.pathsep}{tmp_path / 'sound'}")
+        dispatch.reset()
+        with pytest.raises(PackError, match=r"Refused: pack .*damaged.*was changed or cut short"):
+            dispatch.lookup(SPEC, geometry, "cpu")
+        shutil.copytree(small_pack, sound)
+        dispatch.reset()
+        assert parity.check_case(SPEC, CASE).passed
+        assert len(dispatch.usable_packs()[0]) == (2 if sound != cached else 1)
+        assert dispatch.usable_packs()[1] == [], "one lookup's refusals are no other's"
+        shutil.rmtree(sound)
+    dispatch.reset()
+
+
+def test_served_by_tells_geometries_apart(monkeypatch):
+    spec, looked_up = OPS["fused_gdn_gating"], []
+    single, half = ({"M": 3, "HV": 4, "dtype": dtype} for dtype in ("float32", "bfloat16"))
+    real = dispatch._lookup
+
+    def lookup(spec, geometry, device):
+        looked_up.append(geometry)
+        is_half = "bfloat16" in geometry.dtype.values()
+        return dispatch.Served(None, "reference", "none", "a test") if is_half else real(spec, geometry, device)
+
+    monkeypatch.setattr(dispatch, "_lookup", lookup)
+    dispatch.reset()
+    keys = [check.geometry_of(spec, cases.draw(spec, case)) for case in (single, half)]
+    assert dispatch.served_by(spec.name) == dispatch.served_by(spec.name, keys[0]) == "not called yet"
+    for case, passed in ((half, False), (single, True), (half, False), (single, True)):
+        assert parity.check_case(spec, case).passed == passed
+    assert looked_up == [keys[1], keys[0]]
+    assert dispatch.served_by(spec.name).startswith("compiled")
+    assert dispatch.served_by(spec.name, keys[1]) == "fallback (torch reference): a test"
+    assert dispatch.served_by(spec.name, keys[0], "cuda") == "not called yet"
+    dispatch.reset()
+
+
+def test_lookups_wait_for_their_own_geometry_only(monkeypatch):
+    spec, together = OPS["fused_gdn_gating"], threading.Barrier(2, timeout=20)
+    geometries = [
+        check.geometry_of(spec, cases.draw(spec, {"M": 3, "HV": 4, "dtype": dtype})) for dtype in ("float32", "float16")
+    ]
+    looked_up = []
+
+    def lookup(spec, geometry, device):
+        looked_up.append(geometry)
+        together.wait()
+        return dispatch.Served(None, "reference", "none", "a test")
+
+    monkeypatch.setattr(dispatch, "_lookup", lookup)
+    dispatch.reset()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda geometry: dispatch.lookup(spec, geometry, "cpu"), geometries * 2))
+    assert len(looked_up) == 2 and set(looked_up) == set(geometries)
+    dispatch.reset()
+
+
+def test_batches_install_under_the_lock_of_first_calls(small_pack, tmp_path, monkeypatch):
+    entry = pack.read(small_pack).manifest.kernels[0]
+    kernel = pack.BuiltKernel(
+        SPEC, entry.geometry, small_pack / entry.file, entry.symbol, entry.schedule, entry.knobs, entry.source
+    )
+    compiled = threading.Event()
+
+    @contextlib.contextmanager
+    def compile_nothing(*_):
+        compiled.set()
+        yield [kernel, kernel], small_pack / pack.LAUNCHER
+
+    monkeypatch.setattr(dispatch, "_compiled", compile_nothing)
+    wanted = {tmp_path / name: build.Request(SPEC, entry.geometry) for name in ("first", "second")}
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(f"{tmp_path / 'first'}.lock"):
+            running = pool.submit(dispatch.compile_each, wanted, resolve())
+            assert compiled.wait(20)
+            with pytest.raises(TimeoutError):
+                running.result(timeout=0.5)
+            assert not (tmp_path / "first").exists()
+            shutil.copytree(small_pack, tmp_path / "first")
+            before = (tmp_path / "first").stat().st_ino
+        assert running.result(20) == {}
+    assert (tmp_path / "first").stat().st_ino == before
+    assert pack.read_whole(tmp_path / "second").manifest.kernels == (entry,)
+
+
+def test_each_kernel_runs_on_the_launcher_of_its_pack(small_pack, tmp_path):
+    pointers = []
+    for name in ("same", "again", "other"):
+        folder = tmp_path / name
+        shutil.copytree(small_pack, folder)
+        if name == "other":
+            data = (folder / pack.LAUNCHER).read_bytes() + b"\0"
+            (folder / pack.LAUNCHER).write_bytes(data)
+            edit(folder, launcher={"file": pack.LAUNCHER, "sha256": hashlib.sha256(data).hexdigest()})
+        read = pack.read(folder)
+        load.load_kernel(read, read.manifest.kernels[0])
+        library = ctypes.CDLL(str(folder / read.manifest.kernels[0].file))
+        pointers.append(ctypes.c_void_p.in_dll(library, "__TVMBackendParallelLaunch").value)
+    assert all(pointers)
+    assert pointers[0] == pointers[1] != pointers[2]
+    assert load.openmp_library()
 
 
 def test_disabled_jit_names_the_missing_pack(tmp_path):

@@ -8,9 +8,7 @@ import torch
 from tvm_gdn import cases, parity
 from tvm_gdn.ops import OPS
 
-CASES = [
-    pytest.param((name, case), id=f"{name} {cases.label(case)}") for name, spec in OPS.items() for case in spec.cases
-]
+CASES = [pytest.param((name, case), id=f"{name} {cases.label(case)}") for name, spec in OPS.items() for case in spec.cases]
 
 
 @pytest.mark.parametrize("kernel", CASES)

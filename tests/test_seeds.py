@@ -57,11 +57,7 @@ def small(arguments):
     """Every floating input times 0.1, as the published cases draw them."""
     names = ("A_log", "a", "dt_bias", "q", "k", "v", "b", "initial_state_source")
     generator = torch.Generator().manual_seed(1)
-    drawn = {
-        name: torch.randn(arguments[name].shape, generator=generator) * 0.1
-        for name in names
-        if arguments[name] is not None
-    }
+    drawn = {name: torch.randn(arguments[name].shape, generator=generator) * 0.1 for name in names if arguments[name] is not None}
     return {**arguments, **drawn}
 
 

@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from calls import (
-    BUFFER, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, bits, call, check, draw, same_bits,
-)  # fmt: skip
+    BUFFER,
+    PACKED,
+    POOL,
+    RECURRENT,
+    SIGMOID,
+    UPDATE,
+    bits,
+    call,
+    check,
+    draw,
+    same_bits,
+)
 from torch import tensor
 
 import tvm_gdn

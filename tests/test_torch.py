@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tvm_gdn
 from tvm_gdn import cases
+from tvm_gdn.autograd import BackwardError
 from tvm_gdn.ops import OPS
 
 POOLED = {"B": 3, "T": 4, "H": 2, "HV": 4, "K": 64, "V": 32, "S": 6, "with": POOL, "use_qk_l2norm_in_kernel": True}
@@ -190,6 +191,10 @@ def test_inputs_that_require_grad(kernel):
     got = call(op, {**a, **leaves})
     for name, value in want.items():
         assert same_bits(got[name].detach(), value)
+    if op in tvm_gdn.__all__:
+        for name in set(got) - written:
+            with pytest.raises(BackwardError, match=op):
+                got[name].sum().backward()
     assert all(x.grad is None for x in leaves.values())
 
 

@@ -200,7 +200,8 @@ def test_generate(model, calls, options):
     assert calls[FUNCTIONAL] == 0
 
 
-def test_prefill_is_untouched_and_may_continue_a_cache(model):
+@pytest.mark.parametrize("operators", [None, (FUNCTIONAL,)])
+def test_prefill_in_parts_continues_a_cache(model, operators):
     ids, _ = prompt(1)
 
     @torch.no_grad()
@@ -212,8 +213,8 @@ def test_prefill_is_untouched_and_may_continue_a_cache(model):
 
     chunk = modeling_qwen3_next.torch_chunk_gated_delta_rule
     logits, states = run()
-    with patch(model):
-        assert modeling_qwen3_next.torch_chunk_gated_delta_rule is chunk
+    with patch(model, operators=operators):
+        assert (modeling_qwen3_next.torch_chunk_gated_delta_rule is chunk) == (operators is not None)
         patched_logits, patched_states = run()
     assert (patched_logits - logits).abs().max() < 1e-5
     for state, patched_state in zip(states, patched_states, strict=True):
@@ -443,7 +444,7 @@ def demo_args(**options) -> argparse.Namespace:
 
 def test_demo():
     asked = []
-    result = demo.run(6, 5, seconds=0, served_by=lambda name: asked.append(name) or "somebody")
+    result = demo.run(6, 5, seconds=0, served_by=lambda name, geometry: asked.append(name) or "somebody")
     decode = result["decode"]
     assert decode["tokens_equal"]
     assert len(decode["tokens"]) == 6
@@ -464,11 +465,11 @@ def test_demo():
 def test_demo_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers.models.qwen3_next", None)
     with pytest.raises(TvmGdnError, match=r"tvm_gdn\[models\]"):
-        demo.run(served_by=lambda name: "nobody")
+        demo.run(served_by=lambda name, geometry: "nobody")
 
 
 def test_demo_output_and_exit_status(monkeypatch, capsys):
-    result = demo.run(6, 5, seconds=0, served_by=lambda name: "somebody")
+    result = demo.run(6, 5, seconds=0, served_by=lambda name, geometry: "somebody")
     monkeypatch.setattr(demo, "run", lambda tokens, prompt_tokens: result)
     assert demo.main(demo_args()) == 0
     text = capsys.readouterr().out
@@ -478,11 +479,11 @@ def test_demo_output_and_exit_status(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == result
 
 
-def test_demo_fails_on_other_tokens(monkeypatch, capsys):
+def test_demo_fails_on_other_tokens(monkeypatch, capsys, caplog):
     monkeypatch.setattr(tvm_gdn, UPDATE, lambda q, k, v, *args, **kwargs: torch.zeros_like(v))
-    result = demo.run(16, 5, seconds=0, served_by=lambda name: "zeros")
+    result = demo.run(16, 5, seconds=0, served_by=lambda name, geometry: "zeros")
     monkeypatch.setattr(demo, "run", lambda tokens, prompt_tokens: result)
     assert demo.main(demo_args()) == 1
     captured = capsys.readouterr()
     assert "DIFFERENT" in captured.out
-    assert "other tokens" in captured.err
+    assert "other tokens" in caplog.text

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import mmap
 import os
@@ -27,8 +28,11 @@ from pathlib import Path
 MAX_FAILURES = 50
 #: No call may compile; and threads that wait for work sleep, so that jobs do not take each other's cores.
 _ENVIRONMENT = {"TVM_GDN_DISABLE_JIT": "1", "TVM_GDN_LOG": "WARNING", "OMP_WAIT_POLICY": "passive"}
-#: What a child tells its parent in a shared page: the index of the call it is about to make, and what it has made.
-_PAGE = struct.Struct("4q")
+#: Importing torch may take long on a busy machine; after that a call has `--timeout` seconds.
+_START_TIMEOUT = 300.0
+#: What a child tells its parent in a shared page: the index of the call it is about to make, whether it has begun, and what
+#: it has made.
+_PAGE = struct.Struct("5q")
 _FIELDS = ("valid", "invalid", "wrong")
 
 
@@ -46,7 +50,7 @@ class Watch:
 
     def _run_child(self, start: int) -> int:
         with tempfile.NamedTemporaryFile() as page, tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as log:
-            page.write(_PAGE.pack(start, 0, 0, 0).ljust(mmap.PAGESIZE, b"\0"))
+            page.write(_PAGE.pack(start, 0, 0, 0, 0).ljust(mmap.PAGESIZE, b"\0"))
             page.flush()
             shared = mmap.mmap(page.fileno(), mmap.PAGESIZE)
             child = subprocess.Popen(
@@ -54,7 +58,7 @@ class Watch:
                 stdout=output, stderr=log, env={**os.environ, **_ENVIRONMENT},
             )  # fmt: skip
             hangs = self._wait(child, shared)
-            reached, *made = _PAGE.unpack_from(shared)
+            reached, _, *made = _PAGE.unpack_from(shared)
             self.counts.update(dict(zip(_FIELDS, made, strict=True)))
             output.seek(0)
             self.failures.extend(json.loads(line) for line in output)
@@ -68,16 +72,16 @@ class Watch:
 
     def _wait(self, child: subprocess.Popen[bytes], shared: mmap.mmap) -> bool:
         """Wait for the child's end; whether it had to be killed because a call took too long."""
-        last, since = b"", time.monotonic()
+        last, since = (-1, 0), time.monotonic()
         while True:
             try:
                 child.wait(0.2)
                 return False
             except subprocess.TimeoutExpired:
-                now = shared[:8]
+                now = _PAGE.unpack_from(shared)[:2]
                 if now != last:
                     last, since = now, time.monotonic()
-                elif time.monotonic() - since > self.timeout:
+                elif time.monotonic() - since > (self.timeout if now[1] else _START_TIMEOUT):
                     child.kill()
                     child.wait()
                     return True
@@ -95,7 +99,7 @@ def work(page: Path, seed: int, stop: int) -> None:
     with page.open("r+b") as file:
         shared = mmap.mmap(file.fileno(), mmap.PAGESIZE)
     for index in range(_PAGE.unpack_from(shared)[0], stop):
-        _PAGE.pack_into(shared, 0, index, *(counts[field] for field in _FIELDS))
+        _PAGE.pack_into(shared, 0, index, 1, *(counts[field] for field in _FIELDS))
         if index % 500 == 0:
             torch.set_num_threads(1 + index // 500 % 2)
         call = Call(seed, index)
@@ -110,7 +114,7 @@ def work(page: Path, seed: int, stop: int) -> None:
             print(json.dumps(f"call {index}: {problem}\n    {description}"), flush=True)
         if counts["wrong"] >= MAX_FAILURES:
             break
-    _PAGE.pack_into(shared, 0, stop, *(counts[field] for field in _FIELDS))
+    _PAGE.pack_into(shared, 0, stop, 1, *(counts[field] for field in _FIELDS))
 
 
 def make_again(seed: int, index: int) -> int:
@@ -147,7 +151,7 @@ def fuzz(calls: int, seed: int, jobs: int, timeout: float) -> int:
 
     threading.Thread(target=progress, daemon=True).start()
     with ThreadPoolExecutor(jobs) as pool:
-        watches = [Watch(seed, range(*pair), timeout, failures, counts) for pair in zip(bounds, bounds[1:], strict=False)]
+        watches = [Watch(seed, range(*pair), timeout, failures, counts) for pair in itertools.pairwise(bounds)]
         for future in [pool.submit(watch.run) for watch in watches]:
             future.result()
     stopped.set()

@@ -24,6 +24,7 @@ _POOL = ("initial_state_source", "initial_state_indices")
 _BUFFER = ("intermediate_states_buffer", "intermediate_state_indices")
 _UPDATE, _SIGMOID = "fused_recurrent_gated_delta_rule_update", "fused_sigmoid_gating_delta_rule_update"
 _RECURRENT, _PACKED = "fused_recurrent_gated_delta_rule", "packed_decode_gated_delta_rule"
+_CHUNK, _CHUNK_KDA = "chunk_gated_delta_rule", "chunk_kda"
 _BF16 = {"dtype": "bfloat16", "state_dtype": "bfloat16"}
 _FP16 = {"dtype": "float16", "state_dtype": "float16"}
 _I32 = {"index_dtype": "int32"}
@@ -33,6 +34,8 @@ _CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     (_RECURRENT, {"K": 8, "V": 12, "with": ("initial_state",), "output_final_state": True}),
     (_RECURRENT, {"K": 16, "V": 8, "with": ("initial_state", "cu_seqlens"), "output_final_state": True,
                   "state_v_first": True, "dtype": "bfloat16"}),
+    (_CHUNK, {"K": 16, "V": 8, "with": ("initial_state", "cu_seqlens"), "output_final_state": True, **_I32}),
+    (_CHUNK_KDA, {"K": 8, "V": 12, "with": (), "output_final_state": True, "dtype": "bfloat16"}),
     (_UPDATE, {"K": 8, "V": 8, "with": _POOL}),
     (_UPDATE, {"K": 16, "V": 24, "with": (*_POOL, "cu_seqlens"), "state_v_first": True, **_BF16, **_I32}),
     (_UPDATE, {"K": 8, "V": 20, "with": (*_POOL, *_BUFFER, "retrieve_parent_token")}),
@@ -83,7 +86,8 @@ class Call:
         heads = pick(1, 3)
         sizes: dict[str, Any] = {"M": pick(0, 9), "H": heads, "HV": heads * pick(1, 3)}
         if "cu_seqlens" in case.get("with", ()):
-            sizes["lengths"] = tuple(pick(0, 5) for _ in range(pick(0, 4)))
+            longest = self.random.choice([5, 5, 80]) if self.op.startswith("chunk") else 5
+            sizes["lengths"] = tuple(pick(0, longest) for _ in range(pick(0, 4)))
             sequences = len(sizes["lengths"])
         else:
             sizes |= {"B": pick(0, 3), "T": 1 if self.op == _PACKED else pick(0, 5)}
@@ -102,10 +106,11 @@ class Call:
         """Other strides, alignments and values than `cases.draw` gives; the same numbers in another place of memory."""
         arguments, chance = self.arguments, self.random.random
         if arguments.get("g") is not None and chance() < 0.3:
-            arguments["g"] *= self.random.choice([20.0, 100.0, -0.5, 0.0])
+            arguments["g"] *= self.random.choice([20.0, 20.0 if self.op.startswith("chunk") else 100.0, -0.5, 0.0])
         if "cache_steps" in arguments and arguments["intermediate_states_buffer"] is not None and chance() < 0.5:
             arguments["cache_steps"] = arguments["intermediate_states_buffer"].shape[1]
-        if chance() < 0.05:
+        # A chunk's matrix products carry NaN to earlier tokens of the chunk; the reference is a loop over tokens.
+        if chance() < 0.05 and not self.op.startswith("chunk"):
             name = self.random.choice([t.name for t in self._present() if arguments[t.name].is_floating_point()])
             if arguments[name].numel():
                 spot = self.random.randrange(arguments[name].numel())
@@ -171,10 +176,11 @@ class Call:
 
     def _no_tensor(self, _: Mapping[str, Any]) -> str:
         tensor, value = self._any_tensor()
-        return self._replace(tensor.name, self.random.choice(["text", 1.5, [1, 2], object(), value.detach().tolist]), "no tensor")
+        return self._replace(tensor.name, self.random.choice(["text", 1.5, [1, 2], {}, value.shape]), "no tensor")
 
     def _required(self, _: Mapping[str, Any]) -> str:
-        names = [tensor.name for tensor in self.spec.tensors if not tensor.optional]
+        # Without g the gated functions compute the plain delta rule.
+        names = [tensor.name for tensor in self.spec.tensors if not tensor.optional and tensor.name != "g"]
         return self._replace(self.random.choice(names), None, "None")
 
     def _size(self, _: Mapping[str, Any]) -> str:
@@ -305,6 +311,8 @@ class Call:
         wrong = []
         for name, value in got.items():
             error, limit = parity.rms_ratio(value, want[name]), parity.limit(self.spec, name, value.dtype)
+            # No kernel can store a handful of elements better than rounded to nearest, and that alone may pass the limit.
+            limit = max(limit, 1.01 * parity.rms_ratio(want[name].to(value.dtype), want[name]))
             if value.shape != want[name].shape or not error <= limit:
                 wrong.append(f"{name} is off by {error:.2e} (limit {limit:.0e})")
         return "; ".join(wrong)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -160,15 +159,15 @@ def build_pack(wanted: Iterable[Wanted], target: TargetSpec, folder: Path, jobs:
     kernels, launcher = [], None
     for spec, geometry in unique:
         pack = _cached(spec, geometry, target)
-        entry = pack.manifest["kernels"][0]
+        entry = pack.manifest.kernels[0]
         kernels.append(
             packs.BuiltKernel(
-                spec=spec, geometry=geometry, file=pack.file(entry["file"], entry["sha256"]), symbol=entry["symbol"],
-                schedule=entry["schedule"], knobs=entry["knobs"], source=entry["source"],
+                spec=spec, geometry=geometry, file=pack.file(entry), symbol=entry.symbol, schedule=entry.schedule,
+                knobs=dict(entry.knobs), source=entry.source,
             )
         )  # fmt: skip
-        if "launcher" in pack.manifest:
-            launcher = pack.file(pack.manifest["launcher"]["file"], pack.manifest["launcher"]["sha256"])
+        if pack.manifest.launcher is not None:
+            launcher = pack.file(pack.manifest.launcher)
     packs.write(folder, target, build.required_features(target), kernels, launcher)
     return kernels
 
@@ -177,15 +176,11 @@ def _cached(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> packs.Pack:
     """A kernel of the cache, for whatever CPU; a damaged one is compiled again."""
     folder = env.cache_dir() / "kernels" / dispatch.kernel_key(spec, geometry, target)
     try:
-        pack = packs.Pack(folder, json.loads((folder / packs.MANIFEST).read_text(encoding="utf-8")))
-        for file in (pack.manifest["kernels"][0], pack.manifest.get("launcher")):
-            if file is not None:
-                pack.file(file["file"], file["sha256"])
-        return pack
-    except (OSError, ValueError, LookupError, PackError) as error:
-        _log.warning("%s is damaged (%s); compiling it again", folder, error)
+        return packs.read_whole(folder)
+    except PackError as error:
+        _log.warning("%s; compiling it again", error)
     dispatch.compile_each({folder: build.Request(spec, geometry)}, target)
-    return packs.Pack(folder, json.loads((folder / packs.MANIFEST).read_text(encoding="utf-8")))
+    return packs.read_whole(folder)
 
 
 def compile_all(wanted: list[Wanted], target: TargetSpec, jobs: int = 0) -> None:

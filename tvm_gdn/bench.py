@@ -18,7 +18,7 @@ from tvm_gdn.digest import version_of
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import OPS
 from tvm_gdn.report_text import checked_destination, deliver
-from tvm_gdn.spec import Geometry, OpSpec
+from tvm_gdn.spec import OpSpec
 from tvm_gdn.target import resolve, runnable
 from tvm_gdn.timing import interleaved, ratio
 
@@ -97,11 +97,7 @@ def _compile_together(wanted: list[tuple[OpSpec, Case]]) -> None:
     """Compile what no pack holds in one go: one by one, every kernel would import tvm anew."""
     if env.jit_disabled() or version_of("apache-tvm") == "none":
         return
-    packed = {
-        (entry["op"], Geometry.from_json(entry["geometry"]).key)
-        for pack in dispatch.usable_packs()[0]
-        for entry in pack.manifest["kernels"]
-    }
+    packed = {kernel for pack in dispatch.usable_packs()[0] for kernel in pack.manifest.index}
     pairs = [(spec, arguments.geometry_of_case(spec, case)) for spec, case in wanted]
     lacking = [(spec, geometry) for spec, geometry in pairs if (spec.name, geometry.key) not in packed]
     if lacking:

@@ -44,9 +44,9 @@ def call_cost(spec: OpSpec, case: Case, seconds: float) -> dict[str, Any]:
         public minus kernel.
     """
     inputs = contenders.steady(spec, case)
-    _, kernel = contenders.kernel_call(spec, inputs)
+    served, kernel = contenders.kernel_call(spec, inputs)
     if kernel is None:
-        raise KernelError(f"{spec.name} is not served by compiled code: {dispatch.served_by(spec.name)}")
+        raise KernelError(f"{spec.name} is not served by compiled code: {served}")
     calls = {
         "public": contenders.public_call(spec, inputs),
         "operator": contenders.operator_call(spec, inputs),

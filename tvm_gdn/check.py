@@ -2,7 +2,7 @@
 
 A call's hot path checks next to nothing in Python: the compiled kernel checks dtypes, shapes, strides and, on CPUs, slots and
 sequence bounds before it writes anything. When it refuses, this module turns the refusal into an error that names the argument.
-What a kernel cannot see of a tensor that it writes to, `refuse_or_learn` looks at, once per address.
+That memory is read-only a kernel cannot see: `refuse_or_learn` looks, once per address.
 """
 
 from __future__ import annotations
@@ -98,15 +98,15 @@ def one_device(spec: OpSpec, args: Mapping[str, Any]) -> None:
 
 
 def refuse_or_learn(tensor: torch.Tensor) -> None:
-    """Remember the address of a tensor that may be written to.
+    """Remember the address of a tensor in writable memory.
 
     Raises
     ------
     ValueError
-        It may not; `validate` says why.
+        The memory is read-only; `validate` says which argument's.
     """
-    if (tensor.requires_grad and torch.is_grad_enabled()) or not _is_writable(tensor):
-        raise ValueError("a tensor that may not be written to")
+    if not _is_writable(tensor):
+        raise ValueError("a tensor in read-only memory")
     if len(WRITABLE) > 4096:  # pools live long; addresses that come and go must not pile up
         WRITABLE.clear()
     WRITABLE.add(tensor.data_ptr())

@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tvm_gdn.arguments import geometry_of_case
 from tvm_gdn.errors import ArgumentError, TvmGdnError
+from tvm_gdn.ops import OPS
 from tvm_gdn.report_text import as_json, emit
+from tvm_gdn.spec import Geometry
 
 __all__ = ["main", "run"]
 
@@ -29,10 +32,13 @@ PROMPT = "A state of fixed size is decayed, corrected by the delta rule, and rea
 # The gated delta net layer of Qwen3-Next-80B-A3B.
 FULL_SIZE = {"H": 16, "HV": 32, "K": 128, "V": 128}
 BATCHES = (1, 8)
+_CONFIG = {
+    "H": "linear_num_key_heads", "HV": "linear_num_value_heads", "K": "linear_key_head_dim", "V": "linear_value_head_dim",
+}  # fmt: skip
 
 UPDATE = "fused_recurrent_gated_delta_rule_update"
 
-ServedBy = Callable[[str], str]
+ServedBy = Callable[[str, Geometry], str]
 
 
 class _Decoded(NamedTuple):
@@ -104,6 +110,12 @@ def _decode_greedily(model: torch.nn.Module, prompt: torch.Tensor, tokens: int) 
     return _Decoded(chosen, torch.stack(logits), 1e3 * median(seconds))
 
 
+def _geometry(sizes: dict[str, int]) -> Geometry:
+    """Geometry of a decode step in float32, its state updated in place."""
+    case = {**sizes, "B": 1, "T": 1, "S": 1, "dtype": "float32", "with": ("initial_state_source",)}
+    return geometry_of_case(OPS[UPDATE], case)
+
+
 def _compare_models(tokens: int, prompt_tokens: int, served_by: ServedBy) -> dict[str, Any]:
     from tvm_gdn.integrations.transformers import patch
 
@@ -114,7 +126,7 @@ def _compare_models(tokens: int, prompt_tokens: int, served_by: ServedBy) -> dic
     with patch(model) as patched:
         _decode_greedily(model, prompt, 2)
         ours = _decode_greedily(model, prompt, tokens)
-        served = served_by(UPDATE)
+        served = served_by(UPDATE, _geometry({axis: getattr(model.config, name) for axis, name in _CONFIG.items()}))
     return {
         "prompt_tokens": prompt_tokens,
         "patched_layers": list(patched.layers),
@@ -178,7 +190,7 @@ def _time_decode_step(batch: int, seconds: float, served_by: ServedBy) -> dict[s
     return {
         "batch": batch,
         **FULL_SIZE,
-        "served_by": served_by(UPDATE),
+        "served_by": served_by(UPDATE, _geometry(FULL_SIZE)),
         "max_abs_difference": difference,
         "tvm_gdn_us": ours_us,
         "transformers_us": transformers_us,
@@ -198,7 +210,7 @@ def run(tokens: int = 32, prompt_tokens: int = 24, *, seconds: float = 1.0, serv
     seconds : float
         Time to spend on each timed function.
     served_by : callable, optional
-        Maps an operator's name to what served its last call. Default: ``tvm_gdn.dispatch.served_by``.
+        Maps an operator's name and a geometry to what serves it. Default: ``tvm_gdn.dispatch.served_by``.
 
     Returns
     -------

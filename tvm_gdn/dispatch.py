@@ -1,8 +1,8 @@
 """(operator, geometry, device) -> loaded kernel, or the torch reference with the reason.
 
 A kernel is looked for in the packs (`TVM_GDN_PACK_PATH`, then the cache's ``packs``), then among the kernels compiled earlier,
-and is compiled at last, under a file lock, so that two first calls compile once. Only with the target ``auto`` may the torch
-reference stand in, with one log line; an explicit target that cannot be served raises.
+and is compiled at last, under a file lock, so that two first calls compile once. What was found holds until `reset`. Only with
+the target ``auto`` may the torch reference stand in, with one log line; an explicit target that cannot be served raises.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 import tempfile
 import threading
 import time
@@ -32,8 +33,14 @@ from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, resolve, runnable
 
 _log = logging.getLogger("tvm_gdn")
+
+#: Operator, geometry key, torch device type.
+_Key = tuple[str, str, str]
+#: Guards the dictionaries below and the list of packs; a kernel is looked for, and compiled, under its own lock alone.
 _lock = threading.Lock()
-_served: dict[str, Served] = {}
+_locks: dict[_Key, threading.Lock] = {}
+_served: dict[_Key, Served] = {}
+_latest: dict[str, _Key] = {}
 _reset_hooks: list[Callable[[], None]] = []
 
 
@@ -59,27 +66,36 @@ def on_reset(hook: Callable[[], None]) -> None:
 
 def reset() -> None:
     """Forget every dispatch decision: the next calls read packs, records and environment again."""
-    _served.clear()
-    _read_packs.cache_clear()
+    with _lock:
+        _served.clear()
+        _latest.clear()
+        _read_packs.cache_clear()
     records.reload()
     for hook in _reset_hooks:
         hook()
 
 
-def served_by(op: str) -> str:
-    """What served the last new geometry of an operator in this process.
+def served_by(op: str, geometry: Geometry | None = None, device: str = "cpu") -> str:
+    """What serves a geometry of an operator in this process.
 
     Parameters
     ----------
     op : str
         Operator name.
+    geometry : Geometry, optional
+        Default: the one that was looked up last, on whatever device. That is the first call's of every geometry: a call of a
+        geometry that has its kernel already looks nothing up.
+    device : str
+        Torch device type of the geometry's calls.
 
     Returns
     -------
     str
         For example ``"compiled (x86-avx512, tuned)"``, ``"fallback (torch reference): ..."`` or ``"not called yet"``.
     """
-    return str(_served.get(op, "not called yet"))
+    with _lock:
+        key = _latest.get(op) if geometry is None else (op, geometry.key, device)
+        return str(_served[key]) if key in _served else "not called yet"
 
 
 def lookup(spec: OpSpec, geometry: Geometry, device: str) -> Served:
@@ -103,10 +119,15 @@ def lookup(spec: OpSpec, geometry: Geometry, device: str) -> Served:
     TvmGdnError
         An explicit target cannot be served, or compiling is disabled and no pack has the kernel.
     """
+    key = (spec.name, geometry.key, device)
     with _lock:
-        served = _lookup(spec, geometry, device)
-        _served[spec.name] = served
-        return served
+        own = _locks.setdefault(key, threading.Lock())
+    with own:
+        served = _served.get(key) or _lookup(spec, geometry, device)
+        with _lock:
+            _served[key] = served
+            _latest[spec.name] = key
+    return served
 
 
 def _lookup(spec: OpSpec, geometry: Geometry, device: str) -> Served:
@@ -115,8 +136,8 @@ def _lookup(spec: OpSpec, geometry: Geometry, device: str) -> Served:
         target = runnable(resolve(name))
         if target.device != device:
             raise TargetError(f"target {target.name} runs on {target.device}, the tensors are on {device}")
-        found = _from_packs(spec, geometry, target, explicit=name != "auto")
-        return found or _from_cache_or_compiler(spec, geometry, target)
+        served, refused = _from_packs(spec, geometry, target, explicit=name != "auto")
+        return served or _from_cache_or_compiler(spec, geometry, target, refused)
     except TvmGdnError as error:
         if name != "auto" or env.jit_disabled():
             raise
@@ -138,7 +159,7 @@ def _read_packs(folders: tuple[Path, ...]) -> tuple[list[packs.Pack], list[str]]
             except PackError as error:
                 refused.append(str(error))
                 _log.warning("%s", error)
-    found.sort(key=lambda pack: -int(pack.manifest["rank"]))
+    found.sort(key=lambda pack: -pack.manifest.rank)
     return found, refused
 
 
@@ -149,47 +170,53 @@ def pack_folders() -> tuple[Path, ...]:
 
 def usable_packs() -> tuple[list[packs.Pack], list[str]]:
     """Packs that calls may take kernels from, in order of preference, and why others are refused."""
-    return _read_packs(pack_folders())
+    with _lock:
+        found, refused = _read_packs(pack_folders())
+    return list(found), list(refused)
 
 
-def _from_packs(spec: OpSpec, geometry: Geometry, target: TargetSpec, *, explicit: bool) -> Served | None:
-    found, refused = _read_packs(pack_folders())
+def _from_packs(spec: OpSpec, geometry: Geometry, target: TargetSpec, *, explicit: bool) -> tuple[Served | None, list[str]]:
+    """The kernel of the first pack whose copy is sound, and every reason why something was passed over."""
+    found, refused = usable_packs()
     for pack in found:
-        if pack.manifest["device"] != target.device or (explicit and pack.target != target.name):
+        manifest = pack.manifest
+        entry = manifest.index.get((spec.name, geometry.key))
+        if entry is None or manifest.device != target.device or (explicit and manifest.target != target.name):
             continue
-        for entry in pack.manifest["kernels"]:
-            if entry["op"] != spec.name or Geometry.from_json(entry["geometry"]).key != geometry.key:
-                continue
-            if entry["source"].split("-")[1] != build.spec_digest(spec):
-                refused.append(f"pack {pack.folder}: {entry['symbol']} was built from another version of {spec.name}")
-                _log.warning("%s; rebuild it with `tvm_gdn build`", refused[-1])
-                continue
-            return Served(load.load_kernel(pack, entry), pack.target, entry["schedule"])
-    return None
+        try:
+            if explicit and manifest.target_digest != target.digest():
+                raise PackError(f"pack {pack.folder} was built for another {target.name}; rebuild it with `tvm_gdn build`")
+            if entry.spec_digest != build.spec_digest(spec):
+                raise PackError(
+                    f"pack {pack.folder}: {entry.symbol} was built from another version of {spec.name}; rebuild it with "
+                    "`tvm_gdn build`"
+                )
+            return Served(load.load_kernel(pack, entry), manifest.target, entry.schedule), refused
+        except PackError as error:
+            _log.warning("%s", error)
+            refused.append(str(error))
+    return None, refused
 
 
-def _from_cache_or_compiler(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> Served:
+def _from_cache_or_compiler(spec: OpSpec, geometry: Geometry, target: TargetSpec, refused: list[str]) -> Served:
     folder = env.cache_dir() / "kernels" / kernel_key(spec, geometry, target)
     served = _load_single(folder)
     if served is not None:
         return served
     if env.jit_disabled():
-        _, refused = _read_packs(pack_folders())
-        also = f" Refused packs: {'; '.join(refused)}." if refused else ""
+        also = f" Refused: {'; '.join(refused)}." if refused else ""
         raise PackError(
             f"{spec.name} [{geometry}] is in no pack and TVM_GDN_DISABLE_JIT is set. Searched: "
-            f"{', '.join(map(str, pack_folders()))}.{also} Build it with: tvm_gdn build --target {target.name} "
-            f"--op {spec.name} --geometry '{geometry.key}'"
+            f"{', '.join(map(str, pack_folders()))}.{also} Build it with: tvm_gdn build --target {shlex.quote(target.text)} "
+            f"--op {spec.name} --geometry {shlex.quote(geometry.key)}"
         )
     if version_of("apache-tvm") == "none":
         raise BuildError(f"no pack has {spec.name} [{geometry}] and apache-tvm is not installed to compile it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with _locked(folder):
         served = _load_single(folder)
         if served is None:
             start = time.perf_counter()
-            for failure in compile_each({folder: build.Request(spec, geometry)}, target).values():
-                raise failure
+            compile_pack(folder, [build.Request(spec, geometry)], target)
             _log.info("compiled %s [%s] for %s in %.1f s", spec.name, geometry, target.name, time.perf_counter() - start)
             served = _load_single(folder)
     if served is None:
@@ -215,7 +242,7 @@ def prebuild(wanted: Iterable[tuple[OpSpec, Geometry]], target: TargetSpec, jobs
         A message for each kernel that could not be compiled.
     """
     folders = {env.cache_dir() / "kernels" / kernel_key(spec, geometry, target): (spec, geometry) for spec, geometry in wanted}
-    missing = [folder for folder in folders if not (folder / packs.MANIFEST).is_file()]
+    missing = [folder for folder in folders if not _is_whole(folder)]
     jobs = max(1, min(jobs or min(os.cpu_count() or 1, 8), len(missing)))
 
     def compile_share(share: list[Path]) -> list[str]:
@@ -241,11 +268,23 @@ def _load_single(folder: Path) -> Served | None:
         return None
     try:
         pack = packs.read(folder)
-        entry = pack.manifest["kernels"][0]
-        return Served(load.load_kernel(pack, entry), pack.target, entry["schedule"])
+        entry = pack.manifest.kernels[0]
+        return Served(load.load_kernel(pack, entry), pack.manifest.target, entry.schedule)
     except PackError as error:
-        _log.warning("%s; compiling it again", error)
+        _log.warning("%s%s", error, "" if env.jit_disabled() else "; compiling it again")
         return None
+
+
+def _is_whole(folder: Path) -> bool:
+    with contextlib.suppress(PackError):
+        return bool(packs.read_whole(folder).manifest.kernels)
+    return False
+
+
+def _locked(folder: Path) -> FileLock:
+    """The lock under which a folder of the cache is written, by whatever thread or process."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{folder}.lock")
 
 
 def kernel_key(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> str:
@@ -266,6 +305,8 @@ def kernel_key(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> str:
 def compile_each(wanted: Mapping[Path, build.Request], target: TargetSpec) -> dict[Path, BuildError]:
     """Compile kernels in one process and write each as a pack of its own, at the path it is given by.
 
+    A pack that someone else wrote there meanwhile stays, if it is whole.
+
     Returns
     -------
     dict
@@ -276,8 +317,10 @@ def compile_each(wanted: Mapping[Path, build.Request], target: TargetSpec) -> di
         for folder, kernel in zip(wanted, built, strict=True):
             if isinstance(kernel, BuildError):
                 failures[folder] = kernel
-            else:
-                packs.write(folder, target, build.required_features(target), [kernel], launcher)
+                continue
+            with _locked(folder):
+                if not _is_whole(folder):
+                    packs.write(folder, target, build.required_features(target), [kernel], launcher)
     return failures
 
 
@@ -320,6 +363,7 @@ def _compiled(
 def _after_fork() -> None:
     global _lock
     _lock = threading.Lock()
+    _locks.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -168,19 +168,18 @@ def _packs() -> Iterator[Check]:
 
 
 def _intact(pack: packs.Pack) -> Check:
-    entries = pack.manifest["kernels"]
+    entries = pack.manifest.kernels
     try:
-        for entry in entries:
-            pack.file(entry["file"], entry["sha256"])
+        packs.read_whole(pack.folder)
     except PackError as error:
         return Check(
-            "packs", "fail", str(error), f"calls that need this kernel fail: rebuild {pack.folder} with `tvm_gdn build`"
-        )
+            "packs", "fail", str(error),
+            f"calls compile this kernel, or fail where that is disabled: rebuild {pack.folder} with `tvm_gdn build`",
+        )  # fmt: skip
     old = {
-        entry["op"] for entry in entries
-        if entry["op"] not in OPS or entry["source"].partition("-")[2] != build.spec_digest(OPS[entry["op"]])
+        entry.op for entry in entries if entry.op not in OPS or entry.spec_digest != build.spec_digest(OPS[entry.op])
     }  # fmt: skip
-    text = f"{pack.folder}: {pack.target}, {len(entries)} kernels"
+    text = f"{pack.folder}: {pack.manifest.target}, {len(entries)} kernels"
     if old:
         text += f"; built from another version of {', '.join(sorted(old))}"
         return Check("packs", "warn", text, "rebuild it with `tvm_gdn build`")
@@ -231,8 +230,8 @@ def _loadable() -> Iterator[str]:
 
 def _load_first(pack: packs.Pack) -> Iterator[str]:
     try:
-        load.load_kernel(pack, pack.manifest["kernels"][0])
-        yield pack.manifest["kernels"][0]["symbol"]
+        load.load_kernel(pack, pack.manifest.kernels[0])
+        yield pack.manifest.kernels[0].symbol
     except PackError:
         return
 

@@ -60,8 +60,8 @@ def collect(ops: list[str]) -> dict[str, Any]:
         "pack_folders": [str(folder) for folder in dispatch.pack_folders()],
         "packs": [
             {
-                "folder": str(pack.folder), "target": pack.target, "kernels": len(pack.manifest["kernels"]),
-                "ops": dict(Counter(entry["op"] for entry in pack.manifest["kernels"])),
+                "folder": str(pack.folder), "target": pack.manifest.target, "kernels": len(pack.manifest.kernels),
+                "ops": dict(Counter(entry.op for entry in pack.manifest.kernels)),
             }
             for pack in usable
         ],
@@ -91,8 +91,8 @@ def _target(target: TargetSpec) -> dict[str, Any]:
 
 
 def _schedule_of(spec: OpSpec, target: TargetSpec) -> dict[str, Any]:
-    """Where an operator's schedule comes from, over its benchmark shapes: records are per geometry."""
-    geometries = {key.key: key for key in (arguments.geometry_of_case(spec, case) for case in spec.bench)}
+    """Where an operator's schedule comes from, over its benchmark shapes (or parity shapes): records are per geometry."""
+    geometries = {key.key: key for key in (arguments.geometry_of_case(spec, case) for case in spec.bench or spec.cases)}
     origins = Counter(schedule.choose(spec, geometry, target).origin for geometry in geometries.values())
     _, space = schedule.find_space(spec.algorithm, target)
     tuned, total = origins["tuned"], sum(origins.values())

@@ -138,7 +138,7 @@ class Bench:
             built = build.compile_kernel(build.Request(self.spec, geometry, knobs), self.target, folder)
             packs.write(folder / "pack", self.target, build.required_features(self.target), [built], _launcher(self.folder))
             pack = packs.read(folder / "pack")
-            kernel = load.load_kernel(pack, pack.manifest["kernels"][0])
+            kernel = load.load_kernel(pack, pack.manifest.kernels[0])
             present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
             self._functions[name] = torch_ops.call_function(self.spec, present, geometry.axis, kernel)
         return self._functions[name]

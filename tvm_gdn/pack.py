@@ -6,8 +6,9 @@
     PACK/*.so              one library per kernel
     PACK/launcher.so       runs parallel regions on torch's OpenMP threads
 
-A pack is written to a temporary folder and renamed, so it is never half there. Reading one checks the format, the ABI, the CPU
-features and, when a kernel is loaded, the file's hash; whatever differs is named. Kernels made at run time are packs of one.
+A pack is written to a temporary folder and renamed, so it is never half there. Reading one checks every field of the manifest
+(`manifest.py`), the ABI, the CPU features and, when a kernel is loaded, the file's hash; whatever differs is named. Kernels made
+at run time are packs of one.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from typing import Any
 
 from tvm_gdn.digest import abi_of, file_digest, version_of
 from tvm_gdn.errors import PackError
+from tvm_gdn.manifest import FORMAT, File, Manifest, parse
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, host_features
 
-FORMAT = 1
 MANIFEST = "manifest.json"
 LAUNCHER = "launcher.so"
-_KERNEL_FIELDS = ("op", "geometry", "symbol", "file", "sha256", "schedule", "source")
+_IMAGE = "elf-so"
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,12 @@ class BuiltKernel:
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack whose manifest was read and fits this machine."""
+    """A folder with a sound manifest."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
-    @property
-    def target(self) -> str:
-        """Name of the target that it was built for."""
-        return str(self.manifest["target"])
-
-    def file(self, name: str, sha256: str) -> Path:
+    def file(self, stored: File) -> Path:
         """Path of one of its files, after checking its hash.
 
         Raises
@@ -67,14 +63,16 @@ class Pack:
         PackError
             The file is missing or its content differs from the manifest.
         """
-        path = self.folder / name
-        if not path.is_file():
-            raise PackError(f"pack {self.folder}: {name} is missing; rebuild it with `tvm_gdn build`")
-        found = file_digest(path)
-        if found != sha256:
+        path = self.folder / stored.file
+        try:
+            found = file_digest(path)
+        except OSError as error:
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise PackError(f"pack {self.folder}: {stored.file} {reason}; rebuild it with `tvm_gdn build`") from error
+        if found != stored.sha256:
             raise PackError(
-                f"pack {self.folder}: {name} was changed or cut short: sha256 {found[:12]}..., manifest says {sha256[:12]}...; "
-                "rebuild it with `tvm_gdn build`"
+                f"pack {self.folder}: {stored.file} was changed or cut short: sha256 {found[:12]}..., manifest says "
+                f"{stored.sha256[:12]}...; rebuild it with `tvm_gdn build`"
             )
         return path
 
@@ -117,11 +115,12 @@ def write(folder: Path, target: TargetSpec, requires: Iterable[str], kernels: li
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "target": target.name,
+            "target_digest": target.digest(),
             "rank": target.rank,
             "device": target.device,
             "machine": platform.machine(),
             "requires": sorted(requires),
-            "image": "elf-so",
+            "image": _IMAGE,
             "tvm": version_of("apache-tvm"),
             "tvm_ffi": version_of("apache-tvm-ffi"),
             "kernels": entries,
@@ -153,6 +152,36 @@ def _install(finished: Path, folder: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def read_any(folder: Path) -> Pack:
+    """Read a pack, whether or not it fits this machine.
+
+    Raises
+    ------
+    PackError
+        There is no manifest, or it is damaged or of another format.
+    """
+    try:
+        return Pack(folder, parse((folder / MANIFEST).read_bytes()))
+    except OSError as error:
+        raise PackError(f"pack {folder}: no readable {MANIFEST} ({error.strerror}); build one with `tvm_gdn build`") from error
+    except PackError as error:
+        raise PackError(f"pack {folder}: {MANIFEST} {error}; rebuild it with `tvm_gdn build`") from error
+
+
+def read_whole(folder: Path) -> Pack:
+    """Read a pack, whether or not it fits this machine, and check that every file is there and unchanged.
+
+    Raises
+    ------
+    PackError
+        Names what is missing or damaged.
+    """
+    pack = read_any(folder)
+    for stored in (*pack.manifest.kernels, *filter(None, [pack.manifest.launcher])):
+        pack.file(stored)
+    return pack
+
+
 def read(folder: Path) -> Pack:
     """Read a pack and check that it fits this machine and this software.
 
@@ -170,28 +199,21 @@ def read(folder: Path) -> Pack:
     PackError
         Says what differs: missing or damaged manifest, format, machine, ABI, CPU features.
     """
-    path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        kernels = [[entry[field] for field in _KERNEL_FIELDS] for entry in manifest["kernels"]]
-        int(manifest["rank"]), str(manifest["target"]), str(manifest["device"])
-        differences = [
-            (f"{field} is {manifest[field]!r}, this software needs {expected!r}")
-            for field, expected in (("format", FORMAT), ("machine", platform.machine()), ("image", "elf-so"))
-            if manifest[field] != expected
-        ]
-        missing = sorted(set(manifest["requires"]) - host_features())
-        abi, own = abi_of(manifest["tvm_ffi"]), abi_of(version_of("apache-tvm-ffi"))
-    except OSError as error:
-        raise PackError(f"pack {folder}: no readable {MANIFEST} ({error.strerror}); build one with `tvm_gdn build`") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PackError(f"pack {folder}: {MANIFEST} is damaged ({error!r}); rebuild it with `tvm_gdn build`") from error
+    pack = read_any(folder)
+    manifest = pack.manifest
+    differences = [
+        f"{name} is {found!r}, this software needs {expected!r}"
+        for name, found, expected in (("machine", manifest.machine, platform.machine()), ("image", manifest.image, _IMAGE))
+        if found != expected
+    ]
+    missing = sorted(set(manifest.requires) - host_features())
     if missing:
         differences.append(f"it needs CPU features that this machine lacks: {', '.join(missing)}")
+    abi, own = abi_of(manifest.tvm_ffi), abi_of(version_of("apache-tvm-ffi"))
     if abi != own:
         differences.append(f"it was built for the tvm_ffi ABI {abi}, installed is {own}")
-    if not kernels:
+    if not manifest.kernels:
         differences.append("it holds no kernels")
     if differences:
         raise PackError(f"pack {folder} is refused: {'; '.join(differences)}")
-    return Pack(folder=folder, manifest=manifest)
+    return pack

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tvm_gdn import cases, dispatch, reference
+from tvm_gdn.check import geometry_of
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import OpSpec
 
@@ -115,11 +116,12 @@ def check_case(spec: OpSpec, case: Mapping[str, Any], seed: int = 0, device: str
     Result
     """
     arguments = cases.draw(spec, case, seed, device)
+    geometry = geometry_of(spec, arguments)
     want = expected(spec, arguments)
     got = run(spec, arguments)
-    served = dispatch.served_by(spec.name)
+    served = dispatch.served_by(spec.name, geometry, device)
     errors, limits = compare(spec, got, want)
-    failure = served if served.startswith("fallback") else ""
+    failure = "" if served.startswith("compiled") else served
     return Result(spec.name, cases.label(case), served, errors, limits, failure)
 
 

@@ -11,8 +11,8 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_FIELDS = frozenset({"description", "device", "requires", "rank", "inherits", "codegen", "pass_config"})
+_SCALARS = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class TargetSpec:
     Parameters
     ----------
     name : str
-        File name without ``.toml``, or ``custom`` for a target given as JSON.
+        File name without ``.toml``, or ``custom-`` and the start of its digest for a target given as JSON.
     description : str
         One line for listings.
     device : str
@@ -111,16 +111,37 @@ def target_names() -> tuple[str, ...]:
     return tuple(sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".toml")))
 
 
-def _raw(name: str) -> dict[str, Any]:
-    entry = resources.files("tvm_gdn.targets") / f"{name}.toml"
-    data = tomllib.loads(entry.read_text(encoding="utf-8"))
-    unknown = set(data) - _FIELDS
-    if unknown:
-        raise TargetError(f"target {name}: unknown fields {sorted(unknown)}; allowed: {sorted(_FIELDS)}")
-    return data
+def _is_table(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    items = [item for entry in value.values() for item in (entry if isinstance(entry, list) else [entry])]
+    return all(isinstance(item, _SCALARS) for item in items)
+
+
+#: What each field must be, and how to tell.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "description": ("text", lambda value: isinstance(value, str)),
+    "device": ("text, a torch device type", lambda value: isinstance(value, str) and bool(value)),
+    "requires": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(flag, str) for flag in value)),
+    "rank": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    "inherits": ("the name of a target file", lambda value: isinstance(value, str) and value in target_names()),
+    "codegen": ("a table of plain values or lists of them", _is_table),
+    "pass_config": ("a table of plain values or lists of them", _is_table),
+}
+
+
+def _items(table: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in table.items())
 
 
 def _from_mapping(name: str, data: Mapping[str, Any]) -> TargetSpec:
+    unknown = sorted(set(data) - set(_FIELDS))
+    if unknown:
+        raise TargetError(f"target {name}: unknown fields {unknown}; allowed: {sorted(_FIELDS)}")
+    for field, value in data.items():
+        what, fits = _FIELDS[field]
+        if not fits(value):
+            raise TargetError(f"target {name}: {field} must be {what}, got {value!r}")
     parent = named(data["inherits"]) if "inherits" in data else None
     if parent is None and not {"device", "codegen"} <= set(data):
         raise TargetError(f"target {name}: states neither `inherits` nor both `device` and `codegen`")
@@ -129,10 +150,10 @@ def _from_mapping(name: str, data: Mapping[str, Any]) -> TargetSpec:
         description=data.get("description", parent.description if parent else ""),
         device=data.get("device", parent.device if parent else ""),
         requires=tuple(data.get("requires", parent.requires if parent else ())),
-        rank=int(data.get("rank", 0)),
+        rank=data.get("rank", 0),
         lineage=(name, *(parent.lineage if parent else ())),
-        codegen=tuple(data.get("codegen", dict(parent.codegen) if parent else {}).items()),
-        pass_config=tuple(data.get("pass_config", dict(parent.pass_config) if parent else {}).items()),
+        codegen=_items(data["codegen"]) if "codegen" in data else parent.codegen if parent else (),
+        pass_config=_items(data["pass_config"]) if "pass_config" in data else parent.pass_config if parent else (),
     )
 
 
@@ -141,7 +162,8 @@ def named(name: str) -> TargetSpec:
     """The target of that name, whether or not this machine can run it."""
     if name not in target_names():
         raise TargetError(f"no target {name!r}; known: auto, {', '.join(target_names())}")
-    return _from_mapping(name, _raw(name))
+    entry = resources.files("tvm_gdn.targets") / f"{name}.toml"
+    return _from_mapping(name, tomllib.loads(entry.read_text(encoding="utf-8")))
 
 
 @functools.cache
@@ -169,9 +191,13 @@ def resolve(text: str = "auto") -> TargetSpec:
         return max(usable, key=lambda spec: spec.rank)
     if text.startswith("{"):
         try:
-            return _from_mapping("custom", json.loads(text))
-        except json.JSONDecodeError as error:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise TargetError(f"target {text!r} is not valid JSON: {error}") from error
+        spec = _from_mapping("given as JSON", data)
+        # Two such targets must not pass for each other: by name alone a pack of the one would serve the other.
+        name = f"custom-{spec.digest()[:8]}"
+        return replace(spec, name=name, lineage=(name, *spec.lineage[1:]))
     return named(text)
 
 

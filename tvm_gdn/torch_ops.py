@@ -120,9 +120,9 @@ def call_function(spec: OpSpec, present: frozenset[str], axes: dict[str, int], k
         elif arg.name in present:
             names.append(arg.name)
     names += [o.name for o in spec.outputs if not o.when or o.when in present]
-    # What a kernel cannot see of the tensors it writes to: that they require grad, that their memory is read-only.
+    # A kernel cannot see that memory is read-only.
     guards = [
-        f"if {tensor.name}.requires_grad or {tensor.name}.data_ptr() not in writable: refuse_or_learn({tensor.name})"
+        f"if {tensor.name}.data_ptr() not in writable: refuse_or_learn({tensor.name})"
         for tensor in spec.tensors
         if tensor.mutated and tensor.name in present
     ]

@@ -1,7 +1,8 @@
 """Serve the Gated DeltaNet layers of a transformers model with tvm_gdn's operators.
 
-A layer's ``forward`` calls ``torch_recurrent_gated_delta_rule`` of its modeling module for a cached single-token step.
-:func:`patch` puts a router in the place of that module-level function, and a forward pre-hook on every Gated DeltaNet
+A layer's ``forward`` calls ``torch_chunk_gated_delta_rule`` of its modeling module for a prompt and
+``torch_recurrent_gated_delta_rule`` for a cached single-token step.
+:func:`patch` puts a router in the place of these module-level functions, and a forward pre-hook on every Gated DeltaNet
 layer of *one* model. The hook adds a keyword that ``forward`` hands on to the function; the router serves calls that
 carry it and passes all others on. So other models of the same class, and other threads, are not affected.
 """
@@ -52,6 +53,18 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
+def _needs_gradients(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether transformers' own function must run, because the operators have no backward pass; said once."""
+    if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)):
+        return False
+    if not torch.compiler.is_compiling():
+        _warn_once(
+            "a patched Gated DeltaNet layer runs with gradients enabled: transformers' own functions run, since tvm_gdn's"
+            " operators have no backward pass; run under torch.no_grad() to use tvm_gdn"
+        )
+    return True
+
+
 def _decode(
     original: Callable[..., _Result],
     in_place: bool,
@@ -64,19 +77,14 @@ def _decode(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = False,
     cu_seqlens: torch.Tensor | None = None,
-    **unused: Any,
+    **_unused: Any,
 ) -> _Result:
     """Take the place of transformers' ``torch_recurrent_gated_delta_rule``: same shapes, same K-first state."""
     import tvm_gdn
 
     operands = (query, key, value, g, beta)
     options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*operands, initial_state) if x is not None):
-        if not torch.compiler.is_compiling():
-            _warn_once(
-                "a patched Gated DeltaNet layer decodes with gradients enabled: transformers' own function runs, since"
-                " the token-recurrent operators have no backward pass; decode under torch.no_grad() to use tvm_gdn"
-            )
+    if _needs_gradients((*operands, initial_state)):
         return original(*operands, initial_state=initial_state, output_final_state=output_final_state, **options)
     if in_place and output_final_state and initial_state is not None:
         # The cache copies what is returned into this very tensor, so the update may as well happen there: the copy of a
@@ -88,8 +96,40 @@ def _decode(
     )
 
 
+def _prefill(
+    original: Callable[..., _Result],
+    in_place: bool,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    use_qk_l2norm_in_kernel: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    **_unused: Any,
+) -> _Result:
+    """Take the place of transformers' ``torch_chunk_gated_delta_rule``; `in_place` is for decode only."""
+    import tvm_gdn
+
+    del in_place
+    options: dict[str, Any] = {
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+        "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
+    }
+    if _needs_gradients((query, key, value, g, beta, initial_state)):
+        return original(query, key, value, g, beta, **options)
+    # transformers' convolution leaves the token axis innermost; the operators read heads. The one copy of this path.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    return tvm_gdn.chunk_gated_delta_rule(query, key, value, g, beta, **options)
+
+
 # Operator of tvm_gdn -> (function of the modeling module that it replaces, what runs instead).
 _REPLACEMENTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "chunk_gated_delta_rule": ("torch_chunk_gated_delta_rule", _prefill),
     "fused_recurrent_gated_delta_rule": ("torch_recurrent_gated_delta_rule", _decode),
 }
 SUPPORTED_OPERATORS = tuple(_REPLACEMENTS)

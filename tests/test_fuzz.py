@@ -1,0 +1,105 @@
+"""2,000 random calls in a watched process: no crash, no hang, no wrong number, no wrong error (see `tools/fuzz.py`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+sys.path.append(str(TOOLS))
+
+from fuzz_calls import Call, kernels  # noqa: E402
+
+KERNELS = kernels()
+
+
+def run(*options):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return subprocess.run(
+        [sys.executable, TOOLS / "fuzz.py", *map(str, options)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+
+
+def test_two_thousand_calls():
+    done = run("--calls", 2000, "--seed", 0, "--timeout", 60)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "2000 calls of seed 0" in done.stdout
+    assert "0 crashes, 0 hangs, 0 wrong results" in done.stdout
+
+
+def test_calls_are_reproducible_and_of_every_kind():
+    calls = [Call(3, index) for index in range(400)]
+    assert [str(call) for call in calls] == [str(Call(3, index)) for index in range(400)]
+    valid = [call for call in calls if not call.broken]
+    assert 0.4 < len(valid) / len(calls) < 0.8
+    assert {call.op for call in valid} == {spec.name for spec, _ in KERNELS}
+    assert len({call.broken.partition(": ")[2] for call in calls}) > 30
+    assert run("--seed", 3, "--only", 7).stdout.splitlines()[0] == str(calls[7])
+
+
+SABOTAGE = """
+import os, runpy, sys, time
+import torch, tvm_gdn
+sys.path.insert(0, {tools!r})
+import fuzz_calls
+judge = fuzz_calls.Call.judge
+
+def sabotaged(call):
+    index = sabotaged.index = getattr(sabotaged, "index", -1) + 1
+    if {kind!r} == "crash" and index == 5:
+        os.abort()
+    if {kind!r} == "hang" and index == 5:
+        time.sleep(1000)
+    if {kind!r} == "number" and not call.broken:
+        name = call.op
+        original = getattr(tvm_gdn, name)
+
+        def wrong(**arguments):
+            result = original(**arguments)
+            return (result[0] * 1.01, *result[1:]) if isinstance(result, tuple) else result * 1.01
+
+        setattr(tvm_gdn, name, wrong)
+        try:
+            return judge(call)
+        finally:
+            setattr(tvm_gdn, name, original)
+    return judge(call)
+
+fuzz_calls.Call.judge = sabotaged
+sys.argv = [{script!r}, *sys.argv[1:]]
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("kind", ["crash", "hang", "number"])
+def test_the_fuzzer_sees(kind, tmp_path):
+    """The fuzzer with a sabotaged child reports what happens to it, goes on, and fails."""
+    script = tmp_path / "fuzz.py"
+    wrapper = SABOTAGE.format(tools=str(TOOLS), kind=kind, script=str(TOOLS / "fuzz.py"))
+    source = (TOOLS / "fuzz.py").read_text().replace("sys.executable, __file__,", f"sys.executable, {str(tmp_path / 'child.py')!r},")
+    script.write_text(source)
+    (tmp_path / "child.py").write_text(wrapper)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), *filter(None, sys.path)])}
+    done = subprocess.run(
+        [sys.executable, script, "--calls", "12", "--seed", "0", "--timeout", "3"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    # Every child is sabotaged at its sixth call: the first at call 5, the next at call 11.
+    seen = {"crash": "2 crashes, 0 hangs, 0 wrong", "hang": "0 crashes, 2 hangs, 0 wrong", "number": "0 crashes, 0 hangs"}[kind]
+    assert seen in done.stdout
+    assert ("call 5: " in done.stdout and "call 11: " in done.stdout) or kind == "number"
+    assert kind != "number" or "is off by 1.00e-02" in done.stdout

@@ -1,0 +1,144 @@
+"""Whole sequences as an engine uses them: prefill then decode, splits, packed neighbours, extreme gates, published references."""
+
+import pytest
+import torch
+
+import tvm_gdn
+from tvm_gdn import cases, reference
+from tvm_gdn.ops import OPS
+from tvm_gdn.parity import rms_ratio
+
+H, HV, K, V = 2, 4, 64, 32
+STATE = ("initial_state",)
+SHAPE = {"H": H, "HV": HV, "K": K, "V": V, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+CHUNK = "chunk_gated_delta_rule"
+KERNELS = [
+    (CHUNK, {"B": 1, "T": 4, **SHAPE, "with": STATE}),
+    (CHUNK, {"B": 1, "T": 4, **SHAPE, "with": ()}),
+    (CHUNK, {"lengths": (2, 2), **SHAPE, "with": (*STATE, "cu_seqlens")}),
+    (CHUNK, {"lengths": (2, 2), **SHAPE, "with": ("cu_seqlens",)}),
+    (CHUNK + "_update", {"lengths": (2, 2), **SHAPE, "S": 5, "with": ("initial_state_source", "initial_state_indices", "cu_seqlens")}),
+    ("fused_recurrent_gated_delta_rule_update", {"B": 2, "T": 1, **SHAPE, "S": 5, "with": ("initial_state_source", "initial_state_indices")}),
+    ("chunk_kda", {"B": 1, "T": 4, **SHAPE, "with": ()}),
+    ("chunk_delta_rule", {"B": 1, "T": 4, **SHAPE, "with": ()}),
+]
+
+
+def drawn(T, B=1, seed=0, op=CHUNK, **more):
+    arguments = cases.draw(OPS[op], {"B": B, "T": T, **SHAPE, "with": (), **more}, seed)
+    return [arguments[name] for name in ("q", "k", "v", "g", "beta") if name in arguments]
+
+
+def exact(tensors, initial=None, **options):
+    return reference.chunk_gated_delta_rule(
+        *tensors, initial_state=initial, output_final_state=True, use_qk_l2norm_in_kernel=True, exact=True, **options
+    )
+
+
+def chunk(tensors, initial=None, **options):
+    return tvm_gdn.chunk_gated_delta_rule(
+        *tensors, initial_state=initial, output_final_state=True, use_qk_l2norm_in_kernel=True, **options
+    )
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 500, 1000])
+def test_odd_lengths(T):
+    tensors = drawn(T, B=2)
+    o, state = chunk(tensors)
+    want_o, want_state = exact(tensors)
+    assert rms_ratio(o, want_o) < 1e-5
+    assert rms_ratio(state, want_state) < 1e-5
+    assert torch.count_nonzero(o) == o.numel()
+
+
+@pytest.mark.parametrize("cuts", [(64,), (1, 2, 3), (63, 129), (100, 164, 165)])
+def test_any_split_equals_the_whole(cuts):
+    tensors = drawn(200)
+    whole, state = chunk(tensors)
+    parts, carried = [], torch.zeros(1, HV, K, V)
+    for first, last in zip((0, *cuts), (*cuts, 200), strict=True):
+        part, carried = chunk([x[:, first:last] for x in tensors], carried)
+        parts.append(part)
+    assert rms_ratio(torch.cat(parts, 1), whole) < 1e-5
+    assert rms_ratio(carried, state) < 1e-5
+
+
+def test_continuous_batching_with_a_pool():
+    """Mixed prompts are prefilled into slots, then decoded together; a slot that is not named stays bit-identical."""
+    lengths, slots = (37, 0, 130, 1), torch.tensor([4, 2, 0, 1])
+    tensors = drawn(sum(lengths))
+    bounds = torch.tensor([0, 37, 37, 167, 168])
+    pool = torch.randn(6, HV, K, V)
+    before = pool.clone()
+    o, none = tvm_gdn.chunk_gated_delta_rule(
+        *tensors, initial_state=pool, cu_seqlens=bounds, use_qk_l2norm_in_kernel=True, initial_state_indices=slots
+    )
+    assert none is None
+    want_o, want = exact(tensors, before[slots], cu_seqlens=bounds)
+    assert rms_ratio(o, want_o) < 1e-5
+    assert rms_ratio(pool[slots], want) < 1e-5
+    assert torch.equal(pool[[3, 5]], before[[3, 5]])
+    assert torch.equal(pool[2], before[2])
+    step = drawn(1, B=4, seed=1)
+    decoded = tvm_gdn.fused_recurrent_gated_delta_rule_update(
+        *step, initial_state_source=pool, initial_state_indices=slots, use_qk_l2norm_in_kernel=True
+    )
+    want_step, want = exact(step, want)
+    assert rms_ratio(decoded, want_step) < 1e-5
+    assert rms_ratio(pool[slots], want) < 1e-5
+
+
+def test_a_poisoned_neighbour_changes_nothing():
+    bounds = torch.tensor([0, 70, 140, 210])
+    tensors = drawn(210)
+    clean, state = chunk(tensors, cu_seqlens=bounds)
+    for x in tensors:
+        x[:, 70:140] = float("nan")
+    o, poisoned = chunk(tensors, cu_seqlens=bounds)
+    for part in (slice(0, 70), slice(140, 210)):
+        assert torch.equal(o[:, part], clean[:, part])
+    assert torch.equal(poisoned[[0, 2]], state[[0, 2]])
+    assert o[:, 70:140].isnan().all()
+
+
+@pytest.mark.parametrize("gate", [-20.0, -100.0, 0.0, 0.05])
+@pytest.mark.parametrize("op", [CHUNK, "chunk_kda"])
+def test_extreme_gates(gate, op):
+    tensors = drawn(130, op=op)
+    tensors[3].fill_(gate)
+    tensors[3][:, ::7] = 0.0
+    o, state = getattr(tvm_gdn, op)(*tensors, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    want_o, want_state = exact(tensors)
+    assert o.isfinite().all()
+    assert rms_ratio(o, want_o) < 1e-5
+    assert rms_ratio(state, want_state) < 1e-5
+
+
+def test_no_gate_is_the_delta_rule():
+    q, k, v, _, beta = drawn(65)
+    without = tvm_gdn.chunk_delta_rule(q, k, v, beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    routed = tvm_gdn.chunk_gated_delta_rule(q, k, v, None, beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
+    want = exact((q, k, v, torch.zeros_like(beta), beta))
+    for o, other, wanted in zip(without, routed, want, strict=True):
+        assert torch.equal(o, other)
+        assert rms_ratio(o, wanted) < 1e-5
+
+
+def test_against_transformers():
+    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    q, k, v, g, beta = drawn(500, B=2)
+    o, state = chunk((q, k, v, g, beta))
+    repeated = [x.repeat_interleave(HV // H, 2) for x in (q, k)]
+    want, want_state = modeling.torch_chunk_gated_delta_rule(
+        *repeated, v, g, beta, initial_state=None, output_final_state=True, use_qk_l2norm_in_kernel=True
+    )
+    assert rms_ratio(o, want) < 1e-5
+    assert rms_ratio(state, want_state) < 1e-5
+
+
+def test_backward_is_an_error_not_silence():
+    tensors = drawn(4)
+    tensors[2].requires_grad_()
+    o, _ = chunk(tensors)
+    with pytest.raises(NotImplementedError, match="chunk_gated_delta_rule has no backward yet"):
+        o.sum().backward()

@@ -1,0 +1,103 @@
+"""Targets as data: what a file or a JSON object may state, and that no two of them pass for each other."""
+
+import json
+import shlex
+
+import pytest
+
+from tvm_gdn import build, cases, check, dispatch, pack, parity
+from tvm_gdn.errors import PackError, TargetError
+from tvm_gdn.ops import OPS
+from tvm_gdn.target import named, resolve, target_names
+
+GATING = OPS["fused_gdn_gating"]
+CASE = {"M": 3, "HV": 4, "dtype": "float32"}
+FIRST, SECOND = (
+    json.dumps({"inherits": "x86", "description": "someone's", "codegen": {"kind": "llvm", "mcpu": mcpu}})
+    for mcpu in ("nehalem", "x86-64")
+)
+
+
+def test_every_file_is_a_target():
+    for name in target_names():
+        spec = named(name)
+        assert (spec.name, spec.lineage[0], spec.text) == (name, name, name)
+        assert hash(spec) == hash(resolve(name))
+
+
+def test_json_targets_are_named_after_what_they_generate():
+    first, second = resolve(FIRST), resolve(SECOND)
+    assert first.name == f"custom-{first.digest()[:8]}" != second.name
+    assert first.lineage == (first.name, "x86")
+    assert resolve(first.text) == first
+    assert first.requires == named("x86").requires
+
+
+def test_lists_become_tuples():
+    spec = resolve(json.dumps({"inherits": "x86", "codegen": {"kind": "llvm", "mattr": ["+avx2", "+fma"]}}))
+    assert dict(spec.codegen)["mattr"] == ("+avx2", "+fma")
+    hash(spec)
+    assert resolve(spec.text) == spec
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("requires", "avx2"),
+        ("requires", [1]),
+        ("requires", {"avx2": 1}),
+        ("rank", "high"),
+        ("rank", True),
+        ("rank", 1.5),
+        ("device", 1),
+        ("device", ""),
+        ("description", ["text"]),
+        ("inherits", "x87"),
+        ("inherits", None),
+        ("codegen", "llvm"),
+        ("codegen", {"kind": None}),
+        ("codegen", {"kind": "llvm", "host": {"kind": "llvm"}}),
+        ("pass_config", [1]),
+        ("pass_config", {"tirx.disable_storage_rewrite": [[True]]}),
+        ("mcpu", "haswell"),
+    ],
+)
+def test_wrong_field_is_named(field, value):
+    text = json.dumps({"inherits": "x86", field: value})
+    with pytest.raises(TargetError, match=field):
+        resolve(text)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"device": "cpu"}', '{"a":' * 100_000])
+def test_incomplete_json_is_a_target_error(text):
+    with pytest.raises(TargetError):
+        resolve(text)
+
+
+def test_pack_serves_the_explicit_target_that_it_was_built_for_alone(tmp_path, monkeypatch):
+    geometry = check.geometry_of(GATING, cases.draw(GATING, CASE))
+    monkeypatch.setenv("TVM_GDN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TVM_GDN_PACK_PATH", str(tmp_path / "pack"))
+    monkeypatch.setenv("TVM_GDN_DISABLE_JIT", "1")
+    dispatch.compile_pack(tmp_path / "pack", [build.Request(GATING, geometry)], resolve(FIRST))
+
+    monkeypatch.setenv("TVM_GDN_TARGET", SECOND)
+    dispatch.reset()
+    with pytest.raises(PackError) as error:
+        dispatch.lookup(GATING, geometry, "cpu")
+    command = shlex.split(str(error.value).split("Build it with: ")[1])
+    assert resolve(command[command.index("--target") + 1]) == resolve(SECOND)
+    assert command[command.index("--geometry") + 1] == geometry.key
+
+    monkeypatch.setenv("TVM_GDN_TARGET", FIRST)
+    dispatch.reset()
+    result = parity.check_case(GATING, CASE)
+    assert result.passed, result
+    assert resolve(FIRST).name in result.served
+
+    path = tmp_path / "pack" / pack.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_digest": "0"}))
+    dispatch.reset()
+    with pytest.raises(PackError, match="was built for another custom-"):
+        dispatch.lookup(GATING, geometry, "cpu")
+    dispatch.reset()

@@ -1,0 +1,157 @@
+"""What a pack's manifest says, as checked data: whatever is missing, of the wrong type or points elsewhere is a `PackError`."""
+
+from __future__ import annotations
+
+import json
+import re
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from tvm_gdn.errors import PackError
+from tvm_gdn.spec import Geometry
+
+FORMAT = 1
+
+T = TypeVar("T")
+# A file lies in the pack itself: a path would lead out of it.
+_FILE = re.compile(r"\w[\w.+-]*", re.ASCII)
+_SYMBOL = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SOURCE = re.compile(r"\w+-\w+", re.ASCII)
+_KINDS = {str: "text", int: "a whole number", list: "a list", dict: "a table"}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a pack: its bare name and the hash of its content."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Entry(File):
+    """A kernel: the function `symbol` of a library serves `geometry` of the operator `op`."""
+
+    op: str
+    geometry: Geometry
+    symbol: str
+    schedule: str
+    knobs: Mapping[str, Any]
+    source: str
+
+    @property
+    def spec_digest(self) -> str:
+        """Second part of `source`: digest of the operator's interface and maths, without its schedules."""
+        return self.source.partition("-")[2]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A pack's target, what it needs, and its kernels; `launcher` is None where kernels have no CPU-parallel regions."""
+
+    target: str
+    target_digest: str
+    rank: int
+    device: str
+    machine: str
+    image: str
+    requires: tuple[str, ...]
+    tvm_ffi: str
+    kernels: tuple[Entry, ...]
+    launcher: File | None
+
+    @cached_property
+    def index(self) -> dict[tuple[str, str], Entry]:
+        """Kernels by operator and geometry key."""
+        return {(entry.op, entry.geometry.key): entry for entry in self.kernels}
+
+
+def parse(text: str | bytes) -> Manifest:
+    """Read a manifest's text.
+
+    Raises
+    ------
+    PackError
+        Says which field is missing or wrong, and what it must be.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PackError(f"is damaged (no valid JSON: {error})") from error
+    if not isinstance(data, dict):
+        raise _damaged("the whole", "a table", data)
+    # First, because the fields of another format are other fields.
+    if data.get("format") != FORMAT:
+        raise PackError(f"format is {reprlib.repr(data.get('format'))}, this software needs {FORMAT!r}")
+    launcher = data.get("launcher")
+    return Manifest(
+        target=_field(data, "target", str),
+        target_digest=_field(data, "target_digest", str),
+        rank=_field(data, "rank", int),
+        device=_field(data, "device", str),
+        machine=_field(data, "machine", str),
+        image=_field(data, "image", str),
+        requires=tuple(_is(flag, str, f"requires[{n}]") for n, flag in enumerate(_field(data, "requires", list))),
+        tvm_ffi=_field(data, "tvm_ffi", str),
+        kernels=tuple(_entry(entry, f"kernels[{n}]") for n, entry in enumerate(_field(data, "kernels", list))),
+        launcher=None if launcher is None else File(**_file(_is(launcher, dict, "launcher"), "launcher.")),
+    )
+
+
+def _entry(value: Any, where: str) -> Entry:
+    data = _is(value, dict, where)
+    where += "."
+    return Entry(
+        **_file(data, where),
+        op=_field(data, "op", str, where),
+        geometry=_geometry(_field(data, "geometry", dict, where), f"{where}geometry."),
+        symbol=_text(data, "symbol", _SYMBOL, "the name of a function", where),
+        schedule=_field(data, "schedule", str, where),
+        knobs=_field(data, "knobs", dict, where),
+        source=_text(data, "source", _SOURCE, "two digests as A-B", where),
+    )
+
+
+def _file(data: Mapping[str, Any], where: str) -> dict[str, str]:
+    return {
+        "file": _text(data, "file", _FILE, "a bare file name", where),
+        "sha256": _text(data, "sha256", _SHA256, "64 hexadecimal digits", where),
+    }
+
+
+def _geometry(data: Mapping[str, Any], where: str) -> Geometry:
+    for name, size in _field(data, "axes", dict, where).items():
+        _is(size, int, f"{where}axes.{name}")
+    for name, dtype in _field(data, "dtypes", dict, where).items():
+        _is(dtype, str, f"{where}dtypes.{name}")
+    for name, value in _field(data, "attrs", dict, where).items():
+        if not isinstance(value, (bool, int, float, str)):
+            raise _damaged(f"{where}attrs.{name}", "a plain value", value)
+    return Geometry.from_json(data)
+
+
+def _field(data: Mapping[str, Any], name: str, kind: type[T], where: str = "") -> T:
+    if name not in data:
+        raise PackError(f"is damaged ({where}{name} is missing)")
+    return _is(data[name], kind, where + name)
+
+
+def _is(value: Any, kind: type[T], where: str) -> T:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise _damaged(where, _KINDS[kind], value)
+    return value
+
+
+def _text(data: Mapping[str, Any], name: str, pattern: re.Pattern[str], what: str, where: str) -> str:
+    value = _field(data, name, str, where)
+    if not pattern.fullmatch(value):
+        raise _damaged(where + name, what, value)
+    return value
+
+
+def _damaged(where: str, what: str, value: object) -> PackError:
+    return PackError(f"is damaged ({where} must be {what}, got {reprlib.repr(value)})")
