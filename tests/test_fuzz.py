@@ -85,7 +85,9 @@ def test_the_fuzzer_sees(kind, tmp_path):
     """The fuzzer with a sabotaged child reports what happens to it, goes on, and fails."""
     script = tmp_path / "fuzz.py"
     wrapper = SABOTAGE.format(tools=str(TOOLS), kind=kind, script=str(TOOLS / "fuzz.py"))
-    source = (TOOLS / "fuzz.py").read_text().replace("sys.executable, __file__,", f"sys.executable, {str(tmp_path / 'child.py')!r},")
+    source = (
+        (TOOLS / "fuzz.py").read_text().replace("sys.executable, __file__,", f"sys.executable, {str(tmp_path / 'child.py')!r},")
+    )
     script.write_text(source)
     (tmp_path / "child.py").write_text(wrapper)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), *filter(None, sys.path)])}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import tvm_gdn
-from tvm_gdn import cases, check, parity
+from tvm_gdn import cases, check, parity, reference
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import Geometry, OpSpec, Tensor
@@ -301,21 +301,33 @@ class Call:
 
     def _judge_result(self) -> str:
         # The public functions take [N, 1, H, K]; the reference does as well.
-        want = parity.expected(self.spec, self.arguments)
+        want, given = parity.expected(self.spec, self.arguments), cases.clone(self.arguments)
         result = getattr(tvm_gdn, self.op)(**self.arguments)
         values = result if isinstance(result, tuple) else (result,)
-        got = {o.name: value for o, value in zip(self.spec.outputs, values, strict=True) if value is not None}
-        got |= {t.name: self.arguments[t.name] for t in self._present() if t.mutated}
+        got = self._named(values, self.arguments)
         if set(got) != set(want):
             return f"outputs {sorted(got)} instead of {sorted(want)}"
         wrong = []
         for name, value in got.items():
             error, limit = parity.rms_ratio(value, want[name]), parity.limit(self.spec, name, value.dtype)
-            # No kernel can store a handful of elements better than rounded to nearest, and that alone may pass the limit.
-            limit = max(limit, 1.01 * parity.rms_ratio(want[name].to(value.dtype), want[name]))
+            if not error <= limit:
+                limit = max(limit, 2 * self._error_in_fp32(name, want[name], cases.clone(given)))
             if value.shape != want[name].shape or not error <= limit:
                 wrong.append(f"{name} is off by {error:.2e} (limit {limit:.0e})")
         return "; ".join(wrong)
+
+    def _named(self, values: tuple[Any, ...], arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        outputs = {o.name: value for o, value in zip(self.spec.outputs, values, strict=True) if value is not None}
+        return outputs | {t.name: arguments[t.name] for t in self._present() if t.mutated}
+
+    def _error_in_fp32(self, name: str, want: torch.Tensor, arguments: dict[str, Any]) -> float:
+        """Error of the torch reference in fp32 and the storage dtypes.
+
+        Where q is nearly orthogonal to the state, or a bf16 tensor has a handful of elements, rounding alone passes the limit.
+        """
+        result = getattr(reference, self.op)(**arguments)
+        values = result if isinstance(result, tuple) else (result,)
+        return parity.rms_ratio(self._named(values, arguments)[name], want)
 
     def __str__(self) -> str:
         shapes = {

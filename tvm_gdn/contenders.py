@@ -99,7 +99,7 @@ def compiled_reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
 
 
 def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None:
-    """The recurrence of transformers on the same tensors; None for operators that are no recurrence.
+    """The chunked form or the recurrence of transformers on the same tensors; None where it has no counterpart.
 
     It takes gates that are computed and one state per sequence. Next to operators that do this inside it has a head
     start: gates, splitting and the look-up of slots are done before the clock starts.
@@ -109,14 +109,15 @@ def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None
     TvmGdnError
         transformers is not installed.
     """
-    if spec.algorithm != "recurrent":
+    functions = {"recurrent": "torch_recurrent_gated_delta_rule", "chunk": "torch_chunk_gated_delta_rule"}
+    if spec.algorithm not in functions or "kda" in spec.name or not {"g", "a"} & set(arguments):
         return None
     try:
         from transformers.models.qwen3_next import modeling_qwen3_next
     except ImportError as error:
         raise TvmGdnError(f"--peers needs transformers ({error}): pip install 'tvm_gdn[bench]'") from error
     # Without its wrapper, which would hand the call to another package where one is installed.
-    function = inspect.unwrap(modeling_qwen3_next.torch_recurrent_gated_delta_rule)
+    function = inspect.unwrap(getattr(modeling_qwen3_next, functions[spec.algorithm]))
     pool = arguments.get("initial_state_source")
     if pool is None:
         state = arguments.get("initial_state")
@@ -125,10 +126,20 @@ def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None
         state = pool if slots is None else pool[slots.clamp_min(0)]
     q, k, v = (arguments[name] for name in "qkv") if "q" in arguments else _unpacked(arguments)
     g, beta = (arguments["g"], arguments["beta"]) if "g" in arguments else _gates(arguments, q.shape[:2])
+    if spec.algorithm == "chunk":
+        # The layer repeats q and k to the value heads before it calls the chunked form, which does not.
+        q, k = (x.repeat_interleave(v.shape[-2] // q.shape[-2], dim=-2) for x in (q, k))
     return functools.partial(
-        function, q, k, v, g, beta, initial_state=state, output_final_state=True,
+        function,
+        q,
+        k,
+        v,
+        g,
+        beta,
+        initial_state=state,
+        output_final_state=True,
         use_qk_l2norm_in_kernel=arguments["use_qk_l2norm_in_kernel"],
-    )  # fmt: skip
+    )
 
 
 def _unpacked(arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
