@@ -44,7 +44,7 @@ class Fragile:
 
     @staticmethod
     def tiles(geometry, *, rows_per_worker, kind):
-        from tvm_gdn.schedules.cpu import GatingTiles
+        from tvm_gdn.schedules.cpu_gating import GatingTiles
 
         class Skipping(GatingTiles):
             def workers(self, count):
@@ -54,7 +54,7 @@ class Fragile:
             os.abort()
         if kind == "refuse":
             raise ValueError("this tile does not exist\nand more lines")
-        return (Skipping if kind == "skip" else GatingTiles)(rows_per_worker)
+        return (Skipping if kind == "skip" else GatingTiles)(rows_per_worker, 16)
 
 
 def register(space, target):

@@ -43,7 +43,9 @@ _POOL = ("initial_state_source", "initial_state_indices")
 _VERIFY = (*_POOL, "cu_seqlens", "intermediate_states_buffer", "intermediate_state_indices")
 #: Optional tensors of the calls that an engine makes, by operator.
 _CALLS: dict[str, tuple[tuple[str, ...], ...]] = {
-    # Prefill token by token: first and later pieces of a prompt, one batch or packed sequences.
+    # Prefill, in chunks or token by token: first and later pieces of a prompt, one batch or packed sequences.
+    "chunk_gated_delta_rule": ((), ("cu_seqlens",), ("initial_state",), ("initial_state", "cu_seqlens")),
+    "chunk_gated_delta_rule_update": (_POOL, (*_POOL, "cu_seqlens")),
     "fused_recurrent_gated_delta_rule": ((), ("cu_seqlens",), ("initial_state",), ("initial_state", "cu_seqlens")),
     # Decode as a batch or as packed one-token sequences; verification of drafted chains and trees.
     "fused_recurrent_gated_delta_rule_update": (_POOL, (*_POOL, "cu_seqlens"), _VERIFY, (*_VERIFY, "retrieve_parent_token")),

@@ -70,6 +70,12 @@ def _bench(lengths: tuple[int, ...]) -> tuple[Mapping[str, Any], ...]:
     )
 
 
+def _bench_pool(form: str) -> tuple[Mapping[str, Any], ...]:
+    size = {"B": 1, "T": 512, "S": 1} if form == "chunk" else {"B": 8, "T": 1, "S": 8}
+    model = {"H": 16, "HV": 32, "K": 128, "V": 128, "with": ("initial_state_source", "initial_state_indices")}
+    return tuple({**size, **model, "use_qk_l2norm_in_kernel": True, "dtype": dtype} for dtype in ("bfloat16", "float32"))
+
+
 def _spec(form: str, rule: str, pool: bool) -> OpSpec:
     states = (POOL, SLOTS) if pool else (INITIAL, OUTPUT_FINAL)
     return OpSpec(
@@ -81,7 +87,7 @@ def _spec(form: str, rule: str, pool: bool) -> OpSpec:
         static_axes=("K", "V"),
         traits=(("channel_gate", True),) if rule == "kda" else (),
         cases=_cases(pool),
-        bench=() if pool else _bench((512, 4096) if form == "chunk" else (64,)),
+        bench=_bench_pool(form) if pool else _bench((512, 4096) if form == "chunk" else (64,)),
         check=check_recurrent,
         cost=cost,
     )
