@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import pytest
 import torch
 from oracle import num, oracle_delta, oracle_gates
 
@@ -20,6 +23,25 @@ POOL = ("initial_state_source", "initial_state_indices")
 BUFFER = ("intermediate_states_buffer", "intermediate_state_indices")
 TREE = (*BUFFER, "retrieve_parent_token")
 STATES = ("initial_state_source", "intermediate_states_buffer")
+
+
+def every_case():
+    """A test parameter for every case of every SPEC; storage dtypes and layouts beyond two of a shape are slow.
+
+    The two rotate from shape to shape, so that every combination occurs for every operator.
+    """
+    storage = {"dtype", "state_dtype", "state_v_first"}
+    parameters = []
+    for op, spec in OPS.items():
+        shapes = {}
+        for case in spec.cases:
+            shapes.setdefault(json.dumps({k: v for k, v in case.items() if k not in storage}), []).append(case)
+        for shape, variants in enumerate(shapes.values()):
+            usual = {(2 * shape + n) % len(variants) for n in (0, 1)} if len(variants) > 6 else set(range(len(variants)))
+            for n, case in enumerate(variants):
+                marks = () if n in usual else pytest.mark.slow
+                parameters.append(pytest.param((op, case), id=f"{op} {cases.label(case)}", marks=marks))
+    return parameters
 
 
 def draw(op, case, seed=0, **changes):

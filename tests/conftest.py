@@ -49,10 +49,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def compiled_kernels(request: pytest.FixtureRequest) -> None:
     """Compile, once for all workers, the kernels that the collected tests need."""
+    slow = request.config.getoption("--slow")
+    items = [item for item in request.session.items if slow or "slow" not in item.keywords]
     wanted = []
-    for module in {item.getparent(pytest.Module) for item in request.session.items}:
+    for module in {item.getparent(pytest.Module) for item in items}:
         wanted += getattr(getattr(module, "obj", None), "KERNELS", ())
-    for item in request.session.items:
+    for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and "kernel" in callspec.params:
             wanted.append(callspec.params["kernel"])

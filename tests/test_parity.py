@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calls import every_case
 
 from tvm_gdn import cases, parity
 from tvm_gdn.ops import OPS
 
-CASES = [pytest.param((name, case), id=f"{name} {cases.label(case)}") for name, spec in OPS.items() for case in spec.cases]
 
-
-@pytest.mark.parametrize("kernel", CASES)
+@pytest.mark.parametrize("kernel", every_case())
 def test_case(kernel, device):
     spec, case = OPS[kernel[0]], kernel[1]
     result = parity.check_case(spec, case, device=device)

@@ -61,7 +61,7 @@ def layouts(case):
 
 
 KERNELS = [
-    *((op, case) for op in (UPDATE, SIGMOID) for case in (*layouts(POOLED), *layouts(ONE), *layouts(VERIFY))),
+    *((op, case) for op in (UPDATE, SIGMOID) for case in (*layouts(POOLED), *layouts(VERIFY))),
     *((op, {**VARLEN, "index_dtype": "int32", "state_v_first": v}) for op in (UPDATE, SIGMOID) for v in (False, True)),
     *((UPDATE, {**VARLEN, "index_dtype": "int32", **variant}) for variant in VARIANTS.values()),
     (UPDATE, TREE), (UPDATE, {**TREE, **VARIANTS["bf16-state"]}), (SIGMOID, TREE),

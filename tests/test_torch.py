@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, call, draw, function, same_bits
+from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, call, draw, every_case, function, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tvm_gdn
@@ -46,7 +46,6 @@ CALLS = {
 }
 CALLS |= {op: (op, spec.cases[-1]) for op, spec in OPS.items() if op not in {name for name, _ in CALLS.values()}}
 each_call = pytest.mark.parametrize("kernel", CALLS.values(), ids=CALLS)
-ALL_CASES = [(name, case) for name, spec in OPS.items() for case in spec.cases]
 
 
 def arguments(op, case):
@@ -140,7 +139,7 @@ def test_export_keeps_the_operator_as_one_node(kernel):
             assert same_bits(a[tensor.name], want[tensor.name])
 
 
-@pytest.mark.parametrize("kernel", ALL_CASES, ids=lambda kernel: f"{kernel[0]} {cases.label(kernel[1])}")
+@pytest.mark.parametrize("kernel", every_case())
 def test_fake_outputs_are_like_real_ones(kernel):
     op, case = kernel
     a = draw(op, case)
