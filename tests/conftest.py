@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tvm_gdn import cases, check, dispatch, env
+from tvm_gdn import cases, check, env, kernel_cache
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import Geometry
 from tvm_gdn.target import resolve, runnable
@@ -67,7 +67,7 @@ def compiled_kernels(request: pytest.FixtureRequest) -> None:
         for op, case in wanted
     ]
     with FileLock(folder / "tests.lock"):
-        failed = dispatch.prebuild(kernels, resolve(env.target_name()))
+        failed = kernel_cache.prebuild(kernels, resolve(env.target_name()))
     assert not failed, "\n".join(failed)
 
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import tvm_gdn
-from tvm_gdn import aot, arguments, cli, contenders, demo, dispatch, env, listing, machine, pack, parity
+from tvm_gdn import cli, dispatch, env, pack, parity
+from tvm_gdn.bench import contenders, machine
+from tvm_gdn.commands import aot, arguments, demo, listing
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import resolve, target_names
@@ -230,9 +232,7 @@ def test_list_names_every_operator_and_target(capsys, packs_only):
     found = json.loads(out)
     assert status == 0
     targets = {target["name"] for target in found["targets"]}
-    assert {(entry["op"], entry["target"]) for entry in found["schedules"]} == {
-        (op, target) for op in OPS for target in targets
-    }
+    assert {(entry["op"], entry["target"]) for entry in found["schedules"]} == {(op, target) for op in OPS for target in targets}
     for entry in found["schedules"]:
         assert entry["word"] in {"tuned", "default", "generic"}
         assert entry["reason"] and entry["geometries"] >= 1
@@ -305,9 +305,7 @@ def test_doctor_knows_the_ffi_release_that_crashes(capsys, monkeypatch):
 
 def test_bench_reports_errors_beside_numbers(capsys, tmp_path):
     file = tmp_path / "bench.json"
-    status, out, _ = run(
-        capsys, "bench", "--op", GATING, "--case", "M1024", "--threads", 1, "--seconds", 0.02, "--json", file
-    )
+    status, out, _ = run(capsys, "bench", "--op", GATING, "--case", "M1024", "--threads", 1, "--seconds", 0.02, "--json", file)
     report = json.loads(file.read_text())
     assert status == 0
     assert {"date", "hardware", "versions", "target", "threads", "cases", "calls", "first_call"} <= set(report)
@@ -331,9 +329,7 @@ def test_bench_reports_errors_beside_numbers(capsys, tmp_path):
     assert "M1024" in out and "of copy" in out and "first call" in out
 
 
-@pytest.mark.parametrize(
-    "names", [{"transformers"}, pytest.param({"transformers", "torch_compile"}, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("names", [{"transformers"}, pytest.param({"transformers", "torch_compile"}, marks=pytest.mark.slow)])
 def test_bench_of_decode_with_peers(capsys, monkeypatch, names):
     monkeypatch.setattr(contenders, "PEERS", {name: contenders.PEERS[name] for name in names})
     argv = ("--op", PACKED, "--case", "B1 fp32", "--seconds", 0.02, "--no-calls", "--peers", "--json", "-")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tvm_gdn import build, cases, check, dispatch, load, pack, parity
+from tvm_gdn import build, cases, check, dispatch, kernel_cache, load, pack, parity
 from tvm_gdn.errors import PackError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import named, resolve
@@ -27,7 +27,7 @@ CASE = {"B": 2, "T": 3, "H": 1, "HV": 2, "K": 8, "V": 16, "S": 3, "with": ("init
 ROOT = Path(__file__).resolve().parent.parent
 CALL = """
 import sys, time, torch, tvm_gdn
-from tvm_gdn import cases, dispatch, parity
+from tvm_gdn import cases, dispatch, kernel_cache, parity
 from tvm_gdn.ops import OPS
 start = time.perf_counter()
 result = parity.check_case(OPS[{op!r}], {case!r})
@@ -39,7 +39,7 @@ print(result.passed, "tvm" in sys.modules, result.served)
 def small_pack(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packs") / "small"
     geometry = check.geometry_of(SPEC, cases.draw(SPEC, CASE))
-    dispatch.compile_pack(folder, [build.Request(SPEC, geometry)], resolve())
+    kernel_cache.compile_pack(folder, [build.Request(SPEC, geometry)], resolve())
     return folder
 
 
@@ -194,7 +194,7 @@ def test_damaged_library_leaves_the_next_pack_and_the_cache(small_pack, tmp_path
     monkeypatch.setenv("TVM_GDN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TVM_GDN_TARGET", "auto")
     monkeypatch.setenv("TVM_GDN_DISABLE_JIT", "1")
-    cached = tmp_path / "cache" / "kernels" / dispatch.kernel_key(SPEC, geometry, resolve())
+    cached = kernel_cache.folder_of(SPEC, geometry, resolve())
     for sound in (tmp_path / "sound", cached):
         monkeypatch.setenv("TVM_GDN_PACK_PATH", f"{damaged}{os.pathsep}{tmp_path / 'sound'}")
         dispatch.reset()
@@ -264,11 +264,11 @@ def test_batches_install_under_the_lock_of_first_calls(small_pack, tmp_path, mon
         compiled.set()
         yield [kernel, kernel], small_pack / pack.LAUNCHER
 
-    monkeypatch.setattr(dispatch, "_compiled", compile_nothing)
+    monkeypatch.setattr(kernel_cache, "_compiled", compile_nothing)
     wanted = {tmp_path / name: build.Request(SPEC, entry.geometry) for name in ("first", "second")}
     with ThreadPoolExecutor(1) as pool:
         with FileLock(f"{tmp_path / 'first'}.lock"):
-            running = pool.submit(dispatch.compile_each, wanted, resolve())
+            running = pool.submit(kernel_cache.compile_each, wanted, resolve())
             assert compiled.wait(20)
             with pytest.raises(TimeoutError):
                 running.result(timeout=0.5)
@@ -358,7 +358,9 @@ def test_targets_of_lower_rank_give_the_same_numbers(monkeypatch, tmp_path):
 
 
 def test_import_is_light():
-    source = "import torch, time; t = time.perf_counter(); import tvm_gdn, sys; print('tvm' in sys.modules, time.perf_counter() - t)"
+    source = (
+        "import torch, time; t = time.perf_counter(); import tvm_gdn, sys; print('tvm' in sys.modules, time.perf_counter() - t)"
+    )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, check=True)
     imported, seconds = done.stdout.split()
     assert imported == "False"

@@ -178,9 +178,7 @@ def test_split_equals_whole(cut):
     whole = reference.fused_recurrent_gated_delta_rule(*d.qkvgb, None, initial, True, exact=True)
     parts, state = [], initial
     for rows in (slice(0, cut), slice(cut, 7)):
-        o, state = reference.fused_recurrent_gated_delta_rule(
-            *(x[:, rows] for x in d.qkvgb), None, state, True, exact=True
-        )
+        o, state = reference.fused_recurrent_gated_delta_rule(*(x[:, rows] for x in d.qkvgb), None, state, True, exact=True)
         parts.append(o)
     assert_close(torch.cat(parts, 1), whole[0])
     assert_close(state, whole[1])

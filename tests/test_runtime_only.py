@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tvm_gdn import build, cases, check, dispatch
+from tvm_gdn import build, cases, check, kernel_cache
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import resolve
 
@@ -36,7 +36,7 @@ print("served without apache-tvm")
 def test_pack_runs_without_apache_tvm(tmp_path):
     pack = tmp_path / "pack"
     requests = [build.Request(OPS[n], check.geometry_of(OPS[n], cases.draw(OPS[n], OPS[n].cases[0]))) for n in PICKED]
-    dispatch.compile_pack(pack, requests, resolve())
+    kernel_cache.compile_pack(pack, requests, resolve())
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
     pip = [str(venv / "bin" / "pip"), "install", "-q"]

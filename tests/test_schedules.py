@@ -55,7 +55,9 @@ def test_the_same_definition_lowers_to_cuda(name):
     shape = geometry(name, 128, 128)
     function = prim_func(OPS[name], shape, cuda.tiles(shape, **cuda.default(shape)))
     with tvm.target.Target(dict(target.codegen), host="llvm"):
-        module = tvm.tirx.transform.BindTarget(tvm.target.Target(dict(target.codegen), host="llvm"))(tvm.IRModule.from_expr(function))
+        module = tvm.tirx.transform.BindTarget(tvm.target.Target(dict(target.codegen), host="llvm"))(
+            tvm.IRModule.from_expr(function)
+        )
     text = module.script()
     assert "threadIdx.x" in text
     assert "blockIdx.x" in text

@@ -17,8 +17,14 @@ KERNELS = [
     (CHUNK, {"B": 1, "T": 4, **SHAPE, "with": ()}),
     (CHUNK, {"lengths": (2, 2), **SHAPE, "with": (*STATE, "cu_seqlens")}),
     (CHUNK, {"lengths": (2, 2), **SHAPE, "with": ("cu_seqlens",)}),
-    (CHUNK + "_update", {"lengths": (2, 2), **SHAPE, "S": 5, "with": ("initial_state_source", "initial_state_indices", "cu_seqlens")}),
-    ("fused_recurrent_gated_delta_rule_update", {"B": 2, "T": 1, **SHAPE, "S": 5, "with": ("initial_state_source", "initial_state_indices")}),
+    (
+        CHUNK + "_update",
+        {"lengths": (2, 2), **SHAPE, "S": 5, "with": ("initial_state_source", "initial_state_indices", "cu_seqlens")},
+    ),
+    (
+        "fused_recurrent_gated_delta_rule_update",
+        {"B": 2, "T": 1, **SHAPE, "S": 5, "with": ("initial_state_source", "initial_state_indices")},
+    ),
     ("chunk_kda", {"B": 1, "T": 4, **SHAPE, "with": ()}),
     ("chunk_delta_rule", {"B": 1, "T": 4, **SHAPE, "with": ()}),
 ]

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from tvm_gdn import build, cases, check, dispatch, pack, parity
+from tvm_gdn import build, cases, check, dispatch, kernel_cache, pack, parity
 from tvm_gdn.errors import PackError, TargetError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import named, resolve, target_names
@@ -79,7 +79,7 @@ def test_pack_serves_the_explicit_target_that_it_was_built_for_alone(tmp_path, m
     monkeypatch.setenv("TVM_GDN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TVM_GDN_PACK_PATH", str(tmp_path / "pack"))
     monkeypatch.setenv("TVM_GDN_DISABLE_JIT", "1")
-    dispatch.compile_pack(tmp_path / "pack", [build.Request(GATING, geometry)], resolve(FIRST))
+    kernel_cache.compile_pack(tmp_path / "pack", [build.Request(GATING, geometry)], resolve(FIRST))
 
     monkeypatch.setenv("TVM_GDN_TARGET", SECOND)
     dispatch.reset()

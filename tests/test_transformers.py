@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 import tvm_gdn
-from tvm_gdn import demo
+from tvm_gdn.commands import demo
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError, TvmGdnError
 from tvm_gdn.integrations import transformers as integration
 from tvm_gdn.integrations.transformers import patch
@@ -132,9 +132,7 @@ def snapshot(model) -> list[dict]:
 
 def same(left: list[dict], right: list[dict]) -> bool:
     def equal(a, b):
-        return a is b or (
-            isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys() and all(a[k] is b[k] for k in a)
-        )
+        return a is b or (isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys() and all(a[k] is b[k] for k in a))
 
     return all(a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a) for a, b in zip(left, right, strict=True))
 
@@ -423,7 +421,7 @@ def test_operators_by_name(model, calls):
 
 def test_importing_the_integration_imports_nothing_else():
     code = (
-        "import sys, tvm_gdn.integrations.transformers, tvm_gdn.demo;"
+        "import sys, tvm_gdn.integrations.transformers, tvm_gdn.commands.demo;"
         " print(sorted({'transformers', 'fla', 'tvm'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

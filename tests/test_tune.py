@@ -16,26 +16,12 @@ import pytest
 import torch
 import tuning
 
-from tvm_gdn import (
-    arguments,
-    build,
-    cases,
-    check,
-    cli,
-    dispatch,
-    env,
-    measure,
-    models,
-    parity,
-    records,
-    schedule,
-    search,
-    tune,
-    worker,
-)
+from tvm_gdn import build, cases, check, cli, dispatch, env, models, parity, records, schedule
+from tvm_gdn.commands import arguments
 from tvm_gdn.errors import ArgumentError, TargetError, TuneError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import resolve
+from tvm_gdn.tuning import measure, search, tune, worker
 
 OP = "fused_gdn_gating"
 TARGET = resolve(env.target_name()).name
@@ -115,7 +101,9 @@ def test_models_name_the_kernels_of_an_engines_calls():
     wanted = models.kernels("qwen3-next")
     assert len(wanted) == len({(spec.name, geometry.key) for spec, geometry in wanted}) == 128
     # The model has one gate per head: neither KDA nor the plain delta rule.
-    assert set(Counter(spec.name for spec, _ in wanted)) == {name for name in OPS if "kda" not in name and not name.endswith(PLAIN)}
+    assert set(Counter(spec.name for spec, _ in wanted)) == {
+        name for name in OPS if "kda" not in name and not name.endswith(PLAIN)
+    }
     keys = {(spec.name, geometry.key) for spec, geometry in wanted}
     B, T, H, HV, K, V = 3, 4, 2, 4, 128, 128
     bf16, ids = torch.bfloat16, torch.arange(B, dtype=torch.int32)

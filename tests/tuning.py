@@ -113,8 +113,9 @@ def main() -> int:
             scripted(Path(sys.argv[2]), float(sys.argv[3]))
         shutil.rmtree(sys.argv[4], ignore_errors=True)
         return 0
-    from tvm_gdn import cli, env, measure, worker
+    from tvm_gdn import cli, env
     from tvm_gdn.target import resolve
+    from tvm_gdn.tuning import measure, worker
 
     target = resolve(env.target_name()).name
     if kind == "fragile":

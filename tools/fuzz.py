@@ -132,10 +132,10 @@ def fuzz(calls: int, seed: int, jobs: int, timeout: float) -> int:
     """Make calls 0 to `calls`; print a summary; 1 if anything was wrong."""
     from fuzz_calls import kernels
 
-    from tvm_gdn import dispatch, env
+    from tvm_gdn import env, kernel_cache
     from tvm_gdn.target import resolve
 
-    failed = dispatch.prebuild(kernels(), resolve(env.target_name()))
+    failed = kernel_cache.prebuild(kernels(), resolve(env.target_name()))
     if failed:
         print("\n".join(failed))
         return 1

@@ -38,42 +38,42 @@ class _Command(NamedTuple):
 
 COMMANDS = {
     "doctor": _Command(
-        "doctor",
+        "commands.doctor",
         "check this machine: versions, CPU features, compiler, cache, packs",
         "Check everything that tvm_gdn needs. Each line says ok, warn or fail, and what to do about it.",
     ),
     "demo": _Command(
-        "demo",
+        "commands.demo",
         "decode with a small Qwen3-Next, with and without tvm_gdn",
         "Build a small Qwen3-Next with random weights (no download), decode greedily with and without tvm_gdn, say "
         "whether the tokens are equal, and time both; then time a decode step at the size of the published 80B model.",
     ),
     "list": _Command(
-        "listing",
+        "commands.listing",
         "which schedule each operator gets on each target, and which packs are found",
         "Show, for every operator and target, where its schedule comes from, and the packs that calls would use.",
     ),
     "build": _Command(
-        "aot",
+        "commands.aot",
         "compile kernels ahead of time into a pack",
         "Compile kernels ahead of time into one folder, a pack. Programs then start without compiling, and on "
         "machines that have no compiler. Say what to compile with --model, with --op and --dims, or with --op and "
         "--geometry.",
     ),
     "tune": _Command(
-        "tune",
+        "tuning.tune",
         "search for faster schedules on this machine",
         "Measure candidate schedules on this machine and record the fastest; everything measured is kept, and a run "
         "that was interrupted resumes.",
     ),
     "bench": _Command(
-        "bench",
+        "bench.command",
         "measure every operator next to torch and to a plain memory copy",
         "Measure operators on the shapes of Qwen3-Next: correctness first, then medians in interleaved rounds, so that "
         "other load on the machine falls on all candidates alike.",
     ),
     "parity": _Command(
-        "parity_command",
+        "commands.parity",
         "hold every operator against the float64 reference",
         "Compile every operator for a target, run all its cases, and compare with the float64 reference. Exit status 1 "
         "if a case fails.",

@@ -7,25 +7,18 @@ the target ``auto`` may the torch reference stand in, with one log line; an expl
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
-import json
 import logging
 import os
 import shlex
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from tvm_gdn import build, env, load, records
+from tvm_gdn import build, env, kernel_cache, load, records
 from tvm_gdn import pack as packs
 from tvm_gdn.digest import version_of
 from tvm_gdn.errors import BuildError, PackError, TargetError, TvmGdnError
@@ -199,7 +192,7 @@ def _from_packs(spec: OpSpec, geometry: Geometry, target: TargetSpec, *, explici
 
 
 def _from_cache_or_compiler(spec: OpSpec, geometry: Geometry, target: TargetSpec, refused: list[str]) -> Served:
-    folder = env.cache_dir() / "kernels" / kernel_key(spec, geometry, target)
+    folder = kernel_cache.folder_of(spec, geometry, target)
     served = _load_single(folder)
     if served is not None:
         return served
@@ -212,54 +205,16 @@ def _from_cache_or_compiler(spec: OpSpec, geometry: Geometry, target: TargetSpec
         )
     if version_of("apache-tvm") == "none":
         raise BuildError(f"no pack has {spec.name} [{geometry}] and apache-tvm is not installed to compile it")
-    with _locked(folder):
+    with kernel_cache.locked(folder):
         served = _load_single(folder)
         if served is None:
             start = time.perf_counter()
-            compile_pack(folder, [build.Request(spec, geometry)], target)
+            kernel_cache.compile_pack(folder, [build.Request(spec, geometry)], target)
             _log.info("compiled %s [%s] for %s in %.1f s", spec.name, geometry, target.name, time.perf_counter() - start)
             served = _load_single(folder)
     if served is None:
         raise BuildError(f"{folder} holds no kernel after compiling {spec.name}; is the cache folder being cleared?")
     return served
-
-
-def prebuild(wanted: Iterable[tuple[OpSpec, Geometry]], target: TargetSpec, jobs: int = 0) -> list[str]:
-    """Compile what the cache lacks, many kernels per compiling process.
-
-    Parameters
-    ----------
-    wanted : iterable of (OpSpec, Geometry)
-        Kernels; duplicates are fine.
-    target : TargetSpec
-        Their target.
-    jobs : int
-        Compiling processes; default one per core, at most 8.
-
-    Returns
-    -------
-    list of str
-        A message for each kernel that could not be compiled.
-    """
-    folders = {env.cache_dir() / "kernels" / kernel_key(spec, geometry, target): (spec, geometry) for spec, geometry in wanted}
-    missing = [folder for folder in folders if not _is_whole(folder)]
-    jobs = max(1, min(jobs or min(os.cpu_count() or 1, 8), len(missing)))
-
-    def compile_share(share: list[Path]) -> list[str]:
-        if not share:
-            return []
-        try:
-            failures = compile_each({folder: build.Request(*folders[folder]) for folder in share}, target)
-        except BuildError as error:
-            if len(share) == 1:
-                return [f"{folders[share[0]][0].name} [{folders[share[0]][1]}]: {error}"]
-            # One kernel that LLVM aborts on takes its process along: halve until it stands alone.
-            middle = len(share) // 2
-            return compile_share(share[:middle]) + compile_share(share[middle:])
-        return [f"{folders[folder][0].name} [{folders[folder][1]}]: {error}" for folder, error in failures.items()]
-
-    with ThreadPoolExecutor(jobs) as pool:
-        return [line for lines in pool.map(compile_share, (missing[job::jobs] for job in range(jobs))) for line in lines]
 
 
 def _load_single(folder: Path) -> Served | None:
@@ -273,91 +228,6 @@ def _load_single(folder: Path) -> Served | None:
     except PackError as error:
         _log.warning("%s%s", error, "" if env.jit_disabled() else "; compiling it again")
         return None
-
-
-def _is_whole(folder: Path) -> bool:
-    with contextlib.suppress(PackError):
-        return bool(packs.read_whole(folder).manifest.kernels)
-    return False
-
-
-def _locked(folder: Path) -> FileLock:
-    """The lock under which a folder of the cache is written, by whatever thread or process."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(f"{folder}.lock")
-
-
-def kernel_key(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> str:
-    """Name of a kernel's folder in the cache: everything that decides its code."""
-    record = records.lookup(spec, geometry, target)
-    parts = [
-        spec.name,
-        geometry.key,
-        target.digest(),
-        build.kernel_digest(spec, target),
-        version_of("apache-tvm"),
-        version_of("apache-tvm-ffi"),
-        json.dumps(record["knobs"] if record else None, sort_keys=True),
-    ]
-    return f"{spec.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
-
-
-def compile_each(wanted: Mapping[Path, build.Request], target: TargetSpec) -> dict[Path, BuildError]:
-    """Compile kernels in one process and write each as a pack of its own, at the path it is given by.
-
-    A pack that someone else wrote there meanwhile stays, if it is whole.
-
-    Returns
-    -------
-    dict
-        What did not compile, and why.
-    """
-    failures = {}
-    with _compiled(next(iter(wanted)).parent, list(wanted.values()), target) as (built, launcher):
-        for folder, kernel in zip(wanted, built, strict=True):
-            if isinstance(kernel, BuildError):
-                failures[folder] = kernel
-                continue
-            with _locked(folder):
-                if not _is_whole(folder):
-                    packs.write(folder, target, build.required_features(target), [kernel], launcher)
-    return failures
-
-
-def compile_pack(folder: Path, requests: list[build.Request], target: TargetSpec) -> list[packs.BuiltKernel]:
-    """Compile kernels in one process and write them as one pack.
-
-    Parameters
-    ----------
-    folder : Path
-        The pack; an existing one is replaced.
-    requests : list of Request
-        Its kernels.
-    target : TargetSpec
-        Their target.
-
-    Returns
-    -------
-    list of BuiltKernel
-    """
-    with _compiled(folder.parent, requests, target) as (built, launcher):
-        kernels = [kernel for kernel in built if not isinstance(kernel, BuildError)]
-        for failure in (kernel for kernel in built if isinstance(kernel, BuildError)):
-            raise failure
-        packs.write(folder, target, build.required_features(target), kernels, launcher)
-    return kernels
-
-
-@contextlib.contextmanager
-def _compiled(
-    parent: Path, requests: list[build.Request], target: TargetSpec
-) -> Iterator[tuple[list[packs.BuiltKernel | BuildError], Path | None]]:
-    """Compile into a scratch folder beside the place where the result will stand."""
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".build-") as scratch:
-        built = build.run_builder(requests, target, Path(scratch))
-        launcher = build.build_launcher(Path(scratch)) if target.device == "cpu" else None
-        yield built, launcher
 
 
 def _after_fork() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tvm_gdn.arguments import geometry_of_case
+from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import Geometry, OpSpec

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tvm_gdn.arguments import geometry_of_case
+from tvm_gdn.commands.arguments import geometry_of_case
+from tvm_gdn.commands.text import as_json, emit
 from tvm_gdn.errors import ArgumentError, TvmGdnError
 from tvm_gdn.ops import OPS
-from tvm_gdn.report_text import as_json, emit
 from tvm_gdn.spec import Geometry
 
 __all__ = ["main", "run"]

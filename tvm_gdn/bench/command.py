@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tvm_gdn import aot, arguments, bench_calls, bench_text, cases, contenders, dispatch, env, machine, models, parity
+from tvm_gdn import cases, dispatch, env, models, parity
+from tvm_gdn.bench import calls as bench_calls
+from tvm_gdn.bench import contenders, machine
+from tvm_gdn.bench import text as bench_text
+from tvm_gdn.bench.timing import interleaved, ratio
 from tvm_gdn.check import geometry_of
+from tvm_gdn.commands import aot, arguments
+from tvm_gdn.commands.text import checked_destination, deliver
 from tvm_gdn.digest import version_of
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import OPS
-from tvm_gdn.report_text import checked_destination, deliver
 from tvm_gdn.spec import OpSpec
 from tvm_gdn.target import resolve, runnable
-from tvm_gdn.timing import interleaved, ratio
 
 Case = Mapping[str, Any]
 
@@ -29,27 +33,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments."""
     arguments.add_target(parser)
     arguments.add_op(parser, "measure this operator only; may be repeated")
-    parser.add_argument(
-        "--model", metavar="NAME", help=f"only shapes of this model; one of: {', '.join(models.MODELS)}"
-    )
-    parser.add_argument(
-        "--case", metavar="TEXT", default="", help="only shapes with all words of TEXT, such as 'B8 fp32'"
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="threads of torch and kernels; default: torch's choice"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=0.5, metavar="S", help="time for each candidate and shape (default 0.5)"
-    )
+    parser.add_argument("--model", metavar="NAME", help=f"only shapes of this model; one of: {', '.join(models.MODELS)}")
+    parser.add_argument("--case", metavar="TEXT", default="", help="only shapes with all words of TEXT, such as 'B8 fp32'")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch and kernels; default: torch's choice")
+    parser.add_argument("--seconds", type=float, default=0.5, metavar="S", help="time for each candidate and shape (default 0.5)")
     parser.add_argument(
         "--peers",
         action="store_true",
         help="also transformers' function and, on one-token shapes, torch.compile of the reference (slow to compile)",
     )
     parser.add_argument("--no-calls", action="store_true", help="leave out the call overhead and the first call")
-    parser.add_argument(
-        "--json", metavar="FILE", help="also write everything to FILE as JSON; - prints it instead of the tables"
-    )
+    parser.add_argument("--json", metavar="FILE", help="also write everything to FILE as JSON; - prints it instead of the tables")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -6,11 +6,12 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from tvm_gdn import arguments, dispatch, schedule
+from tvm_gdn import dispatch, schedule
+from tvm_gdn.commands import arguments
+from tvm_gdn.commands.text import as_json, emit, table
 from tvm_gdn.digest import version_of
 from tvm_gdn.errors import TvmGdnError
 from tvm_gdn.ops import OPS
-from tvm_gdn.report_text import as_json, emit, table
 from tvm_gdn.spec import OpSpec
 from tvm_gdn.target import TargetSpec, named, resolve, target_names
 
@@ -112,14 +113,10 @@ def _schedule_of(spec: OpSpec, target: TargetSpec) -> dict[str, Any]:
 def _text(found: dict[str, Any]) -> str:
     parts = []
     if found["schedules"] is None:
-        parts.append(
-            "apache-tvm is not installed, so schedules cannot be listed (pip install 'tvm_gdn[compile]'); packs run."
-        )
+        parts.append("apache-tvm is not installed, so schedules cannot be listed (pip install 'tvm_gdn[compile]'); packs run.")
     else:
         parts.append(_schedules_text(found))
-    parts.append(
-        f"auto means {found['auto']} on this machine" if found["auto"] else "auto finds no target that fits this CPU"
-    )
+    parts.append(f"auto means {found['auto']} on this machine" if found["auto"] else "auto finds no target that fits this CPU")
     rows = [(target["name"], target["device"], target["reason"], target["description"]) for target in found["targets"]]
     parts.append(table(("target", "device", "", ""), rows))
     parts.append(_packs_text(found))

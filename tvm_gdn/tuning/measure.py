@@ -1,4 +1,4 @@
-"""The measuring process of `tvm_gdn tune` (``python -m tvm_gdn.measure FOLDER``), which imports tvm once.
+"""The measuring process of `tvm_gdn tune` (``python -m tvm_gdn.tuning.measure FOLDER``), which imports tvm once.
 
 It compiles a candidate, loads it, holds its numbers against the float64 reference, and only then times it: one JSON line per
 request on stdin, one per answer on stdout. `worker.py` is the other end.
@@ -20,13 +20,14 @@ from typing import Any, TextIO
 
 import torch
 
-from tvm_gdn import build, cases, contenders, load, parity, records, schedule, timing, torch_ops
+from tvm_gdn import build, cases, load, parity, records, schedule, torch_ops
 from tvm_gdn import pack as packs
-from tvm_gdn.arguments import geometry_of_case
+from tvm_gdn.bench import contenders, timing
+from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import resolve
-from tvm_gdn.worker import TrialError
+from tvm_gdn.tuning.worker import TrialError
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from tvm_gdn import build, dispatch, env, load, machine
+from tvm_gdn import build, dispatch, env, load
 from tvm_gdn import pack as packs
+from tvm_gdn.bench import machine
+from tvm_gdn.commands.text import as_json, emit, size_text
 from tvm_gdn.errors import PackError, TvmGdnError
 from tvm_gdn.ops import OPS
-from tvm_gdn.report_text import as_json, emit, size_text
 from tvm_gdn.target import host_cpu, host_features, named, resolve, runnable, target_names
 
 _VARIABLES = (
@@ -71,9 +72,7 @@ def examine() -> list[Check]:
             found += part()
         except Exception as error:
             # The doctor must not die of what it looks for.
-            found.append(
-                Check(part.__name__.lstrip("_"), "fail", f"the check broke: {error!r}", "please report this as a bug")
-            )
+            found.append(Check(part.__name__.lstrip("_"), "fail", f"the check broke: {error!r}", "please report this as a bug"))
     return found
 
 
@@ -84,9 +83,7 @@ def _software() -> Iterator[Check]:
     yield _ffi(found["apache-tvm-ffi"])
     tvm = found["apache-tvm"]
     if tvm == "none":
-        yield Check(
-            "apache-tvm", "warn", "not installed", "packs run without it; to compile: pip install 'tvm_gdn[compile]'"
-        )
+        yield Check("apache-tvm", "warn", "not installed", "packs run without it; to compile: pip install 'tvm_gdn[compile]'")
     elif tvm.split(".")[:2] != ["0", "27"]:
         yield Check("apache-tvm", "fail", tvm, "this version compiles with 0.27 only: pip install 'apache-tvm==0.27.*'")
     else:
@@ -146,9 +143,7 @@ def _cache() -> Iterator[Check]:
         advice = f"make {existing} writable, or set TVM_GDN_CACHE_DIR to a folder that is"
         yield Check("cache folder", "fail", f"{text}; {existing} is not writable ({error.strerror})", advice)
     else:
-        yield Check(
-            "cache folder", "ok", text, "delete it at any time: it fills again when needed" if size > 2**30 else ""
-        )
+        yield Check("cache folder", "ok", text, "delete it at any time: it fills again when needed" if size > 2**30 else "")
 
 
 def _packs() -> Iterator[Check]:
@@ -162,9 +157,7 @@ def _packs() -> Iterator[Check]:
     for pack in usable:
         yield _intact(pack)
     if not usable and not refused:
-        yield Check(
-            "packs", "ok", "none; kernels are compiled at the first call (`tvm_gdn build` compiles them ahead of time)"
-        )
+        yield Check("packs", "ok", "none; kernels are compiled at the first call (`tvm_gdn build` compiles them ahead of time)")
 
 
 def _intact(pack: packs.Pack) -> Check:

@@ -10,11 +10,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tvm_gdn import aot, arguments, machine, parity
+from tvm_gdn import parity
+from tvm_gdn.bench import machine
 from tvm_gdn.cases import label
+from tvm_gdn.commands import aot, arguments
+from tvm_gdn.commands.text import checked_destination, deliver, table
 from tvm_gdn.errors import TargetError, TvmGdnError
 from tvm_gdn.ops import OPS
-from tvm_gdn.report_text import checked_destination, deliver, table
 from tvm_gdn.target import TargetSpec, resolve
 
 _log = logging.getLogger("tvm_gdn")
@@ -29,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only compile every case's kernel: for targets that this machine lacks",
     )
-    parser.add_argument(
-        "--json", metavar="FILE", help="also write the outcome to FILE as JSON; - prints it instead of the table"
-    )
+    parser.add_argument("--json", metavar="FILE", help="also write the outcome to FILE as JSON; - prints it instead of the table")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -39,9 +39,7 @@ def main(args: argparse.Namespace) -> int:
     checked_destination(args.json)
     target = resolve(args.target) if args.compile_only else arguments.use_target(args.target)
     if target.device != "cpu" and not args.compile_only:
-        raise TargetError(
-            f"target {target.name} runs on {target.device}; cases run on CPU targets only, or use --compile-only"
-        )
+        raise TargetError(f"target {target.name} runs on {target.device}; cases run on CPU targets only, or use --compile-only")
     ops = args.op or list(OPS)
     _precompile(ops, target)
     rows = [] if args.compile_only else list(_run(ops))
@@ -114,9 +112,7 @@ def _text(report: dict[str, Any]) -> str:
     head = f"target {report['target']}; {machine.line()}; {report['date']}\n"
     body = table(("operator", "kernels", "cases", "worst error / limit", "outcome", "served by"), lines, right=(1, 2))
     failures = [
-        f"FAILED {row['op']} [{row['case']}]: {row['failure'] or _exceeded(row)}"
-        for row in report["cases"]
-        if not row["passed"]
+        f"FAILED {row['op']} [{row['case']}]: {row['failure'] or _exceeded(row)}" for row in report["cases"] if not row["passed"]
     ]
     return "\n".join([head, body, *([""] if failures else []), *failures])
 

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from tvm_gdn import arguments, build, dispatch, env, machine, models
+from tvm_gdn import build, dispatch, env, kernel_cache, models
 from tvm_gdn import pack as packs
+from tvm_gdn.bench import machine
+from tvm_gdn.commands import arguments
+from tvm_gdn.commands.text import emit, size_text, table
 from tvm_gdn.digest import version_of
 from tvm_gdn.errors import ArgumentError, BuildError, PackError
 from tvm_gdn.ops import OPS
-from tvm_gdn.report_text import emit, size_text, table
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, resolve
 
@@ -30,9 +32,7 @@ Wanted = tuple[OpSpec, Geometry]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments."""
     arguments.add_target(parser)
-    parser.add_argument(
-        "--model", metavar="NAME", help=f"every kernel that this model needs; one of: {', '.join(models.MODELS)}"
-    )
+    parser.add_argument("--model", metavar="NAME", help=f"every kernel that this model needs; one of: {', '.join(models.MODELS)}")
     arguments.add_op(parser, "one operator (with --dims or --geometry), or those of the model's operators to build")
     parser.add_argument(
         "--dims",
@@ -107,9 +107,7 @@ def selection(args: argparse.Namespace) -> tuple[list[Wanted], str]:
     geometries += [arguments.parse_geometry(spec, text) for text in args.geometry]
     keys = sorted({geometry.key for geometry in geometries})
     # Builds of other geometries of the same operator must not replace each other.
-    return [
-        (spec, geometry) for geometry in geometries
-    ], f"{spec.name}-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:8]}"
+    return [(spec, geometry) for geometry in geometries], f"{spec.name}-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:8]}"
 
 
 def check_output(folder: Path, *, replace: bool) -> None:
@@ -174,12 +172,12 @@ def build_pack(wanted: Iterable[Wanted], target: TargetSpec, folder: Path, jobs:
 
 def _cached(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> packs.Pack:
     """A kernel of the cache, for whatever CPU; a damaged one is compiled again."""
-    folder = env.cache_dir() / "kernels" / dispatch.kernel_key(spec, geometry, target)
+    folder = kernel_cache.folder_of(spec, geometry, target)
     try:
         return packs.read_whole(folder)
     except PackError as error:
         _log.warning("%s; compiling it again", error)
-    dispatch.compile_each({folder: build.Request(spec, geometry)}, target)
+    kernel_cache.compile_each({folder: build.Request(spec, geometry)}, target)
     return packs.read_whole(folder)
 
 
@@ -202,7 +200,7 @@ def compile_all(wanted: list[Wanted], target: TargetSpec, jobs: int = 0) -> None
     bar = tqdm(total=len(wanted), desc=f"compiling for {target.name}", unit="kernel", disable=None)
     pool = ThreadPoolExecutor(min(jobs, len(shares)))
     try:
-        running = {pool.submit(dispatch.prebuild, part, target, 1): len(part) for part in shares}
+        running = {pool.submit(kernel_cache.prebuild, part, target, 1): len(part) for part in shares}
         for done in as_completed(running):
             failures += done.result()
             bar.update(running[done])

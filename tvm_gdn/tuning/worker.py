@@ -23,7 +23,7 @@ from tvm_gdn import build
 from tvm_gdn.errors import TuneError
 
 #: How a worker is started.
-COMMAND: tuple[str, ...] = (sys.executable, "-m", "tvm_gdn.measure")
+COMMAND: tuple[str, ...] = (sys.executable, "-m", "tvm_gdn.tuning.measure")
 #: Seconds for importing tvm and for running the reference on every case.
 START_TIMEOUT = 600.0
 

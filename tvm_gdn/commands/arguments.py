@@ -32,9 +32,7 @@ def add_target(parser: argparse.ArgumentParser) -> None:
 
 def add_op(parser: argparse.ArgumentParser, what: str) -> None:
     """Add ``--op``, which may be repeated."""
-    parser.add_argument(
-        "--op", action="append", choices=list(OPS), metavar="OP", help=f"{what}; one of: {', '.join(OPS)}"
-    )
+    parser.add_argument("--op", action="append", choices=list(OPS), metavar="OP", help=f"{what}; one of: {', '.join(OPS)}")
 
 
 def use_target(text: str) -> TargetSpec:
@@ -102,9 +100,7 @@ def parse_dims(spec: OpSpec, text: str) -> Geometry:
             case["with"] = tuple(filter(None, value.split("+")))
             unknown = sorted(set(case["with"]) - set(optional))
             if unknown:
-                raise ArgumentError(
-                    f"--dims with={value}: {', '.join(unknown)}: allowed for {spec.name}: {', '.join(optional)}"
-                )
+                raise ArgumentError(f"--dims with={value}: {', '.join(unknown)}: allowed for {spec.name}: {', '.join(optional)}")
         elif key in spec.static_attrs:
             case[key] = bool(_integer(key, value))
         elif key in tensors:
@@ -168,9 +164,7 @@ def checked_geometry(spec: OpSpec, geometry: Geometry) -> Geometry:
             wrong.append(f"{name}: {dtype!r} is not allowed; allowed: {', '.join(tensors[name].dtypes)}")
         elif roles.setdefault(tensors[name].dtype_role, dtype) != dtype:
             role = tensors[name].dtype_role
-            wrong.append(
-                f"{name}: {dtype} differs from the other tensors of the role {role!r}, which are {roles[role]}"
-            )
+            wrong.append(f"{name}: {dtype} differs from the other tensors of the role {role!r}, which are {roles[role]}")
     if wrong:
         raise ArgumentError(f"{spec.name} has no such geometry: {'; '.join(wrong)}")
     return geometry

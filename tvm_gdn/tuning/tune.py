@@ -22,12 +22,14 @@ from types import FrameType
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from tvm_gdn import arguments, dispatch, env, models, records, report_text
+from tvm_gdn import dispatch, env, models, records
+from tvm_gdn.commands import arguments
+from tvm_gdn.commands import text as report_text
 from tvm_gdn.errors import ArgumentError, TargetError, TuneError
 from tvm_gdn.ops import OPS
-from tvm_gdn.search import Crew, Options, Result, Search
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, resolve, runnable
+from tvm_gdn.tuning.search import Crew, Options, Result, Search
 
 _log = logging.getLogger("tvm_gdn")
 

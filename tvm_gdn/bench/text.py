@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tvm_gdn import machine
-from tvm_gdn.report_text import table
+from tvm_gdn.bench import machine
+from tvm_gdn.commands.text import table
 
 _PEER_NAMES = {"torch_compile": "torch.compile", "transformers": "transformers"}
 
@@ -71,9 +71,7 @@ def _operator(op: str, rows: list[dict[str, Any]]) -> Iterator[str]:
             _error(row),
         ]
         for name in others:
-            line += (
-                [f"{times[name]['median']:.0f}", f"{row['times_faster'][name]:.1f}"] if name in times else ["-", "-"]
-            )
+            line += [f"{times[name]['median']:.0f}", f"{row['times_faster'][name]:.1f}"] if name in times else ["-", "-"]
         lines.append(line)
     yield table(header, lines, right=(1, 3, 4, 5, *range(7, len(header))))
     for row in rows:

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tvm_gdn import build, cases, machine, measure, records, schedule
+from tvm_gdn import build, cases, records, schedule
+from tvm_gdn.bench import machine
 from tvm_gdn.errors import TuneError
 from tvm_gdn.spec import Geometry, OpSpec
-from tvm_gdn.study import Knobs, Study, Trial
 from tvm_gdn.target import TargetSpec, host_cpu
-from tvm_gdn.worker import START_TIMEOUT, TrialError, Worker
+from tvm_gdn.tuning import measure
+from tvm_gdn.tuning.study import Knobs, Study, Trial
+from tvm_gdn.tuning.worker import START_TIMEOUT, TrialError, Worker
 
 #: Timing per candidate and benchmark case: in a trial, and when the best meet the default again at the end.
 TRIAL_TIMING = {"seconds": 0.15, "rounds": 5}

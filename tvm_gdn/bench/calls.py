@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from tvm_gdn import arguments, cases, contenders, dispatch, env
+from tvm_gdn import cases, dispatch, env, kernel_cache
+from tvm_gdn.bench import contenders
+from tvm_gdn.bench.timing import Timing, difference, interleaved
+from tvm_gdn.commands import arguments
 from tvm_gdn.digest import version_of
 from tvm_gdn.errors import KernelError
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import OpSpec
 from tvm_gdn.target import resolve, runnable
-from tvm_gdn.timing import Timing, difference, interleaved
 
 Case = Mapping[str, Any]
 
@@ -70,7 +72,8 @@ _FIRST_CALL = """
 import json, sys, time
 import tvm_gdn
 start = time.perf_counter()
-from tvm_gdn import cases, contenders, dispatch
+from tvm_gdn import cases, dispatch, kernel_cache
+from tvm_gdn.bench import contenders
 spec = tvm_gdn.OPS[sys.argv[1]]
 call = contenders.public_call(spec, cases.draw(spec, json.loads(sys.argv[2])))
 ready = time.perf_counter()
@@ -96,7 +99,7 @@ def first_calls() -> dict[str, Any]:
     geometry = arguments.geometry_of_case(spec, case)
     dispatch.lookup(spec, geometry, target.device)
     # A kernel of the cache is a pack of one; where a pack served the call above, that pack serves again.
-    single = env.cache_dir() / "kernels" / dispatch.kernel_key(spec, geometry, target)
+    single = kernel_cache.folder_of(spec, geometry, target)
     path = os.pathsep.join(map(str, [*env.pack_path(), *([single] if single.is_dir() else [])]))
     found: dict[str, Any] = {"op": spec.name, "geometry": str(geometry)}
     found["pack"] = _first_call(spec, case, {"TVM_GDN_PACK_PATH": path, "TVM_GDN_DISABLE_JIT": "1"})

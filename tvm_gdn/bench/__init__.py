@@ -1,0 +1,1 @@
+"""``tvm_gdn bench``: contenders, timing and reports."""
