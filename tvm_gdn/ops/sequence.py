@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from tvm_gdn.autograd import forward_only
-from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops.arguments import (
     BETA,
     CU_SEQLENS,
     FINAL,
+    FINAL_TOO,
     GATE,
     INITIAL,
     KEY,
@@ -44,20 +44,24 @@ _TEXT = {"gated_delta_rule": "gated delta rule", "kda": "Kimi delta attention (g
 
 def _cases(pool: bool) -> tuple[Mapping[str, Any], ...]:
     state = ("initial_state_source", "initial_state_indices") if pool else ("initial_state",)
+    final = ("final_state",) if pool else ()
     more: dict[str, Any] = {} if pool else {"output_final_state": True}
-    cases: tuple[dict[str, Any], ...] = (
-        {"B": 2, "T": 65, "H": 2, "HV": 4, "K": 64, "V": 128, "S": 3, "with": state, **more},
-        {"B": 1, "T": 500, "H": 1, "HV": 2, "K": 128, "V": 32, "with": (), "use_qk_l2norm_in_kernel": True, **more},
+    shapes: tuple[dict[str, Any], ...] = (
+        {"B": 2, "T": 65, "H": 2, "HV": 4, "K": 64, "V": 128, "S": 3, "with": (*state, *final), **more},
         {"B": 2, "T": 4, "H": 2, "HV": 2, "K": 8, "V": 8, "with": state, "S": 2},
-        {"lengths": (63, 0, 1, 7, 129), "H": 2, "HV": 2, "K": 32, "V": 256, "S": 6, "with": (*state, "cu_seqlens"), **more},
-    )
+        {"lengths": (63, 0, 1, 7, 129), "H": 2, "HV": 2, "K": 32, "V": 256, "S": 6, "with": (*state, *final, "cu_seqlens"),
+         "padding": pool, **more},
+    )  # fmt: skip
+    stateless = {"B": 1, "T": 500, "H": 1, "HV": 2, "K": 128, "V": 32, "with": (), "use_qk_l2norm_in_kernel": True, **more}
+    storage = (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"))
     variants = [
         {"dtype": dtype, "state_dtype": state_dtype, "state_v_first": v_first}
+        for dtype, state_dtype in storage
         for v_first in (False, True)
-        for dtype, state_dtype in (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"))
     ]
-    # Two variants per shape, another two for the next shape: all six occur, at a third of the kernels to compile.
-    return tuple({**case, **variants[(2 * i + n) % len(variants)]} for i, case in enumerate(cases) for n in (0, 1))
+    # Three variants per shape, the next three for the next shape: all eight occur, at a third of the kernels to compile.
+    drawn = [{**shape, **variants[(3 * i + n) % len(variants)]} for i, shape in enumerate(shapes) for n in range(3)]
+    return (*drawn, {**stateless, **variants[2]})
 
 
 def _bench(lengths: tuple[int, ...]) -> tuple[Mapping[str, Any], ...]:
@@ -78,11 +82,12 @@ def _bench_pool(form: str) -> tuple[Mapping[str, Any], ...]:
 
 def _spec(form: str, rule: str, pool: bool) -> OpSpec:
     states = (POOL, SLOTS) if pool else (INITIAL, OUTPUT_FINAL)
+    final = (FINAL_TOO,) if pool else ()
     return OpSpec(
         name=f"{form}_{rule}{'_update' if pool else ''}",
         summary=f"{_TEXT[rule]}, {'chunked' if form == 'chunk' else 'token by token'}, {'state pool' if pool else 'states'}",
         algorithm="chunk" if form == "chunk" else "recurrent",
-        inputs=(QUERY, KEY, VALUE, *_GATES[rule], BETA, SCALE, *states, CU_SEQLENS, L2NORM, V_FIRST),
+        inputs=(QUERY, KEY, VALUE, *_GATES[rule], BETA, SCALE, *states, CU_SEQLENS, L2NORM, V_FIRST, *final),
         outputs=(OUT,) if pool else (OUT, FINAL),
         static_axes=("K", "V"),
         traits=(("channel_gate", True),) if rule == "kda" else (),
@@ -101,6 +106,12 @@ SPECS = tuple(
     for pool in (False, True)
     if (form, rule, pool) != ("fused_recurrent", "gated_delta_rule", True)
 )
+
+
+def _empty_states(pool: Any, indices: Any) -> torch.Tensor | None:
+    """Memory for one state per index; None where the operator will refuse the pool or the indices."""
+    sound = isinstance(pool, torch.Tensor) and isinstance(indices, torch.Tensor) and pool.ndim == 4 and indices.ndim == 1
+    return pool.new_empty((indices.shape[0], *pool.shape[1:])) if sound else None
 
 
 def _call(
@@ -122,13 +133,9 @@ def _call(
         operator = getattr(torch.ops.tvm_gdn, name)
         o, final = operator(*tensors, scale, initial_state, output_final_state, cu_seqlens, l2norm, state_v_first)
     else:
-        if output_final_state:
-            raise ArgumentError(
-                f"{name}: output_final_state with initial_state_indices; the pool is updated in place: read the final states "
-                "from initial_state[initial_state_indices]"
-            )
+        final = _empty_states(initial_state, indices) if output_final_state else None
         operator = getattr(torch.ops.tvm_gdn, f"{name}_update")
-        o = operator(*tensors, scale, initial_state, indices, cu_seqlens, l2norm, state_v_first=state_v_first)
+        o = operator(*tensors, scale, initial_state, indices, cu_seqlens, l2norm, state_v_first=state_v_first, final_state=final)
     return tokens_first(o) if one_token else o, final if output_final_state else None
 
 
