@@ -1,7 +1,7 @@
 """The command line: one table of subcommands; each is a module with ``add_arguments(parser)`` and ``main(args)``.
 
 Results go to stdout, logs, progress and errors to stderr. Exit status: 0 done, 1 a check or comparison failed, 2 the
-command could not be carried out. Only the module of the subcommand that was asked for is imported.
+command could not be carried out. Only the module of the subcommand that was asked for is imported, and torch only with it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
+import tvm_gdn
 from tvm_gdn import env
 from tvm_gdn.errors import TvmGdnError
 
@@ -82,8 +83,6 @@ COMMANDS = {
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    import tvm_gdn
-
     parser = argparse.ArgumentParser(
         prog="tvm_gdn",
         description="Compiled operators for hybrid language models (gated delta rule), for the CPU that this runs on.",
@@ -118,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = _parser(argv).parse_args(argv)
+        tvm_gdn.load_api()
         return int(args.main(args))
     except (TvmGdnError, OSError) as error:
         if isinstance(error, BrokenPipeError):

@@ -307,6 +307,7 @@ def fused_recurrent_gated_delta_rule_update(
     retrieve_parent_token: Tensor | None = None,
     *,
     state_v_first: bool = False,
+    final_state: Tensor | None = None,
     exact: bool = False,
 ) -> Tensor:
     """Gated delta rule on a pool of states updated in place, with the buffers of speculative verification.
@@ -330,13 +331,15 @@ def fused_recurrent_gated_delta_rule_update(
     retrieve_parent_token : Tensor, optional
         ``[N, T]``: step t > 0 starts from the state stored in the buffer for its parent step (zeros if the sequence
         stores nothing), from the initial state if the parent is -1. Step 0 starts from the initial state.
+    final_state : Tensor, optional
+        ``[N, HV, K, V]``, gets the states after the last tokens, those of padding sequences included.
 
     Returns
     -------
     Tensor
         o ``[B, T, HV, V]``, the dtype of v.
     """
-    return _run(
+    o, finals = _run(
         (q, k, v, g, beta),
         scale,
         initial_state_source,
@@ -344,13 +347,16 @@ def fused_recurrent_gated_delta_rule_update(
         cu_seqlens,
         use_qk_l2norm_in_kernel,
         write_pool=not disable_state_update,
-        want_final=False,
+        want_final=final_state is not None,
         state_v_first=state_v_first,
         exact=exact,
         buffer=intermediate_states_buffer,
         buffer_slots=intermediate_state_indices,
         parents=retrieve_parent_token,
-    )[0]
+    )
+    if final_state is not None and finals is not None:
+        final_state.copy_(finals)
+    return o
 
 
 def fused_sigmoid_gating_delta_rule_update(

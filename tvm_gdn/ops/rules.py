@@ -36,11 +36,12 @@ def check_recurrent(args: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     _check_heads(sizes)
     lengths = _lengths(args, sizes)
     sequences = len(lengths)
-    _check_slots(args, "initial_state_indices", "initial_state_source", sequences)
-    _check_slots(args, "intermediate_state_indices", "intermediate_states_buffer", sequences)
-    initial = args.get("initial_state")
-    if initial is not None and initial.shape[0] != sequences:
-        raise ArgumentError(f"initial_state has {initial.shape[0]} states for {sequences} sequences; pass one state per sequence")
+    _check_slots(args, "initial_state_indices", "initial_state_source", sequences, not args.get("disable_state_update"))
+    _check_slots(args, "intermediate_state_indices", "intermediate_states_buffer", sequences, True)
+    for name in ("initial_state", "final_state"):
+        states = args.get(name)
+        if states is not None and states.shape[0] != sequences:
+            raise ArgumentError(f"{name} has {states.shape[0]} states for {sequences} sequences; pass one state per sequence")
     _check_verify(args, lengths)
 
 
@@ -73,7 +74,7 @@ def _lengths(args: Mapping[str, Any], sizes: Mapping[str, int]) -> list[int]:
     return [high - low for low, high in pairwise(bounds)]
 
 
-def _check_slots(args: Mapping[str, Any], indices_name: str, pool_name: str, sequences: int) -> None:
+def _check_slots(args: Mapping[str, Any], indices_name: str, pool_name: str, sequences: int, written: bool) -> None:
     indices, pool = args.get(indices_name), args.get(pool_name)
     if indices is None:
         if pool is not None and pool.shape[0] < sequences:
@@ -85,11 +86,17 @@ def _check_slots(args: Mapping[str, Any], indices_name: str, pool_name: str, seq
         raise ArgumentError(f"{indices_name} needs {pool_name}")
     if indices.shape[0] != sequences:
         raise ArgumentError(f"{indices_name} has {indices.shape[0]} entries for {sequences} sequences; pass one per sequence")
+    owners: dict[int, int] = {}
     for n, slot in enumerate(indices.tolist()):
         if not -1 <= slot < pool.shape[0]:
             raise ArgumentError(
                 f"{indices_name}[{n}] = {slot}; allowed: 0 to {pool.shape[0] - 1} ({pool_name} has {pool.shape[0]} slots), "
                 "or -1 for padding"
+            )
+        if written and slot >= 0 and owners.setdefault(slot, n) != n:
+            raise ArgumentError(
+                f"{indices_name}[{owners[slot]}] and {indices_name}[{n}] are both {slot}; sequences of one call must not write "
+                "to one slot: give each its own, or -1 for padding"
             )
 
 

@@ -27,6 +27,8 @@ from tvm_gdn.ops.tir.gates import gate_macros
 from tvm_gdn.spec import Geometry
 
 NORM_EPS = 1e-6
+#: What a table of slots costs beside its bytes, in comparisons of two slots (0.15 us).
+TABLE_COST = 512
 
 
 def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
@@ -64,16 +66,17 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
     pool = "initial_state_source" in has
     slots_given = "initial_state_indices" in has
     separate = "initial_state" in has
-    final = bool(geometry.attr.get("output_final_state", False))
+    final = bool(geometry.attr.get("output_final_state", False)) or "final_state" in has
     buffered = "intermediate_states_buffer" in has
     buffer_slots_given = "intermediate_state_indices" in has
     tree = "retrieve_parent_token" in has
     data = dtype_of("mixed_qkv" if packed else "q")
     pool_dtype = dtype_of("initial_state_source")
     initial_dtype = dtype_of("initial_state")
+    final_dtype = dtype_of("final_state", initial_dtype)
     buffer_dtype = dtype_of("intermediate_states_buffer")
     # A low-precision state must not be rounded between the tokens of one call, so only one-token calls may use it in place.
-    direct_pool = tiles.direct and pool and not tree
+    direct_pool = tiles.direct and pool and not tree and not final
     direct_any_length = pool_dtype == "float32"
     checks = tiles.host_checks
     chunked = chunks is not None
@@ -103,6 +106,28 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
         return T.Cast("float32", buffer[gate_dims(batch, token, head)])
 
     log_decay, sigmoid = gate_macros(tiles, 1)
+
+    @T.inline
+    def find_shared(found, slots, count, size):
+        """Set found[0] if two sequences name one slot; slots are in range already, -1 is nobody's.
+
+        A few are compared with each other, many are ticked off in a table with a byte for every slot of the pool.
+        """
+        found[0] = T.float32(0)
+        if count * count <= size + TABLE_COST:
+            for n in T.serial(count):
+                for other in T.serial(n):
+                    if slots[n] >= 0 and slots[n] == slots[other]:
+                        found[0] = T.float32(1)
+        else:
+            taken = T.alloc_buffer((size,), "int8")
+            for slot in T.serial(size):
+                taken[slot] = T.int8(0)
+            for n in T.serial(count):
+                if slots[n] >= 0:
+                    if taken[slots[n]] != 0:
+                        found[0] = T.float32(1)
+                    taken[slots[n]] = T.int8(1)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -159,7 +184,7 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
         initial_state_source = T.match_buffer(source_, (S, HV, *state_shape), pool_dtype, strides=(s0, *head_strides), align=2)
         initial_state_indices = T.match_buffer(slots_, (NI,), dtype_of("initial_state_indices", "int64"), align=4)
         initial_state = T.match_buffer(initial_, (NS, HV, *state_shape), initial_dtype, strides=(i0, *head_strides), align=2)
-        final_state = T.match_buffer(final_, (NF, HV, *state_shape), initial_dtype, align=2)
+        final_state = T.match_buffer(final_, (NF, HV, *state_shape), final_dtype, align=2)
         intermediate_states_buffer = T.match_buffer(
             buffer_, (C, P, HV, *state_shape), buffer_dtype, strides=(c0, c1, *head_strides), align=2
         )
@@ -196,6 +221,10 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                             "ValueError",
                             ["initial_state_indices: slot"],
                         )
+                    shared = tiles.scalars(1)
+                    if disable_state_update == 0:
+                        find_shared(shared, initial_state_indices, n_seq, S)
+                        assert shared[0] == T.float32(0), ("ValueError", ["initial_state_indices: shared slot"])
                 else:
                     assert S >= n_seq, ("ValueError", ["initial_state_source: fewer slots than sequences"])
             if separate:
@@ -218,6 +247,9 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                             "ValueError",
                             ["intermediate_state_indices: slot"],
                         )
+                    shared_steps = tiles.scalars(1)
+                    find_shared(shared_steps, intermediate_state_indices, n_seq, C)
+                    assert shared_steps[0] == T.float32(0), ("ValueError", ["intermediate_state_indices: shared slot"])
                 else:
                     assert C >= n_seq, ("ValueError", ["intermediate_states_buffer: fewer slots than sequences"])
                 for n in T.serial(n_seq):

@@ -1,0 +1,38 @@
+"""The public functions; importing this module registers ``torch.ops.tvm_gdn.*``."""
+
+from __future__ import annotations
+
+from tvm_gdn import logs, torch_ops
+from tvm_gdn.ops import OPS
+from tvm_gdn.ops.gating import fused_gdn_gating
+from tvm_gdn.ops.recurrent import (
+    fused_recurrent_gated_delta_rule_update,
+    fused_sigmoid_gating_delta_rule_update,
+    packed_decode_gated_delta_rule,
+)
+from tvm_gdn.ops.sequence import (
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    chunk_kda,
+    fused_recurrent_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    fused_recurrent_kda,
+)
+
+__all__ = [
+    "OPS",
+    "chunk_delta_rule",
+    "chunk_gated_delta_rule",
+    "chunk_kda",
+    "fused_gdn_gating",
+    "fused_recurrent_delta_rule",
+    "fused_recurrent_gated_delta_rule",
+    "fused_recurrent_gated_delta_rule_update",
+    "fused_recurrent_kda",
+    "fused_sigmoid_gating_delta_rule_update",
+    "packed_decode_gated_delta_rule",
+]
+
+logs.configure()
+for _spec in OPS.values():
+    torch_ops.register(_spec)
