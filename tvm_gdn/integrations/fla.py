@@ -140,9 +140,11 @@ def fused_recurrent_gated_delta_rule(
     function: Callable[..., Any] = sequence.fused_recurrent_gated_delta_rule
     if gk is not None:
         function, g = sequence.fused_recurrent_kda, gk if g is None else gk.float() + g.float().unsqueeze(-1)
-    tensors = (q, k, v, g, beta)
+    tensors: tuple[torch.Tensor, ...]
     if g is None:
         function, tensors = sequence.fused_recurrent_delta_rule, (q, k, v, beta)
+    else:
+        tensors = (q, k, v, g, beta)
     return _call(function, tensors, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, state_v_first)
 
 
