@@ -73,6 +73,12 @@ COMMANDS = {
         "Measure operators on the shapes of Qwen3-Next: correctness first, then medians in interleaved rounds, so that "
         "other load on the machine falls on all candidates alike.",
     ),
+    "export": _Command(
+        "export.command",
+        "export an operator as C99, ONNX, a torch program or GPU source",
+        "Export an operator for programs without torch and for vendors' compilers. What is exported is run and held against "
+        "the float64 reference first; if that fails, nothing is written and the exit status is 1.",
+    ),
     "parity": _Command(
         "commands.parity",
         "hold every operator against the float64 reference",

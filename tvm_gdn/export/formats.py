@@ -1,0 +1,62 @@
+"""The table of export formats: name -> module with ``build``, ``verify`` and, where it has any, profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from tvm_gdn.errors import ArgumentError
+from tvm_gdn.export.artifact import Check, Request
+
+
+@dataclass(frozen=True)
+class Format:
+    """One export format.
+
+    Parameters
+    ----------
+    module : str
+        Module of `tvm_gdn.export` with ``build(request)`` and ``verify(request, folder)``.
+    summary : str
+        One line for the help text.
+    profiles : tuple of str
+        Variants, the default first; empty where there is one.
+    """
+
+    module: str
+    summary: str
+    profiles: tuple[str, ...] = ()
+
+    @property
+    def build(self) -> Callable[[Request], Mapping[str, bytes]]:
+        """The format's files of a request, by name."""
+        return import_module(f"tvm_gdn.export.{self.module}").build  # type: ignore[no-any-return]
+
+    @property
+    def verify(self) -> Callable[[Request, Path], list[Check]]:
+        """Checks of a request's files, which lie in a folder."""
+        return import_module(f"tvm_gdn.export.{self.module}").verify  # type: ignore[no-any-return]
+
+
+FORMATS = {
+    "c": Format("c_files", "portable C99 with a header, a CMake file and a self-test; no TVM, no torch"),
+}
+
+
+def profile_of(name: str, profile: str | None) -> str:
+    """A format's profile: the one asked for, or its default.
+
+    Raises
+    ------
+    ArgumentError
+        The format has no such profile.
+    """
+    profiles = FORMATS[name].profiles
+    if profile is None:
+        return profiles[0] if profiles else ""
+    if profile not in profiles:
+        allowed = f"allowed: {', '.join(profiles)}" if profiles else "the format has none"
+        raise ArgumentError(f"--profile {profile}: {allowed} (--format {name})")
+    return profile
