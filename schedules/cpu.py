@@ -7,8 +7,10 @@ has to be synchronized. `lanes` is the widest vector in fp32 elements; 1 writes 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import tvm
 from tvm.script import tirx as T
 
 
@@ -83,6 +85,39 @@ def local_array(*shape: int) -> Any:
     if len(shape) == 1:
         return memory
     return T.decl_buffer(shape, "float32", data=memory.data, scope="local")
+
+
+def transpose_16(get: Callable[[int], Any], put: Callable[[int, Any], None]) -> None:
+    """Transpose a 16 x 16 block of 32-bit elements in registers: `get(r)` reads row r, ``put(c, vector)`` writes column c.
+
+    Four rounds of pairwise shuffles; element by element it would cost as much as the products of a chunk.
+    """
+    rows = [get(r) for r in range(16)]
+    for step in (1, 2, 4, 8):
+        lanes = range(16)
+        low = [lane if not lane & step else lane - step + 16 for lane in lanes]
+        high = [lane + step if not lane & step else lane + 16 for lane in lanes]
+        turned = list(rows)
+        for r in range(16):
+            if not r & step:
+                pair = _kept(rows[r]), _kept(rows[r + step])
+                turned[r], turned[r + step] = (_shuffle(*pair, order) for order in (low, high))
+        rows = turned
+    for c in range(16):
+        put(c, rows[c])
+
+
+def _kept(vector: Any) -> Any:
+    """A vector in a variable of its own, so that it is computed once."""
+    memory = T.alloc_buffer(
+        (16,), vector.dtype.with_lanes(1) if False else "float32", scope="local", annotations={"disable_lower_builtin": True}
+    )
+    T.buffer_store(memory, vector, [T.ramp(0, 1, 16)])
+    return memory[T.ramp(0, 1, 16)]
+
+
+def _shuffle(a: Any, b: Any, order: list[int]) -> Any:
+    return tvm.tirx.Shuffle([a, b], order)
 
 
 def sum_lanes(part: Any, lanes: int) -> Any:
