@@ -162,6 +162,7 @@ def build_pack(wanted: Iterable[Wanted], target: TargetSpec, folder: Path, jobs:
             packs.BuiltKernel(
                 spec=spec, geometry=geometry, file=pack.file(entry), symbol=entry.symbol, schedule=entry.schedule,
                 knobs=dict(entry.knobs), source=entry.source,
+                image=pack.file(entry.image) if entry.image else None, table=entry.image.kernels if entry.image else (),
             )
         )  # fmt: skip
         if pack.manifest.launcher is not None:

@@ -26,7 +26,7 @@ from tvm_gdn.bench import contenders, timing
 from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import Geometry, OpSpec
-from tvm_gdn.target import resolve
+from tvm_gdn.target import TargetSpec, resolve
 from tvm_gdn.tuning.worker import TrialError
 
 
@@ -137,7 +137,7 @@ class Bench:
         if name not in self._functions:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             built = build.compile_kernel(build.Request(self.spec, geometry, knobs), self.target, folder)
-            packs.write(folder / "pack", self.target, build.required_features(self.target), [built], _launcher(self.folder))
+            packs.write(folder / "pack", self.target, build.required_features(self.target), [built], _launcher(self.folder, self.target))
             pack = packs.read(folder / "pack")
             kernel = load.load_kernel(pack, pack.manifest.kernels[0])
             present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
@@ -146,8 +146,8 @@ class Bench:
 
 
 @functools.cache
-def _launcher(folder: Path) -> Path:
-    return build.build_launcher(folder)
+def _launcher(folder: Path, target: TargetSpec) -> Path:
+    return build.build_launcher(folder, target)
 
 
 def select_cases(spec: OpSpec, key: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
