@@ -120,13 +120,14 @@ def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltK
     choice = schedule.choose(request.spec, request.geometry, target, request.knobs)
     function = prim_func(request.spec, request.geometry, choice.tiles(request.geometry))
     symbol = symbol_of(request.spec, request.geometry)
-    path, image, table = folder / f"{symbol}.so", None, ()
+    path = folder / f"{symbol}.so"
+    device: dict[str, Any] = {}
     if target.image == "elf-so":
         with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config)):
             tvm.compile(function, target=tvm_target(target)).export_library(str(path))
     else:
         code = images.compile_function(function, target, folder, symbol)
-        path, image, table = code.library, code.image, code.table
+        path, device = code.library, {"image": code.image, "table": code.table}
     return BuiltKernel(
         spec=request.spec,
         geometry=request.geometry,
@@ -135,8 +136,7 @@ def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltK
         schedule=choice.origin,
         knobs=choice.knobs,
         source=kernel_digest(request.spec, target),
-        image=image,
-        table=table,
+        **device,
     )
 
 

@@ -29,8 +29,14 @@ _TAGS = {
     "tirx.use_dyn_shared_memory": "6",
 }  # fmt: skip
 _EM_CUDA, _EM_AMDGPU, _EM_X86_64, _EM_AARCH64 = 190, 224, 62, 183
+_CPUS = (_EM_X86_64, _EM_AARCH64)
 #: Image formats that are ELF files, with the machines that they may be for.
-_MACHINES = {"cubin": (_EM_CUDA,), "hsaco": (_EM_AMDGPU,), "elf-so": (_EM_X86_64, _EM_AARCH64), "emulation": (_EM_X86_64, _EM_AARCH64)}
+_MACHINES = {
+    "cubin": (_EM_CUDA,),
+    "hsaco": (_EM_AMDGPU,),
+    "elf-so": (_EM_X86_64, _EM_AARCH64),
+    "emulation": (_EM_X86_64, _EM_AARCH64),
+}
 #: Functions that device code calls by name.
 FUNCTIONS = "device_functions.h"
 #: What runs device code on a CPU.
@@ -47,12 +53,14 @@ class DeviceCode:
     table: tuple[str, ...]
 
 
-def tvm_target(target: TargetSpec, codegen: dict[str, Any]) -> Any:
+def tvm_target(codegen: dict[str, Any]) -> Any:
     """The TVM target of device code, with the portable form of this machine as its host."""
     import tvm
 
     host = dict(named("x86").codegen) if tvm.target.codegen.llvm_get_system_triple().startswith("x86_64") else {"kind": "llvm"}
-    return tvm.target.Target({name: list(value) if isinstance(value, tuple) else value for name, value in codegen.items()}, host=host)
+    return tvm.target.Target(
+        {name: list(value) if isinstance(value, tuple) else value for name, value in codegen.items()}, host=host
+    )
 
 
 def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: str) -> DeviceCode:
@@ -83,7 +91,7 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
     builder = import_module("tvm.tirx.build")
     concrete(target)
     options = dict(target.codegen)
-    goal = tvm_target(target, options)
+    goal = tvm_target(options)
     objects = _capture_objects(target)
     with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config)):
         module = tvm.tirx.transform.BindTarget(goal)(tvm.IRModule.from_expr(function))
@@ -141,6 +149,28 @@ def _capture_objects(target: TargetSpec) -> list[bytes]:
     return objects
 
 
+def wanted_tool(target: TargetSpec) -> str:
+    """The program that compiles or links a target's device code."""
+    compiler = dict(target.compiler)
+    return compiler["command"][0] if "command" in compiler else " or ".join(compiler.get("linker", _CXX))
+
+
+def tools(target: TargetSpec) -> str | None:
+    """Path of that program, or None where it is not installed."""
+    compiler = dict(target.compiler)
+    names = compiler["command"][:1] if "command" in compiler else compiler.get("linker", _CXX)
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def _tool(target: TargetSpec) -> str:
+    path = tools(target)
+    if path is None:
+        raise BuildError(
+            f"{wanted_tool(target)} is not on PATH: it makes device code for {target.name}; install it, or use a prebuilt pack"
+        )
+    return path
+
+
 def _run(command: list[str], what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -160,8 +190,7 @@ def _compile_source(source: str, kernels: list[str], target: TargetSpec, image: 
     command = [
         part.format(arch=target.arch, number=number, source=path, image=image) for part in dict(target.compiler)["command"]
     ]
-    if shutil.which(command[0]) is None:
-        raise BuildError(f"{command[0]} is not on PATH: it compiles device code for {target.name}; install it, or use a prebuilt pack")
+    _tool(target)
     _run(command, f"device code for {target.name}")
 
 
@@ -171,10 +200,7 @@ def _with_functions(source: str) -> str:
 
 
 def _link(objects: list[bytes], target: TargetSpec, image: Path) -> None:
-    names = dict(target.compiler)["linker"]
-    linker = next((path for path in map(shutil.which, names) if path), None)
-    if linker is None:
-        raise BuildError(f"none of {', '.join(names)} is on PATH: it links device code for {target.name}; install LLVM's linker")
+    linker = _tool(target)
     if not objects:
         raise BuildError(f"TVM generated no object code for {target.name}")
     path = image.with_suffix(".o")
@@ -184,36 +210,38 @@ def _link(objects: list[bytes], target: TargetSpec, image: Path) -> None:
 
 def _emulate(source: str, kernels: list[str], target: TargetSpec, image: Path) -> None:
     """Compile CUDA C for the CPU, with the emulation header in front and a launcher per kernel behind."""
-    compiler = next((path for path in map(shutil.which, _CXX) if path), None)
-    if compiler is None:
-        raise BuildError(f"none of {', '.join(_CXX)} is on PATH: emulation compiles device code with it")
+    compiler = _tool(target)
     warp = dict(target.codegen).get("thread_warp_size", 32)
     path = image.with_suffix(".cc")
     path.write_text(emulated_source(source, kernels), encoding="utf-8")
     folder = resources.files("tvm_gdn") / "csrc"
     with resources.as_file(folder) as include:
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread"]
-        _run([compiler, *flags, f"-DEMULATED_WARP={warp}", f"-I{include}", str(path), "-o", str(image)], f"the emulation of {target.name}")
+        _run(
+            [compiler, *flags, f"-DEMULATED_WARP={warp}", f"-I{include}", str(path), "-o", str(image)],
+            f"the emulation of {target.name}",
+        )
 
 
 def emulated_source(source: str, kernels: list[str]) -> str:
     """Generated CUDA C as C++ for the emulation header."""
     text = re.sub(r"#\s*include\s*[<\"](?:mma|cuda|musa)[^>\"]*[>\"]", "", source)
     text = re.sub(r"__shared__\s+(alignas\(\d+\)|__align__\(\d+\))", r"\1 __shared__", text)
-    text = re.sub(r"extern\s+((?:alignas\(\d+\)\s+)?)__shared__\s+(?:__align__\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\]", r"\2* \3 = (\2*)emulation::dynamic_shared()", text)
+    dynamic = r"extern\s+(?:alignas\(\d+\)\s+)?__shared__\s+(?:__align__\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\]"
+    text = re.sub(dynamic, r"\1* \2 = (\1*)emulation::dynamic_shared()", text)
     entries = []
     for name in kernels:
-        match = re.search(rf"void\s+(?:__launch_bounds__\([^)]*\)\s*)?{name}\(([^)]*)\);", text)
-        if match is None:
+        declared = re.search(rf"void\s+(?:__launch_bounds__\([^)]*\)\s*)?{name}\(([^)]*)\);", text)
+        if declared is None:
             raise BuildError(f"no declaration of {name} in the generated source")
-        types = [re.sub(r"\b\w+$", "", part.strip()).replace("__restrict__", "").strip() for part in match[1].split(",") if part.strip()]
+        types = [re.sub(r"\w+$", "", part.replace("__restrict__", "").strip()).strip() for part in declared[1].split(",") if part]
         call = ", ".join(f"*({kind}*)p[{n}]" for n, kind in enumerate(types))
-        entries.append(f'EMULATED_KERNEL({json.dumps(name)}, [](void** p) {{ {name}({call}); }})')
+        entries.append(f"EMULATED_KERNEL({json.dumps(name)}, [](void** p) {{ {name}({call}); }})")
     return "\n".join([f'#include "{EMULATION}"', text, *entries, ""])
 
 
 def check(path: Path, image: str) -> None:
-    """Look at an image's first bytes: is it what its format says?
+    """Look at an image's first bytes, whether it is what its format says.
 
     Raises
     ------

@@ -2,7 +2,7 @@
 
 ::
 
-    PACK/manifest.json      format, target, CPU features, devices, versions; per kernel: operator, geometry, files, hashes, schedule
+    PACK/manifest.json      format, target, CPU features, devices, versions; per kernel: operator, geometry, files, schedule
     PACK/NAME-HASH.so       one library per kernel
     PACK/NAME-HASH.cubin    its device code, for accelerators (or .hsaco ...)
     PACK/launcher-HASH.so   runs parallel regions on torch's OpenMP threads, or kernels on a device

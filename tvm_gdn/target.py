@@ -350,7 +350,9 @@ def concrete(spec: TargetSpec) -> TargetSpec:
     """
     if not spec.concrete:
         members = [name for name in target_names() if spec.name in named(name).lineage[1:]]
-        raise TargetError(f"target {spec.name} means the {spec.device} device that is present, and none is; name one: {', '.join(members)}")
+        raise TargetError(
+            f"target {spec.name} means the {spec.device} device that is present, and none is; name one: {', '.join(members)}"
+        )
     return spec
 
 
