@@ -24,6 +24,8 @@ class CpuTiles:
 
     #: The host part of a kernel can read its tensors, so it checks slots and sequence bounds before it starts.
     host_checks = True
+    #: Lanes that share a worker's tiles.
+    warp = 1
 
     def workers(self, count: Any) -> Any:
         """Loop over independent pieces of work."""

@@ -46,7 +46,7 @@ def algorithm_digest(spec: OpSpec, target: TargetSpec) -> str:
     Schedule modules are found by their ``@schedule("algorithm", "target")`` lines: importing them would need tvm.
     """
     serving = re.compile(
-        rf'^@schedule\("{spec.algorithm}", "({"|".join((*target.lineage, f"generic-{target.device}"))})"\)', re.M
+        rf'^@schedule\("{spec.algorithm}", "({"|".join((*target.lineage, f"generic-{target.family}"))})"\)', re.M
     )
     folder = resources.files("tvm_gdn.schedules")
     modules = [f"tvm_gdn.ops.tir.{spec.algorithm}"]

@@ -18,10 +18,9 @@ import torch
 from tvm_gdn import check, dispatch, env, reference
 from tvm_gdn.errors import KernelError, TvmGdnError
 from tvm_gdn.spec import Axis, OpSpec, Output, Scalar, Tensor
+from tvm_gdn.target import dispatch_keys
 
 _LIBRARY = torch.library.Library("tvm_gdn", "DEF")
-#: torch device types that kernels may be registered for, with their dispatch keys.
-_DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 def _parameters(spec: OpSpec) -> str:
@@ -213,6 +212,6 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
 def register(spec: OpSpec) -> None:
     """Define ``torch.ops.tvm_gdn.<name>`` with its fake kernel and one implementation per device type."""
     _LIBRARY.define(spec.schema(), tags=(torch.Tag.pt2_compliant_tag,))
-    for device, key in _DEVICE_KEYS.items():
+    for device, key in dispatch_keys().items():
         _LIBRARY.impl(spec.name, _implementation(spec, device), key)
     torch.library.register_fake(f"tvm_gdn::{spec.name}", fake_function(spec), lib=_LIBRARY)

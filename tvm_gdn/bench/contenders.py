@@ -20,9 +20,9 @@ from tvm_gdn.spec import OpSpec, Scalar
 Call = Callable[[], object]
 
 
-def steady(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, Any]:
+def steady(spec: OpSpec, case: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:
     """Arguments of a case on which thousands of calls stay in the range that models have."""
-    arguments = cases.draw(spec, case)
+    arguments = cases.draw(spec, case, device=device)
     if spec.steady is not None and any(tensor.mutated for tensor in spec.tensors):
         spec.steady(arguments)
     return arguments
@@ -48,7 +48,7 @@ def public_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
 def kernel_call(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[dispatch.Served, Call | None]:
     """What serves the case, and its kernel on outputs that exist already (None where the reference serves it)."""
     geometry = geometry_of(spec, arguments)
-    served = dispatch.lookup(spec, geometry, "cpu")
+    served = dispatch.lookup(spec, geometry, device_of(arguments))
     if served.kernel is None:
         return served, None
     values = []
@@ -61,6 +61,11 @@ def kernel_call(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[dispatch.Se
     outputs = allocated if isinstance(allocated, tuple) else (allocated,)
     values += [value for o, value in zip(spec.outputs, outputs, strict=True) if not o.when or arguments[o.when]]
     return served, functools.partial(served.kernel, *values)
+
+
+def device_of(arguments: Mapping[str, Any]) -> str:
+    """Torch device type of a call's tensors."""
+    return next(value.device.type for value in arguments.values() if isinstance(value, torch.Tensor))
 
 
 def operator_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
@@ -78,9 +83,9 @@ def reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
     return functools.partial(getattr(reference, spec.name), **spec.for_reference(arguments))
 
 
-def copy_call(moved: int) -> Call:
+def copy_call(moved: int, device: str = "cpu") -> Call:
     """A plain torch copy that moves as many bytes: half of them read, half of them written."""
-    source = torch.ones(max(1, moved // 8), dtype=torch.float32)
+    source = torch.ones(max(1, moved // 8), dtype=torch.float32, device=device)
     return functools.partial(torch.empty_like(source).copy_, source)
 
 
