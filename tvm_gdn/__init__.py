@@ -14,6 +14,7 @@ if (_CHECKOUT / "targets" / "native.toml").is_file() and (_CHECKOUT / "pyproject
 
 from tvm_gdn import logs, torch_ops  # noqa: E402
 from tvm_gdn.ops import OPS  # noqa: E402
+from tvm_gdn.ops.conv import causal_conv1d_fn, causal_conv1d_update  # noqa: E402
 from tvm_gdn.ops.gating import fused_gdn_gating  # noqa: E402
 from tvm_gdn.ops.recurrent import (  # noqa: E402
     fused_recurrent_gated_delta_rule_update,
@@ -32,6 +33,8 @@ from tvm_gdn.ops.sequence import (  # noqa: E402
 __version__ = "0.1.0"
 __all__ = [
     "OPS",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_kda",
