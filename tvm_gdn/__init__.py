@@ -16,6 +16,7 @@ from tvm_gdn import logs, torch_ops  # noqa: E402
 from tvm_gdn.ops import OPS  # noqa: E402
 from tvm_gdn.ops.conv import causal_conv1d_fn, causal_conv1d_update  # noqa: E402
 from tvm_gdn.ops.gating import fused_gdn_gating  # noqa: E402
+from tvm_gdn.ops.norm import rms_norm_gated  # noqa: E402
 from tvm_gdn.ops.recurrent import (  # noqa: E402
     fused_recurrent_gated_delta_rule_update,
     fused_sigmoid_gating_delta_rule_update,
@@ -45,6 +46,7 @@ __all__ = [
     "fused_recurrent_kda",
     "fused_sigmoid_gating_delta_rule_update",
     "packed_decode_gated_delta_rule",
+    "rms_norm_gated",
 ]
 
 logs.configure()
