@@ -89,37 +89,23 @@ def local_array(*shape: int, dtype: str = "float32") -> Any:
     return T.decl_buffer(shape, dtype, data=memory.data, scope="local")
 
 
-def transpose_16(get: Callable[[int], Any], put: Callable[[int, Any], None]) -> None:
+def transpose_16(get: Callable[[int], Any], put: Callable[[int, Any], None], dtype: str = "float32") -> None:
     """Transpose a 16 x 16 block of 32-bit elements in registers: `get(r)` reads row r, ``put(c, vector)`` writes column c.
 
     Four rounds of pairwise shuffles; element by element it would cost as much as the products of a chunk.
     """
+    lanes = T.ramp(0, 1, 16)
     rows = [get(r) for r in range(16)]
     for step in (1, 2, 4, 8):
-        lanes = range(16)
-        low = [lane if not lane & step else lane - step + 16 for lane in lanes]
-        high = [lane + step if not lane & step else lane + 16 for lane in lanes]
-        turned = list(rows)
-        for r in range(16):
-            if not r & step:
-                pair = _kept(rows[r]), _kept(rows[r + step])
-                turned[r], turned[r + step] = (_shuffle(*pair, order) for order in (low, high))
-        rows = turned
-    for c in range(16):
-        put(c, rows[c])
-
-
-def _kept(vector: Any) -> Any:
-    """A vector in a variable of its own, so that it is computed once."""
-    memory = T.alloc_buffer(
-        (16,), vector.dtype.with_lanes(1) if False else "float32", scope="local", annotations={"disable_lower_builtin": True}
-    )
-    T.buffer_store(memory, vector, [T.ramp(0, 1, 16)])
-    return memory[T.ramp(0, 1, 16)]
-
-
-def _shuffle(a: Any, b: Any, order: list[int]) -> Any:
-    return tvm.tirx.Shuffle([a, b], order)
+        low = [lane - step + 16 if lane & step else lane for lane in range(16)]
+        high = [lane + 16 if lane & step else lane + step for lane in range(16)]
+        kept = local_array(16, 16, dtype=dtype)
+        for r, row in enumerate(rows):
+            T.buffer_store(kept, row, [r, lanes])
+        pairs = [(kept[r & ~step, lanes], kept[r | step, lanes]) for r in range(16)]
+        rows = [tvm.tirx.Shuffle(list(pair), high if r & step else low) for r, pair in enumerate(pairs)]
+    for c, column in enumerate(rows):
+        put(c, column)
 
 
 def sum_lanes(part: Any, lanes: int) -> Any:

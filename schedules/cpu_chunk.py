@@ -17,7 +17,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import CpuTiles, local_array, sum_lanes, transpose_16
 
-from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
+from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
 
 BLOCK = 16
 
@@ -99,6 +99,7 @@ class ChunkTiles(CpuTiles):
     def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, rows: int, columns: int, span: int, v_first: bool) -> None:
         self.K, self.V, self.v_tile, self.chunk, self.span = K, V, v_tile, chunk, span
         self.mr, self.nr, self.v_first = rows, columns, v_first
+        self.granule, self.triangle = rows, BLOCK
         self.states: Any = None
 
     def sync(self) -> None:
@@ -109,8 +110,12 @@ class ChunkTiles(CpuTiles):
         del lane
         self.states = local_array(self.span * self.K * self.v_tile)
 
-    def tile(self, rows: int, cols: int, place: str = "shared") -> Tile:
-        """Array on the worker's stack."""
+    def leave(self) -> None:
+        """Nothing to give back."""
+
+    def tile(self, rows: int, cols: int, place: str = "shared", dtype: str = "float32") -> Tile:
+        """Array on the worker's stack, fp32 whatever it holds."""
+        del dtype
         if rows == 1 or cols == 1:
             return Tile(local_array(rows * cols), rows, cols)
         if place == "register":
@@ -157,9 +162,9 @@ class ChunkTiles(CpuTiles):
             self._map_vector(dst, function, *sources)
             return
         unit = BLOCK if lower else self._vector(dst, *sources)
-        granule = BLOCK if lower else self.mr
+        granule = min(GRANULE, self.chunk) if lower else self.granule
         with T.serial(dst.rows if rows is None else ceil_div(rows, granule) * granule) as i:
-            with T.serial(i // BLOCK + 1 if lower else dst.cols // unit) as base:
+            with T.serial((i // self.triangle + 1) * (self.triangle // BLOCK) if lower else dst.cols // unit) as base:
                 with T.vectorized(unit) as lane:
                     values = [source.get(i, base, unit, lane) for source in sources]
                     dst.put(function(i, base * unit + lane, *values), i, base, unit, lane)
@@ -277,18 +282,21 @@ class ChunkTiles(CpuTiles):
         )
         return Operand(Tile(buffer, tile.cols, tile.rows, nr), source=tile)
 
-    def pack(self, operand: Operand, *, rows: Expr | None = None, lower: bool = False) -> None:
-        """Transpose, where the operand is a copy."""
+    def pack(self, *operands: Operand, rows: Expr | None = None, lower: bool = False) -> None:
+        """Transpose those that are copies."""
         del lower
-        dst, src = operand.tile, operand.source
-        if src is None:
-            return
+        for operand in operands:
+            if operand.source is not None:
+                self._transpose(operand.tile, operand.source, rows)
+
+    def _transpose(self, dst: Tile, src: Tile, rows: Expr | None) -> None:
         with T.serial(ceil_div(src.rows if rows is None else rows, BLOCK)) as b:
             if src.cols % BLOCK == 0:
+                lanes = T.ramp(0, 1, BLOCK)
                 with T.serial(src.cols // BLOCK) as c:
                     transpose_16(
-                        lambda r: src.buffer[tuple(src.at(b * BLOCK + r, c, BLOCK, T.ramp(0, 1, BLOCK)))],
-                        lambda r, value: T.buffer_store(dst.buffer, value, dst.at(c * BLOCK + r, b, BLOCK, T.ramp(0, 1, BLOCK))),
+                        lambda r: src.buffer[tuple(src.at(b * BLOCK + r, c, BLOCK, lanes))],
+                        lambda r, column: T.buffer_store(dst.buffer, column, dst.at(c * BLOCK + r, b, BLOCK, lanes)),
                     )
             else:
                 with T.serial(src.cols) as c:
@@ -315,7 +323,7 @@ class ChunkTiles(CpuTiles):
     ) -> None:
         """Register-blocked product."""
         mr, nr = self.mr, dst.panel or min(self._square_columns(), dst.cols)
-        granule = BLOCK if lower == "result" else mr
+        granule = min(GRANULE, self.chunk) if lower == "result" else self.granule
         row_tiles = dst.rows // mr if rows is None else ceil_div(rows, granule) * (granule // mr)
         col_tiles = dst.cols // nr if cols is None else ceil_div(cols, nr)
         full = a.tile.rows if a.transposed else a.tile.cols

@@ -27,7 +27,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.delta_rule import NORM_EPS, delta_rule
-from tvm_gdn.ops.tir.tiles import ChunkTiles, Expr, Operand, Tile
+from tvm_gdn.ops.tir.tiles import GRANULE, ChunkTiles, Expr, Operand, Tile, keep
 from tvm_gdn.spec import Geometry
 
 #: Diagonal blocks that are inverted by substitution; larger ones are merged by products.
@@ -51,7 +51,7 @@ def chunk(geometry: Geometry, tiles: ChunkTiles) -> Any:
 
     def advance(*arguments: Any) -> None:
         gate = "channel" if geometry.attr.get("channel_gate") else "head" if "g" in geometry.dtype else "none"
-        _Chunks(tiles, geometry.axis["K"], gate).run(_Work(*arguments))
+        _Chunks(tiles, geometry.axis["K"], gate, geometry.dtype["k"]).run(_Work(*arguments))
 
     return delta_rule(geometry, tiles, advance)
 
@@ -80,10 +80,10 @@ class _Work:
 class _Chunks:
     """Tiles of a worker, and the steps over them."""
 
-    def __init__(self, tiles: ChunkTiles, K: int, gate: str) -> None:
+    def __init__(self, tiles: ChunkTiles, K: int, gate: str, data: str) -> None:
         self.tiles, self.K, self.C, self.VT, self.gate = tiles, K, tiles.chunk, tiles.v_tile, gate
         C, VT, tile, operand = self.C, self.VT, tiles.tile, tiles.operand
-        self.k, self.q = tile(C, K), tile(C, K)
+        self.k, self.q = tile(C, K, dtype=data), tile(C, K, dtype=data)
         self.k_factor, self.q_factor = tile(C, 1), tile(C, 1)
         self.beta, self.k_start, self.q_start, self.k_end = tile(C, 1), tile(C, 1), tile(C, 1), tile(C, 1)
         self.kk, self.qk = tile(C, C), tile(C, C)
@@ -142,8 +142,8 @@ class _Chunks:
                 with T.Else():
                     tiles.map(factor, lambda _i, _j, a=scale: a)
         if self.gate != "channel":
-            for operand in (self.k_left, self.q_left, self.k_right, self.k_t_left):
-                tiles.pack(operand, rows=m)
+            tiles.pack(self.k_left, self.k_right, self.k_t_left, rows=m)
+            tiles.pack(self.q_left, rows=m)
             tiles.sync()
             tiles.mma(self.kk, self.k_left, self.k_right, rows=m, cols=m, lower="result")
             tiles.mma(self.qk, self.q_left, self.k_right, rows=m, cols=m, lower="result")
@@ -175,7 +175,7 @@ class _Chunks:
         tiles.mma(self.U, self.inverse_left, self.R_right, rows=m, depth=m, lower="left")
         tiles.pack(self.U_right, rows=m)
         tiles.sync()
-        tiles.mma(self.out, self.P_left, self.U_right, rows=m, depth=m, lower="left", start=lambda _i, _j, x: x)
+        tiles.mma(self.out, self.P_left, self.U_right, rows=m, depth=m, lower="left", start=keep)
         tiles.store(self._rows(work.o, work, start, hv, self.VT, work.j0), self.out, rows=m)
         tiles.sync()
         tiles.map(self.U, lambda _i, _j, u, w: u * w, self.U, self.k_end, rows=m)
@@ -260,11 +260,12 @@ class _Chunks:
     def _invert(self, m: Expr) -> None:
         """Inverse of I + A: diagonal blocks by substitution, then pairs of blocks, [[X, 0], [-Y A' X, Y]], by doubling."""
         tiles, T_, A, merge = self.tiles, self.inverse, self.A, self.merge
+        wanted = T.Bind(T.min(T.int64(self.C), (m + GRANULE - 1) // GRANULE * GRANULE))
         tiles.sync()
-        tiles.invert_diagonal(T_, A, m)
+        tiles.invert_diagonal(T_, A, wanted)
         size = BLOCK
         while size < self.C:
-            with T.serial((m + size - 1) // (2 * size)) as pair:
+            with T.serial((wanted + size - 1) // (2 * size)) as pair:
                 low = pair * (2 * size)
                 high = low + size
                 upper = tiles.operand(tiles.block(T_, low, low, size, size), "right")

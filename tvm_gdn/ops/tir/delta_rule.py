@@ -417,6 +417,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                     tiles.sync()
                     for i in T.serial(count):
                         store_final(tiles.state(i), hv + i)
+                    tiles.leave()
                 elif direct_pool:
                     if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
                         steps(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))

@@ -15,15 +15,15 @@ by `load`, `scan` and `store`. A target may treat places alike (CPUs do).
 
 **Operands.** ``operand(tile, side, transpose)`` is a tile in the layout and number format in which products read it: side
 ``"left"`` is A of ``C += A B``, ``"right"`` is B. `pack` brings it up to date with its tile. It may alias the tile (fp32 FMA
-reads tiles as they are), so a tile stays untouched between `pack` and the last use of the operand. bf16, bf16 pairs (high and low
-part) or tf32 are the choice of the target, within the tolerances of the contract; accumulation is always fp32.
+reads tiles as they are), so a tile stays untouched between `pack` and the operand's last use. bf16, bf16 pairs (high and low
+part) or tf32 are the target's choice, within the tolerances of the contract; accumulation is always fp32.
 
 **Ragged chunks.** A chunk has `m` valid tokens (a TIR expression). `load` zero-fills the rows from m on; the algorithm makes sure
-that zeros stay zeros. ``rows=m``, ``cols``, ``depth`` bound what is *wanted*: a target rounds up to its own granule (at most 32)
-or computes everything; whatever it does not compute it must not read later.
+that zeros stay zeros. ``rows=m``, ``cols``, ``depth`` bound what is *wanted*: a target rounds up to its own granule (at most
+`GRANULE`, the same for all operations) or computes everything; whatever it does not compute it must not read later.
 
 **Triangles.** ``lower="result"``: only elements on and below the diagonal are wanted. ``lower="left"``: A is lower triangular,
-with zeros above the diagonal inside the diagonal blocks of 32; blocks above them are never read.
+with zeros above the diagonal inside the diagonal blocks of `GRANULE`; blocks above them are never read.
 
 **Synchronization.** `sync` stands between an operation that writes a shared tile or an operand and one that reads what other
 threads wrote, and before a shared tile is overwritten. CPUs emit nothing. Operations end with every element written, not with
@@ -44,6 +44,14 @@ Operand = Any
 Expr = Any
 ElementFunction = Callable[..., Expr]
 Place = Literal["register", "shared"]
+
+#: Rows (tokens) up to which bounds may be rounded up.
+GRANULE = 32
+
+
+def keep(_i: Expr, _j: Expr, value: Expr, *_sources: Expr) -> Expr:
+    """`start` of a product that adds to what the tile holds."""
+    return value
 
 
 class ChunkTiles(Protocol):
@@ -75,14 +83,17 @@ class ChunkTiles(Protocol):
         """Loop over the threads that share a worker's tiles."""
 
     def enter(self, lane: Expr) -> None:
-        """Take the thread that all following operations belong to."""
+        """Take the thread that all following operations belong to; allocate what a worker needs."""
+
+    def leave(self) -> None:
+        """The worker's last operation is done."""
 
     def sync(self) -> None:
         """Everything written to shared tiles and operands is visible to all threads of the worker."""
 
     # Tiles.
-    def tile(self, rows: int, cols: int, place: Place = "shared") -> Tile:
-        """fp32 tile, or exact in a narrower format where it only holds tensor data; contents undefined."""
+    def tile(self, rows: int, cols: int, place: Place = "shared", dtype: str = "float32") -> Tile:
+        """Tile of numbers that are exact in `dtype`: fp32 for results, a tensor's dtype for its data; contents undefined."""
 
     def state(self, index: Expr) -> Tile:
         """fp32 state ``[K, v_tile]`` of the worker's value head `index` < `span`; the same tile at every call."""
@@ -113,7 +124,7 @@ class ChunkTiles(Protocol):
     def map(self, dst: Tile, function: ElementFunction, *sources: Tile, rows: Expr | None = None, lower: bool = False) -> None:
         """``dst[i, j] = function(i, j, *values)``; `dst` may be a source.
 
-        `lower`: elements above the diagonal blocks of 32 are not wanted.
+        `lower`: elements above the diagonal blocks of `GRANULE` are not wanted.
         """
 
     def row_sum(self, dst: Tile, function: ElementFunction, *sources: Tile, rows: Expr | None = None) -> None:
@@ -136,8 +147,11 @@ class ChunkTiles(Protocol):
     def operand(self, tile: Tile, side: Literal["left", "right"], *, transpose: bool = False) -> Operand:
         """A tile as operand of products; to be packed before each use."""
 
-    def pack(self, operand: Operand, *, rows: Expr | None = None, lower: bool = False) -> None:
-        """Bring an operand up to date with its tile (`rows` of the tile; `lower`: a lower-triangular left operand)."""
+    def pack(self, *operands: Operand, rows: Expr | None = None, lower: bool = False) -> None:
+        """Bring operands up to date with their tile, all the same one, so that a target can make one from another.
+
+        `rows` are those of the tile; `lower`: a lower-triangular left operand.
+        """
 
     def mma(
         self,
@@ -160,7 +174,7 @@ class ChunkTiles(Protocol):
         """
 
     def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
-        """``dst = (I + A)^-1`` in every diagonal block of 16 of a strictly lower-triangular tile, by fp32 forward substitution.
+        """``dst = (I + A)^-1`` in every diagonal block of 16 of a strictly lower-triangular tile, by substitution in fp32.
 
         Zeros above the diagonal inside these blocks; outside them `dst` stays as it was.
         """
