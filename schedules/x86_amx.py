@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
 from tvm_gdn.schedules.cpu import local_array, transpose_16
 from tvm_gdn.schedules.cpu_chunk import ChunkTiles, Operand, Tile, ceil_div
+
+from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
 
 #: Rows of a tile register, and its bytes per row in 32-bit pairs.
 ROWS = 16
