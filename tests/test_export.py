@@ -133,7 +133,7 @@ def test_onnx_chunks_of_one_repeated_key(tokens, tmp_path):
     g, beta, state = torch.zeros(1, 130, 4), torch.ones(1, 130, 4), torch.randn(1, 4, 32, 16)
     path = tmp_path / f"{CHUNK}.onnx"
     feeds = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": state}
-    o, final = onnx_files._run_onnxruntime(path, feeds, ["o", "final_state"])
+    o, final = onnx_files.run_onnxruntime(path, feeds, ["o", "final_state"])
     want, last = reference.chunk_gated_delta_rule(q, k, v, g, beta, None, state, True, use_qk_l2norm_in_kernel=True, exact=True)
     assert parity.rms_ratio(o, want) < 1e-5 and parity.rms_ratio(final, last) < 1e-5
 
@@ -212,7 +212,7 @@ def test_no_verifier_is_no_success(tmp_path, monkeypatch):
     pytest.importorskip("onnx")
     missing = lambda *args: (_ for _ in ()).throw(ImportError("not installed"))  # noqa: E731
     monkeypatch.setattr(onnx_files, "_run_reference", missing)
-    monkeypatch.setattr(onnx_files, "_run_onnxruntime", missing)
+    monkeypatch.setattr(onnx_files, "run_onnxruntime", missing)
     monkeypatch.setattr(onnx_files, "_checked", lambda path: onnx_files.Check("model", "nobody", None))
     checks, _ = export(request(CHUNK, "K=32,V=16,dtype=float32", profile="standard"), "onnx", tmp_path / "x.onnx")
     assert not all_passed(checks) and not list(tmp_path.iterdir())

@@ -47,6 +47,7 @@ FORMATS = {
         ("standard", "decomposed", "chunked", "ort"),
     ),
     "c": Format("c_files", "portable C99 with a header, a CMake file and a self-test; no TVM, no torch"),
+    "torch": Format("torch_program", "a saved torch.export program (.pt2) that holds the operator as one node"),
 }
 
 

@@ -146,7 +146,7 @@ def verify(request: Request, folder: Path) -> list[Check]:
             checks.append(Check(what, "onnx.reference", None, f"has no {MICROSOFT}"))
         else:
             checks.append(_attempt(request, what, f"onnx.reference {onnx.__version__}", _run_reference, path, feeds, want))
-        checks.append(_attempt(request, what, "onnxruntime", _run_onnxruntime, path, feeds, want))
+        checks.append(_attempt(request, what, "onnxruntime", run_onnxruntime, path, feeds, want))
     return checks
 
 
@@ -179,7 +179,8 @@ def _run_reference(path: Path, feeds: dict[str, torch.Tensor], names: list[str])
     return [_tensor(value) for value in ReferenceEvaluator(str(path)).run(names, {n: _array(x) for n, x in feeds.items()})]
 
 
-def _run_onnxruntime(path: Path, feeds: dict[str, torch.Tensor], names: list[str]) -> list[torch.Tensor]:
+def run_onnxruntime(path: Path, feeds: dict[str, torch.Tensor], names: list[str] | None) -> list[torch.Tensor]:
+    """Outputs of a model, in onnxruntime on the CPU; all of them where no names are given."""
     # onnxruntime refuses opsets after its last released one unless told otherwise.
     os.environ["ALLOW_RELEASED_ONNX_OPSET_ONLY"] = "0"
     import onnxruntime
@@ -191,6 +192,7 @@ def _run_onnxruntime(path: Path, feeds: dict[str, torch.Tensor], names: list[str
         name: onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(_bits(x), ELEMENT[str(x.dtype).removeprefix("torch.")])
         for name, x in feeds.items()
     }
+    names = names or [output.name for output in session.get_outputs()]
     return [_of_ort(value) for value in session.run_with_ort_values(names, values)]
 
 
