@@ -2,7 +2,10 @@
 
 A state tile ``[K, v_tile]`` is spread over the threads of a warp: `row_lanes` threads along K times `column_lanes` along V, each
 holding ``K / row_lanes`` rows of ``v_tile / column_lanes`` columns. A product W^T x is a partial sum per thread, finished by
-shuffles across the row lanes; no shared memory and no barrier is needed.
+shuffles across the row lanes; no shared memory and no barrier is needed. Shapes that do not fill a warp use a part of one.
+
+States move in vectors where the address allows it and element by element where it does not: a pool is the caller's memory, and
+a misaligned vector would end the process's device context. Everything else of a token is small and moves by element.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ class WarpTiles:
     Parameters
     ----------
     warp : int
-        Threads of a warp that work together.
+        Threads that work together: a warp, or a part of one.
     """
 
     #: Checking slots on the host would synchronize the device; the kernel treats a slot out of range as padding.
@@ -55,6 +58,12 @@ class WarpTiles:
         return T.alloc_buffer((count,), "float32", scope="local")
 
 
+def aligned(buffer: Any, *index: Any, elements: int) -> Any:
+    """Whether a vector of so many elements may be read or written at an element of a buffer."""
+    size = elements * (4 if buffer.dtype == "float32" else 2)
+    return T.call_extern("bool", "tvm_gdn_aligned", T.address_of(buffer[index]), size)
+
+
 class RecurrentWarpTiles(WarpTiles):
     """Tile operations of the token recurrence.
 
@@ -62,20 +71,18 @@ class RecurrentWarpTiles(WarpTiles):
     ----------
     K, V : int
         State rows and columns.
-    column_lanes, columns : int
-        Threads along V and columns per thread; ``v_tile`` is their product.
+    row_lanes, column_lanes, columns : int
+        Threads along K, threads along V, and columns per thread; ``v_tile`` is the product of the last two.
     v_first : bool
         Whether states are stored ``[V, K]``: a thread then holds groups of consecutive rows.
-    warp : int
-        Threads per worker.
     """
 
     direct = False
 
-    def __init__(self, K: int, V: int, *, column_lanes: int, columns: int, v_first: bool, warp: int) -> None:
-        super().__init__(warp)
+    def __init__(self, K: int, V: int, *, row_lanes: int, column_lanes: int, columns: int, v_first: bool) -> None:
+        super().__init__(row_lanes * column_lanes)
         self.K, self.V, self.v_first = K, V, v_first
-        self.columns, self.column_lanes, self.row_lanes = columns, column_lanes, warp // column_lanes
+        self.columns, self.column_lanes, self.row_lanes = columns, column_lanes, row_lanes
         self.v_tile = column_lanes * columns
         self.row_count = K // self.row_lanes
         self.row_group = next(size for size in (4, 2, 1) if self.row_count % size == 0) if v_first else 1
@@ -89,7 +96,7 @@ class RecurrentWarpTiles(WarpTiles):
 
     def cols(self, count: int) -> Any:
         """Loop over this thread's share of the V axis."""
-        return T.vectorized(count // self.column_lanes)
+        return T.unroll(count // self.column_lanes)
 
     def row(self, i: Any) -> Any:
         """Index on the K axis of local row i: neighbouring threads read neighbouring rows."""
@@ -124,16 +131,23 @@ class RecurrentWarpTiles(WarpTiles):
         group = self.row_group
 
         @T.inline
-        def load(W, view):
+        def copy(W, view, vector):
             if v_first:
                 for j in T.unroll(columns):
                     for io in T.unroll(rows // group):
-                        for ii in T.vectorized(group):
+                        for ii in vector(group):
                             W[io * group + ii, j] = T.Cast("float32", view[row(io * group) + ii, col(j)])
             else:
                 for i in T.unroll(rows):
-                    for j in T.vectorized(columns):
+                    for j in vector(columns):
                         W[i, j] = T.Cast("float32", view[row(i), col(j)])
+
+        @T.inline
+        def load(W, view):
+            if aligned(view, row(0), col(0), elements=group if v_first else columns):
+                copy(W, view, T.vectorized)
+            else:
+                copy(W, view, T.unroll)
 
         return load
 
@@ -142,16 +156,23 @@ class RecurrentWarpTiles(WarpTiles):
         group = self.row_group
 
         @T.inline
-        def store(view, W):
+        def copy(view, W, vector):
             if v_first:
                 for j in T.unroll(columns):
                     for io in T.unroll(rows // group):
-                        for ii in T.vectorized(group):
+                        for ii in vector(group):
                             view[row(io * group) + ii, col(j)] = T.Cast(view.dtype, W[io * group + ii, j])
             else:
                 for i in T.unroll(rows):
-                    for j in T.vectorized(columns):
+                    for j in vector(columns):
                         view[row(i), col(j)] = T.Cast(view.dtype, W[i, j])
+
+        @T.inline
+        def store(view, W):
+            if aligned(view, row(0), col(0), elements=group if v_first else columns):
+                copy(view, W, T.vectorized)
+            else:
+                copy(view, W, T.unroll)
 
         return store
 

@@ -100,7 +100,9 @@ def test_foreign_pack_is_refused_with_what_differs(small_pack, tmp_path, changes
         pack.read(folder)
 
 
-FIELDS = ("target", "target_digest", "rank", "device", "machine", "image", "requires", "tvm_ffi", "kernels")
+FIELDS = (
+    "target", "target_digest", "rank", "device", "machine", "image", "arch", "serves", "driver", "requires", "tvm_ffi", "kernels",
+)  # fmt: skip
 KERNEL_FIELDS = ("op", "geometry", "symbol", "file", "sha256", "schedule", "knobs", "source")
 
 
@@ -143,7 +145,7 @@ def test_hostile_kernel_entry_is_refused(small_pack, tmp_path, field, value):
         pack.read(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"format": 1, "launcher": "x"}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"format": 2, "launcher": "x"}', "\udcff"])
 def test_manifest_that_is_no_table_is_refused(tmp_path, text):
     (tmp_path / pack.MANIFEST).write_text(text, errors="surrogateescape")
     with pytest.raises(PackError, match="damaged"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from tvm_gdn import logs, torch_ops
 from tvm_gdn.ops import OPS
+from tvm_gdn.ops.conv import causal_conv1d_fn, causal_conv1d_update
 from tvm_gdn.ops.gating import fused_gdn_gating
+from tvm_gdn.ops.norm import rms_norm_gated
 from tvm_gdn.ops.recurrent import (
     fused_recurrent_gated_delta_rule_update,
     fused_sigmoid_gating_delta_rule_update,
@@ -21,6 +23,8 @@ from tvm_gdn.ops.sequence import (
 
 __all__ = [
     "OPS",
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_kda",
@@ -31,6 +35,7 @@ __all__ = [
     "fused_recurrent_kda",
     "fused_sigmoid_gating_delta_rule_update",
     "packed_decode_gated_delta_rule",
+    "rms_norm_gated",
 ]
 
 logs.configure()

@@ -93,13 +93,12 @@ def compile_pack(folder: Path, requests: list[build.Request], target: TargetSpec
 @contextlib.contextmanager
 def _compiled(
     parent: Path, requests: list[build.Request], target: TargetSpec
-) -> Iterator[tuple[list[packs.BuiltKernel | BuildError], Path | None]]:
+) -> Iterator[tuple[list[packs.BuiltKernel | BuildError], Path]]:
     """Compile into a scratch folder beside the place where the result will stand."""
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".build-") as scratch:
         built = build.run_builder(requests, target, Path(scratch))
-        launcher = build.build_launcher(Path(scratch)) if target.device == "cpu" else None
-        yield built, launcher
+        yield built, build.build_launcher(Path(scratch), target)
 
 
 def prebuild(wanted: Iterable[tuple[OpSpec, Geometry]], target: TargetSpec, jobs: int = 0) -> list[str]:

@@ -20,18 +20,11 @@ from tvm_gdn.spec import OpSpec, Scalar
 Call = Callable[[], object]
 
 
-def steady(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a case with next to no decay.
-
-    A timed loop applies a decay thousands of times to one state: at the cases' own rates it would reach denormal
-    numbers, which slow down every contender and which no model has.
-    """
-    arguments = cases.draw(spec, case)
-    if any(tensor.mutated for tensor in spec.tensors):
-        if arguments.get("g") is not None:
-            arguments["g"].mul_(1e-6)
-        if arguments.get("A_log") is not None:
-            arguments["A_log"].fill_(-16.0)
+def steady(spec: OpSpec, case: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:
+    """Arguments of a case on which thousands of calls stay in the range that models have."""
+    arguments = cases.draw(spec, case, device=device)
+    if spec.steady is not None and any(tensor.mutated for tensor in spec.tensors):
+        spec.steady(arguments)
     return arguments
 
 
@@ -55,7 +48,7 @@ def public_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
 def kernel_call(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[dispatch.Served, Call | None]:
     """What serves the case, and its kernel on outputs that exist already (None where the reference serves it)."""
     geometry = geometry_of(spec, arguments)
-    served = dispatch.lookup(spec, geometry, "cpu")
+    served = dispatch.lookup(spec, geometry, device_of(arguments))
     if served.kernel is None:
         return served, None
     values = []
@@ -70,6 +63,11 @@ def kernel_call(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[dispatch.Se
     return served, functools.partial(served.kernel, *values)
 
 
+def device_of(arguments: Mapping[str, Any]) -> str:
+    """Torch device type of a call's tensors."""
+    return next(value.device.type for value in arguments.values() if isinstance(value, torch.Tensor))
+
+
 def operator_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
     """The torch operator, without the public function around it."""
     return functools.partial(getattr(torch.ops.tvm_gdn, spec.name), *arguments.values())
@@ -82,12 +80,12 @@ def allocation_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Callable[[], 
 
 def reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
     """The torch-native reference in the tensors' own precision."""
-    return functools.partial(getattr(reference, spec.name), **arguments)
+    return functools.partial(getattr(reference, spec.name), **spec.for_reference(arguments))
 
 
-def copy_call(moved: int) -> Call:
+def copy_call(moved: int, device: str = "cpu") -> Call:
     """A plain torch copy that moves as many bytes: half of them read, half of them written."""
-    source = torch.ones(max(1, moved // 8), dtype=torch.float32)
+    source = torch.ones(max(1, moved // 8), dtype=torch.float32, device=device)
     return functools.partial(torch.empty_like(source).copy_, source)
 
 
@@ -95,7 +93,7 @@ def compiled_reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
     """`torch.compile` of the reference; the first call compiles."""
     torch.compiler.reset()
     compiled = torch.compile(getattr(reference, spec.name), dynamic=False)
-    return functools.partial(compiled, **arguments)
+    return functools.partial(compiled, **spec.for_reference(arguments))
 
 
 def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None:

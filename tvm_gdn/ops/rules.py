@@ -1,4 +1,4 @@
-"""Rules of the recurrent operators' arguments that shapes and dtypes cannot state.
+"""Rules of arguments that shapes and dtypes cannot state.
 
 They run only after a kernel refused a call (to name the argument), or before it on accelerators when checks are on: reading
 slot ids and sequence bounds there would synchronize the device.
@@ -36,8 +36,8 @@ def check_recurrent(args: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
     _check_heads(sizes)
     lengths = _lengths(args, sizes)
     sequences = len(lengths)
-    _check_slots(args, "initial_state_indices", "initial_state_source", sequences, not args.get("disable_state_update"))
-    _check_slots(args, "intermediate_state_indices", "intermediate_states_buffer", sequences, True)
+    check_slots(args, "initial_state_indices", "initial_state_source", sequences, not args.get("disable_state_update"))
+    check_slots(args, "intermediate_state_indices", "intermediate_states_buffer", sequences, True)
     for name in ("initial_state", "final_state"):
         states = args.get(name)
         if states is not None and states.shape[0] != sequences:
@@ -62,19 +62,65 @@ def _lengths(args: Mapping[str, Any], sizes: Mapping[str, int]) -> list[int]:
     cu_seqlens = args.get("cu_seqlens")
     if cu_seqlens is None:
         return [sizes.get("T", 1)] * sizes["B"]
-    tokens = sizes["T"]
     if sizes["B"] != 1:
         raise ArgumentError(f"cu_seqlens needs q, k and v of batch size 1 (packed sequences), q has {sizes['B']}")
-    bounds = cu_seqlens.tolist()
+    return check_bounds("cu_seqlens", cu_seqlens, sizes["T"])
+
+
+def check_bounds(name: str, tensor: torch.Tensor, tokens: int) -> list[int]:
+    """Check the bounds of packed sequences.
+
+    Parameters
+    ----------
+    name : str
+        The argument's.
+    tensor : torch.Tensor
+        ``[N + 1]`` bounds.
+    tokens : int
+        What the last must be.
+
+    Returns
+    -------
+    list of int
+        Lengths of the sequences.
+
+    Raises
+    ------
+    ArgumentError
+        They do not run from 0 to `tokens`, or decrease.
+    """
+    bounds = tensor.tolist()
     if not bounds or bounds[0] != 0 or bounds[-1] != tokens:
-        raise ArgumentError(f"cu_seqlens must start with 0 and end with the number of tokens, {tokens}; got {_short(bounds)}")
+        raise ArgumentError(f"{name} must start with 0 and end with the number of tokens, {tokens}; got {_short(bounds)}")
     for n, (low, high) in enumerate(pairwise(bounds)):
         if high < low:
-            raise ArgumentError(f"cu_seqlens must never decrease; entries {n} and {n + 1} are {low} and {high}")
+            raise ArgumentError(f"{name} must never decrease; entries {n} and {n + 1} are {low} and {high}")
     return [high - low for low, high in pairwise(bounds)]
 
 
-def _check_slots(args: Mapping[str, Any], indices_name: str, pool_name: str, sequences: int, written: bool) -> None:
+def check_slots(
+    args: Mapping[str, Any], indices_name: str, pool_name: str, sequences: int, written: bool = False, pad: int = -1
+) -> None:
+    """Check one slot per sequence, within the pool.
+
+    Parameters
+    ----------
+    args : mapping
+        Arguments by name.
+    indices_name, pool_name : str
+        The arguments with the slots and with the pool.
+    sequences : int
+        How many slots there must be.
+    written : bool
+        Whether two sequences must not share a slot.
+    pad : int
+        The slot id of padding.
+
+    Raises
+    ------
+    ArgumentError
+        Slots without a pool, too few of them, one outside the pool, or a shared one.
+    """
     indices, pool = args.get(indices_name), args.get(pool_name)
     if indices is None:
         if pool is not None and pool.shape[0] < sequences:
@@ -88,12 +134,12 @@ def _check_slots(args: Mapping[str, Any], indices_name: str, pool_name: str, seq
         raise ArgumentError(f"{indices_name} has {indices.shape[0]} entries for {sequences} sequences; pass one per sequence")
     owners: dict[int, int] = {}
     for n, slot in enumerate(indices.tolist()):
-        if not -1 <= slot < pool.shape[0]:
+        if slot != pad and not 0 <= slot < pool.shape[0]:
             raise ArgumentError(
                 f"{indices_name}[{n}] = {slot}; allowed: 0 to {pool.shape[0] - 1} ({pool_name} has {pool.shape[0]} slots), "
-                "or -1 for padding"
+                f"or {pad} for padding"
             )
-        if written and slot >= 0 and owners.setdefault(slot, n) != n:
+        if written and slot != pad and owners.setdefault(slot, n) != n:
             raise ArgumentError(
                 f"{indices_name}[{owners[slot]}] and {indices_name}[{n}] are both {slot}; sequences of one call must not write "
                 "to one slot: give each its own, or -1 for padding"

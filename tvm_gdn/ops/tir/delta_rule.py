@@ -31,7 +31,7 @@ NORM_EPS = 1e-6
 TABLE_COST = 512
 
 
-def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
+def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     """Build the kernel of one geometry.
 
     Parameters
@@ -40,8 +40,8 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
         Static axes K and V, dtypes of the tensors present, ``state_v_first`` and ``output_final_state``.
     tiles : object
         The target's tile operations.
-    chunks : macro, optional
-        Advances a state over all tokens of a sequence at once (`chunk.py`); by default the state steps token by token.
+    advance : function, optional
+        Emits code that advances a worker's states over a whole sequence (`chunk.py`); by default they step token by token.
 
     Returns
     -------
@@ -76,10 +76,12 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
     final_dtype = dtype_of("final_state", initial_dtype)
     buffer_dtype = dtype_of("intermediate_states_buffer")
     # A low-precision state must not be rounded between the tokens of one call, so only one-token calls may use it in place.
-    direct_pool = tiles.direct and pool and not tree and not final
+    chunked = advance is not None
+    direct_pool = not chunked and tiles.direct and pool and not tree and not final
     direct_any_length = pool_dtype == "float32"
     checks = tiles.host_checks
-    chunked = chunks is not None
+    # Value heads of one q/k head that a worker takes; a token step has nothing to share between them.
+    span = tiles.span if chunked else 1
 
     def gate_dims(batch: Any, token: Any, head: Any) -> tuple[Any, ...]:
         """The packed decode step has one token and so no token axis on a and b."""
@@ -270,14 +272,20 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                             ["retrieve_parent_token: parent"],
                         )
 
-        for w in tiles.workers(n_seq * HV * NV):
+        # Workers of a sequence: one per v tile of every `span` value heads (the last of a q/k head may have fewer).
+        shared: T.let[T.int64] = pick(span > 1, HV // T.max(heads, T.int64(1)), T.int64(1))
+        per_head: T.let[T.int64] = (shared + span - 1) // span
+        units: T.let[T.int64] = pick(span > 1, heads * per_head, HV)
+        for w in tiles.workers(n_seq * units * NV):
             for lane in tiles.lanes():
                 tiles.enter(lane)
                 # Workers fit in 32 bits, where a division is several times cheaper than in 64, above all on GPUs.
-                n: T.let[T.int64] = div(w, HV * NV)
-                hv: T.let[T.int64] = mod(div(w, NV), HV)
+                n: T.let[T.int64] = div(w, units * NV)
+                place: T.let[T.int64] = mod(div(w, NV), units)
                 j0: T.let[T.int64] = mod(w, NV) * VT
-                h: T.let[T.int64] = div(hv, div(HV, heads))
+                h: T.let[T.int64] = pick(span > 1, div(place, per_head), div(place, div(HV, heads)))
+                hv: T.let[T.int64] = pick(span > 1, h * shared + mod(place, per_head) * span, place)
+                count: T.let[T.int64] = pick(span > 1, T.min(T.int64(span), (h + 1) * shared - hv), T.int64(1))
                 row: T.let[T.int64] = pick(varlen, T.int64(0), n)
                 first: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n), T.int64(0))
                 length: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)
@@ -352,7 +360,7 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                         o[row, first + t, hv, j0 + tiles.col(j)] = T.Cast(data, z[j])
 
                 @T.inline
-                def load_initial(W):
+                def load_initial(W, hv):
                     if pool:
                         if slot >= 0 and slot < S:
                             tiles.load(W, tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
@@ -368,18 +376,11 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                     """The state after the parent's step; the initial state where there is no parent."""
                     parent: T.let[T.int64] = int64(retrieve_parent_token, n, t)
                     if parent < 0:
-                        load_initial(W)
+                        load_initial(W, hv)
                     elif buffer_slot >= 0 and buffer_slot < C and parent < P:
                         tiles.load(W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0))
                     else:
                         tiles.zero(W)
-
-                @T.inline
-                def tokens(W):
-                    if chunked:
-                        chunks(W, q, k, v, g, beta, o, row, first, length, h, hv, j0, scale, use_qk_l2norm_in_kernel)
-                    else:
-                        steps(W)
 
                 @T.inline
                 def steps(W):
@@ -395,19 +396,31 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                                 )
 
                 @T.inline
-                def through_local():
-                    local = tiles.state()
-                    load_initial(local)
-                    tokens(local)
+                def store_final(W, hv):
                     if pool:
                         if slot >= 0 and slot < S and disable_state_update == 0:
-                            tiles.store(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), local)
+                            tiles.store(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), W)
                     if final:
-                        tiles.store(tiles.view(final_state, (n * HV + hv) * (K * V), j0), local)
+                        tiles.store(tiles.view(final_state, (n * HV + hv) * (K * V), j0), W)
 
-                if direct_pool:
+                @T.inline
+                def through_local():
+                    local = tiles.state()
+                    load_initial(local, hv)
+                    steps(local)
+                    store_final(local, hv)
+
+                if chunked:
+                    for i in T.serial(count):
+                        load_initial(tiles.state(i), hv + i)
+                    advance(q, k, v, g, beta, o, row, first, length, h, hv, count, j0, scale, use_qk_l2norm_in_kernel)
+                    tiles.sync()
+                    for i in T.serial(count):
+                        store_final(tiles.state(i), hv + i)
+                    tiles.leave()
+                elif direct_pool:
                     if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
-                        tokens(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
+                        steps(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
                     else:
                         through_local()
                 else:
