@@ -38,6 +38,10 @@ class Request:
         For formats that fix options: factor on q; default the operator's own.
     chunk : int
         Tokens per chunk, for formats that state the chunked form in other operators.
+    tokens : int
+        For the same: the number of tokens, if it is to be fixed; 0: any.
+    heads : tuple of (str, int)
+        Sizes of axes that are symbolic in kernels and fixed in some formats (H, HV).
     """
 
     spec: OpSpec
@@ -46,6 +50,8 @@ class Request:
     l2norm: bool = True
     scale: float | None = None
     chunk: int = 64
+    tokens: int = 0
+    heads: tuple[tuple[str, int], ...] = ()
 
     @property
     def symbol(self) -> str:
@@ -55,17 +61,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Check:
-    """One verification: what was checked, by which program, and how it came out."""
+    """One verification: what was checked, by which program, and how it came out; `passed` None: it could not be run here."""
 
     what: str
     by: str
-    passed: bool
+    passed: bool | None
     detail: str = ""
 
     @property
     def row(self) -> tuple[str, str, str, str]:
         """Line of the table that the command prints."""
-        return self.what, self.by, "ok" if self.passed else "FAILED", self.detail
+        return self.what, self.by, {True: "ok", False: "FAILED", None: "not run"}[self.passed], self.detail
+
+
+def all_passed(checks: Sequence[Check]) -> bool:
+    """Whether nothing failed and something was run."""
+    return all(check.passed is not False for check in checks) and any(check.passed for check in checks)
 
 
 def case_of(spec: OpSpec, geometry: Geometry, **sizes: Any) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _portable_tiles() -> None:
     schedule.find_space("recurrent", resolve(json.dumps(TARGET)))  # imports every module of schedules
     for name, module in list(sys.modules.items()):
         if name.startswith("tvm_gdn.schedules.") and hasattr(module, "sum_lanes"):
-            module.sum_lanes = lambda part, lanes: functools.reduce(operator.add, (part[i] for i in range(lanes)))
+            vars(module)["sum_lanes"] = lambda part, lanes: functools.reduce(operator.add, (part[i] for i in range(lanes)))
 
 
 def _lower(op: str, geometry: Geometry) -> str:

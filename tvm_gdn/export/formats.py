@@ -32,16 +32,22 @@ class Format:
     @property
     def build(self) -> Callable[[Request], Mapping[str, bytes]]:
         """The format's files of a request, by name."""
-        return import_module(f"tvm_gdn.export.{self.module}").build  # type: ignore[no-any-return]
+        return import_module(f"tvm_gdn.export.{self.module}").build
 
     @property
     def verify(self) -> Callable[[Request, Path], list[Check]]:
         """Checks of a request's files, which lie in a folder."""
-        return import_module(f"tvm_gdn.export.{self.module}").verify  # type: ignore[no-any-return]
+        return import_module(f"tvm_gdn.export.{self.module}").verify
 
 
 FORMATS = {
+    "onnx": Format(
+        "onnx_files",
+        "one .onnx model; opset 27 LinearAttention, or by profile older operators or onnxruntime's own",
+        ("standard", "decomposed", "chunked", "ort"),
+    ),
     "c": Format("c_files", "portable C99 with a header, a CMake file and a self-test; no TVM, no torch"),
+    "torch": Format("torch_program", "a saved torch.export program (.pt2) that holds the operator as one node"),
 }
 
 
