@@ -4,8 +4,8 @@ Numbers that are not exact in bf16 are split into two of them, ``x = high + low 
 three products (low times low is below the error): with bf16 data, whose K and Q need no splitting, results stay within the fp32
 tolerance. Everything that is no product runs as in `cpu_chunk.py`.
 
-Layouts are made of blocks of 1 KiB, one tile register each: a left operand ``[parts, rows / 16, depth / 32, 16, 16]``, a right one
-``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that follow each other along the depth.
+Layouts are made of blocks of 1 KiB, one tile register each: left operands ``[parts, rows / 16, depth / 32, 16, 16]``, right
+ones ``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that follow each other along the depth.
 """
 
 from __future__ import annotations

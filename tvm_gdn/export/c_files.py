@@ -49,7 +49,7 @@ class Interface:
 
     def _axes(self, arg: Tensor | Output) -> tuple[str, ...]:
         attrs = self.request.geometry.attr
-        return tuple(arg.axis_names(attrs) if isinstance(arg, Tensor) else arg.axis_names(bool(attrs.get("state_v_first"))))
+        return tuple(arg.axis_names(attrs))
 
     def dtype(self, arg: Tensor | Output) -> str:
         """Storage dtype of a tensor."""
