@@ -10,6 +10,7 @@ a misaligned vector would end the process's device context. Everything else of a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm.script import tirx as T
@@ -85,7 +86,7 @@ class RecurrentWarpTiles(WarpTiles):
         self.columns, self.column_lanes, self.row_lanes = columns, column_lanes, row_lanes
         self.v_tile = column_lanes * columns
         self.row_count = K // self.row_lanes
-        self.row_group = next(size for size in (4, 2, 1) if self.row_count % size == 0) if v_first else 1
+        self.row_group = next(size for size in (8, 4, 2, 1) if self.row_count % size == 0) if v_first else 1
         self.load, self.store, self.zero = self._load(), self._store(), self._zero()
         self.sum_rows = self._sum_rows()
         self.dot, self.gemv, self.ger_gemv = self._dot(), self._gemv(), self._ger_gemv()
@@ -128,51 +129,58 @@ class RecurrentWarpTiles(WarpTiles):
 
     def _load(self) -> Any:
         row, col, rows, columns, v_first = self.row, self.col, self.row_count, self.columns, self.v_first
-        group = self.row_group
+        group, width = self.row_group, self._width
 
         @T.inline
-        def copy(W, view, vector):
+        def copy(W, view, lanes, vector):
             if v_first:
                 for j in T.unroll(columns):
-                    for io in T.unroll(rows // group):
-                        for ii in vector(group):
-                            W[io * group + ii, j] = T.Cast("float32", view[row(io * group) + ii, col(j)])
+                    for io in T.unroll(rows // lanes):
+                        for ii in vector(lanes):
+                            W[io * lanes + ii, j] = T.Cast("float32", view[row(io * lanes) + ii, col(j)])
             else:
                 for i in T.unroll(rows):
-                    for j in vector(columns):
-                        W[i, j] = T.Cast("float32", view[row(i), col(j)])
+                    for jo in T.unroll(columns // lanes):
+                        for ji in vector(lanes):
+                            W[i, jo * lanes + ji] = T.Cast("float32", view[row(i), col(jo * lanes + ji)])
 
         @T.inline
         def load(W, view):
-            if aligned(view, row(0), col(0), elements=group if v_first else columns):
-                copy(W, view, T.vectorized)
+            if aligned(view, row(0), col(0), elements=width(view, group)):
+                copy(W, view, width(view, group), T.vectorized)
             else:
-                copy(W, view, T.unroll)
+                copy(W, view, width(view, group), T.unroll)
 
         return load
 
+    def _width(self, view: Any, group: int) -> int:
+        """Elements that move at once: 16 bytes, or what a thread has next to each other."""
+        elements = 4 if view.dtype == "float32" else 8
+        return math.gcd(elements, group if self.v_first else self.columns)
+
     def _store(self) -> Any:
         row, col, rows, columns, v_first = self.row, self.col, self.row_count, self.columns, self.v_first
-        group = self.row_group
+        group, width = self.row_group, self._width
 
         @T.inline
-        def copy(view, W, vector):
+        def copy(view, W, lanes, vector):
             if v_first:
                 for j in T.unroll(columns):
-                    for io in T.unroll(rows // group):
-                        for ii in vector(group):
-                            view[row(io * group) + ii, col(j)] = T.Cast(view.dtype, W[io * group + ii, j])
+                    for io in T.unroll(rows // lanes):
+                        for ii in vector(lanes):
+                            view[row(io * lanes) + ii, col(j)] = T.Cast(view.dtype, W[io * lanes + ii, j])
             else:
                 for i in T.unroll(rows):
-                    for j in vector(columns):
-                        view[row(i), col(j)] = T.Cast(view.dtype, W[i, j])
+                    for jo in T.unroll(columns // lanes):
+                        for ji in vector(lanes):
+                            view[row(i), col(jo * lanes + ji)] = T.Cast(view.dtype, W[i, jo * lanes + ji])
 
         @T.inline
         def store(view, W):
-            if aligned(view, row(0), col(0), elements=group if v_first else columns):
-                copy(view, W, T.vectorized)
+            if aligned(view, row(0), col(0), elements=width(view, group)):
+                copy(view, W, width(view, group), T.vectorized)
             else:
-                copy(view, W, T.unroll)
+                copy(view, W, width(view, group), T.unroll)
 
         return store
 

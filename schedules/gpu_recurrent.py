@@ -36,21 +36,21 @@ class RecurrentGpu:
     @staticmethod
     def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
         """Threads along V, and columns per thread."""
-        fits, columns = RecurrentGpu._fits, (1, 2, 4)
+        fits, columns = RecurrentGpu._fits, (1, 2, 4, 8, 16)
         lanes = tuple(n for n in (1, 2, 4, 8, 16, 32) if any(fits(geometry, n, c) for c in columns))
         return {"column_lanes": lanes, "columns": tuple(c for c in columns if any(fits(geometry, n, c) for n in lanes))}
 
     @staticmethod
     def default(geometry: Geometry) -> dict[str, Any]:
-        """As many threads at work as the shape allows, then vectors as wide as V allows, then as many threads along V."""
+        """As many threads at work as the shape allows, then 16-byte vectors, then as many threads along V."""
         knobs = RecurrentGpu.knobs(geometry)
         choices = [
-            (n * math.gcd(geometry.axis["K"], WARP // n), c, n)
+            (n * math.gcd(geometry.axis["K"], WARP // n), -abs(c - 4), n, c)
             for c in knobs["columns"]
             for n in knobs["column_lanes"]
             if RecurrentGpu._fits(geometry, n, c)
         ]
-        _, columns, lanes = max(choices)
+        _, _, lanes, columns = max(choices)
         return {"column_lanes": lanes, "columns": columns}
 
     @staticmethod

@@ -4,8 +4,8 @@ Numbers that are not exact in bf16 are split into two of them, ``x = high + low 
 three products (low times low is below the error): with bf16 data, whose K and Q need no splitting, results stay within the fp32
 tolerance. Everything that is no product runs as in `cpu_chunk.py`.
 
-Layouts are made of blocks of 1 KiB, one tile register each: a left operand ``[parts, rows / 16, depth / 32, 16, 16]``, a right one
-``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that follow each other along the depth.
+Layouts are made of blocks of 1 KiB, one tile register each: left operands ``[parts, rows / 16, depth / 32, 16, 16]``, right
+ones ``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that follow each other along the depth.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from functools import partial
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
 from tvm_gdn.schedules.cpu import local_array, transpose_16
 from tvm_gdn.schedules.cpu_chunk import ChunkTiles, Operand, Tile, ceil_div
+
+from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
 
 #: Rows of a tile register, and its bytes per row in 32-bit pairs.
 ROWS = 16

@@ -192,7 +192,7 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
     arguments = ", ".join(names)
     # A kernel cannot see that a pool requires grad; the host part of a CPU kernel sees everything else.
     suspicious = [f"{t.name} is not None and {t.name}.requires_grad" for t in spec.tensors if t.mutated]
-    suspicious += [] if device == "cpu" else ["checks_enabled()"]
+    suspicious += [] if device == "cpu" else ["checks"]
     before = f"        if {' or '.join(suspicious)}: checked(({arguments},))\n" if suspicious else ""
     source = (
         f"def implementation({_parameters(spec)}):\n"
@@ -204,8 +204,16 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
         f"        explain(error, ({arguments},))\n"
     )
     table: dict[tuple[Any, ...], Callable[..., Any]] = {}
-    dispatch.on_reset(table.clear)
-    namespace = {"table": table, "resolve": resolve, "explain": explain, "checked": checked, "checks_enabled": env.checks_enabled}
+    # Reading the environment costs as much as allocating an output, so what it says holds until the next reset.
+    checks: list[bool] = []
+
+    def reset() -> None:
+        table.clear()
+        checks[:] = [True] if env.checks_enabled() else []
+
+    reset()
+    dispatch.on_reset(reset)
+    namespace = {"table": table, "resolve": resolve, "explain": explain, "checked": checked, "checks": checks}
     return _define(source, "implementation", namespace)
 
 
