@@ -122,7 +122,8 @@ def verify(request: Request, folder: Path) -> list[Check]:
     sources = [str(folder / f"{symbol}.c"), str(folder / f"{symbol}_test.c")]
     done = subprocess.run([compiler, *STRICT, *sources, "-o", str(program), "-lm"], capture_output=True, text=True, check=False)
     if done.returncode:
-        return [Check(what, Path(compiler).name, False, done.stderr.strip()[-400:])]
+        errors = [line[:300] for line in done.stderr.splitlines() if "error" in line]
+        return [Check(what, Path(compiler).name, False, "; ".join(errors[:3]) or done.stderr[-300:])]
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=600)
     program.unlink()
     return [Check(what, Path(compiler).name, done.returncode == 0, done.stdout.strip().replace("\n", "; ") or done.stderr)]
