@@ -15,7 +15,7 @@ from tvm_gdn import cases, parity
 from tvm_gdn.build import symbol_of
 from tvm_gdn.check import TORCH_DTYPES
 from tvm_gdn.errors import ArgumentError, TvmGdnError
-from tvm_gdn.spec import Geometry, OpSpec
+from tvm_gdn.spec import Geometry, OpSpec, Scalar
 
 
 class ExportError(TvmGdnError, RuntimeError):
@@ -80,18 +80,19 @@ def all_passed(checks: Sequence[Check]) -> bool:
 
 
 def case_of(spec: OpSpec, geometry: Geometry, **sizes: Any) -> dict[str, Any]:
-    """A case (see `cases.py`) that has a geometry, at the sizes given."""
-    given = [tensor.name for tensor in spec.tensors if tensor.optional and tensor.name in geometry.dtype]
-    case: dict[str, Any] = {**geometry.axis, **geometry.attr, "dtypes": dict(geometry.dtype), "with": tuple(given), **sizes}
-    # Outputs take the dtype of a role, and cases draw by role what is not named.
-    for tensor in spec.tensors:
-        if tensor.name in geometry.dtype and tensor.role in {"data", "state"}:
-            case["dtype" if tensor.role == "data" else "state_dtype"] = geometry.dtype[tensor.name]
-    if "cu_seqlens" in given and "T" in case:
-        tokens = case.pop("T")
+    """A case (see `cases.py`) that has a geometry, at the sizes given; packed sequences have T, 0 and 1 tokens."""
+    given = tuple(tensor.name for tensor in spec.tensors if tensor.optional and tensor.name in geometry.dtype)
+    options = {scalar.name: _stated(scalar, geometry.attr[scalar.name]) for scalar in spec.scalars if scalar.static}
+    case: dict[str, Any] = {**sizes, **geometry.axis, **options, "dtypes": dict(geometry.dtype), "with": given}
+    if "T" in case and not {"cu_seqlens", "query_start_loc"}.isdisjoint(given):
+        case["lengths"] = (case.pop("T"), 0, 1)
         case.pop("B", None)
-        case["lengths"] = (tokens, 0, 1)
     return case
+
+
+def _stated(scalar: Scalar, meaning: Any) -> Any:
+    """A value of a static scalar that has this meaning."""
+    return next((value for value, means in scalar.choices if means == meaning), meaning)
 
 
 def draw(request: Request, seed: int = 0, **sizes: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

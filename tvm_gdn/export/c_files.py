@@ -17,11 +17,16 @@ from tvm_gdn import parity
 from tvm_gdn.build import COMPILERS
 from tvm_gdn.export import c_source
 from tvm_gdn.export.artifact import Check, Request, draw
-from tvm_gdn.spec import Output, Scalar, Tensor
+from tvm_gdn.spec import Axis, Output, Scalar, Tensor
 
-C_TYPES = {"float32": "float", "bfloat16": "uint16_t", "int32": "int32_t", "int64": "int64_t"}
-#: DLPack's type codes.
-_CODES = {"float32": (2, 32), "bfloat16": (4, 16), "int32": (0, 32), "int64": (0, 64)}
+C_TYPES = {
+    "float32": "float", "bfloat16": "uint16_t", "int32": "int32_t", "int64": "int64_t", "int8": "int8_t", "uint8": "uint8_t",
+    "bool": "uint8_t",
+}  # fmt: skip
+#: DLPack's type codes and bits.
+_CODES = {
+    "float32": (2, 32), "bfloat16": (4, 16), "int32": (0, 32), "int64": (0, 64), "int8": (0, 8), "uint8": (1, 8), "bool": (6, 8),
+}  # fmt: skip
 _SCALARS = {"float": ("float", 3, "v_float64"), "int": ("int64_t", 1, "v_int64"), "bool": ("int", 1, "v_int64")}
 #: Values of one expected output that a self-test carries at most, evenly picked.
 _SAMPLES = 16384
@@ -42,14 +47,10 @@ class Interface:
             or (isinstance(arg, Scalar) and arg.passed and not arg.static)
         ]  # fmt: skip
         self.arguments += [output for output in spec.outputs if not output.when or attrs.get(output.when)]
-        self.axes = {arg.name: self._axes(arg) for arg in self.arguments if not isinstance(arg, Scalar)}
-        bases = {name.partition("+")[0] for axes in self.axes.values() for name in axes if not name.isdigit()}
-        order = [name.partition("+")[0] for axes in self.axes.values() for name in axes]
-        self.sizes = list(dict.fromkeys(name for name in order if name in bases - set(geometry.axis)))
-
-    def _axes(self, arg: Tensor | Output) -> tuple[str, ...]:
-        attrs = self.request.geometry.attr
-        return tuple(arg.axis_names(attrs))
+        given = {**attrs, **dict.fromkeys(geometry.dtype, True)}
+        self.axes = {a.name: [Axis.parse(x) for x in a.axis_names(given)] for a in self.arguments if not isinstance(a, Scalar)}
+        known = {*geometry.axis, *(arg.name for arg in self.arguments), ""}
+        self.sizes = list(dict.fromkeys(x.name for axes in self.axes.values() for x in axes if x.name not in known))
 
     def dtype(self, arg: Tensor | Output) -> str:
         """Storage dtype of a tensor."""
@@ -61,12 +62,12 @@ class Interface:
         role = [t.name for t in self.request.spec.tensors if t.dtype_role == arg.like and t.name in dtypes]
         return dtypes[role[0]] if role else arg.fallback
 
-    def size(self, axis: str) -> str:
-        """C expression of an axis: a compiled-in number, or a size argument."""
-        base, _, more = axis.partition("+")
-        known = self.request.geometry.axis.get(base)
-        text = base if known is None and not base.isdigit() else str(known if known is not None else base)
-        return f"({text} + {more})" if more else text
+    def size(self, axis: Axis) -> str:
+        """C expression of an axis: numbers compiled in, and size arguments."""
+        if not axis.name:
+            return str(axis.plus)
+        text = axis.expression(str(self.request.geometry.axis.get(axis.name, axis.name))).replace("//", "/")
+        return text if text.isidentifier() or text.isdecimal() else f"({text})"
 
     def parameters(self) -> Iterator[str]:
         """C parameters: tensors and scalars as the operator has them, then the sizes."""
@@ -121,7 +122,8 @@ def verify(request: Request, folder: Path) -> list[Check]:
     sources = [str(folder / f"{symbol}.c"), str(folder / f"{symbol}_test.c")]
     done = subprocess.run([compiler, *STRICT, *sources, "-o", str(program), "-lm"], capture_output=True, text=True, check=False)
     if done.returncode:
-        return [Check(what, Path(compiler).name, False, done.stderr.strip()[-400:])]
+        errors = [line[:300] for line in done.stderr.splitlines() if "error" in line]
+        return [Check(what, Path(compiler).name, False, "; ".join(errors[:3]) or done.stderr[-300:])]
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=600)
     program.unlink()
     return [Check(what, Path(compiler).name, done.returncode == 0, done.stdout.strip().replace("\n", "; ") or done.stderr)]
@@ -207,8 +209,7 @@ def _test(interface: Interface) -> str:
         value, expected = arguments.get(name), want.get(name)
         shape = (value if value is not None else want[name]).shape
         for axis, extent in zip(interface.axes[name], shape, strict=True):
-            base, _, more = axis.partition("+")
-            sizes[base] = extent - int(more or 0)
+            sizes[axis.name] = axis.named(extent) or 0
         call.append(name)
         if value is None or bool(value.isnan().all() if value.is_floating_point() else False):
             # Outputs, and buffers that a call fills: NaN, so that what is not written shows.
@@ -234,7 +235,7 @@ def _test_sizes(request: Request) -> dict[str, Any]:
     # State vectors make up the file: one sequence where states are large.
     many = axes.get("K", 1) * axes.get("V", 1) <= 64 * 64
     tokens = 3 if "intermediate_states_buffer" in request.geometry.dtype else 19
-    return {"B": 2 if many else 1, "T": tokens, "H": 1, "HV": 2, "S": 4, "M": 5}
+    return {"B": 2 if many else 1, "T": tokens, "H": 1, "HV": 2, "S": 4, "M": 5, "D": 6, "G": 3}
 
 
 def _scalar(request: Request, arg: Scalar, value: Any) -> str:
@@ -250,7 +251,7 @@ def _numbers(value: torch.Tensor) -> str:
     elif flat.is_floating_point():
         texts = ["NAN" if x != x else f"{x:.9g}" for x in flat.tolist()]  # noqa: PLR0124
     else:
-        texts = [str(x) for x in flat.tolist()]
+        texts = [str(int(x)) for x in flat.tolist()]
     return ",".join(texts or ["0"])
 
 

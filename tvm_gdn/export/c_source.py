@@ -7,9 +7,7 @@ here: it knows one storage scope, prints vector code that is no C (so loops stay
 
 from __future__ import annotations
 
-import functools
 import json
-import operator
 import re
 import subprocess
 import sys
@@ -129,6 +127,7 @@ def plain(source: str, symbol: str) -> str:
     body = re.sub(r"#ifdef __cplusplus\nextern \"C\"\n#endif\n", "", body)
     body = re.sub(r"^TVM_DLL [\w ]+\([^{;]*\);\n", "", body, flags=re.MULTILINE)
     body = body[: body.rindex("TVM_DLL int32_t __tvm_ffi_main")]
+    body = re.sub(r"^ *#pragma .*\n", "", body, flags=re.MULTILINE)
     body = body.replace(
         f"TVM_DLL int32_t __tvm_ffi_{symbol}(void* self_handle, void* args, int32_t num_args, void* result)",
         "static int32_t kernel(void* args, int32_t num_args)",
@@ -141,27 +140,14 @@ def plain(source: str, symbol: str) -> str:
     return body.rstrip() + "\n"
 
 
-def _portable_tiles() -> None:
-    """Tile operations in this process: exp and log of libm, sums without vector shuffles."""
-    from tvm.script import tirx as T
-
-    from tvm_gdn import schedule
-    from tvm_gdn.schedules.cpu import CpuTiles
-
-    CpuTiles.exp, CpuTiles.log = staticmethod(T.exp), staticmethod(T.log)
-    schedule.find_space("recurrent", resolve(json.dumps(TARGET)))  # imports every module of schedules
-    for name, module in list(sys.modules.items()):
-        if name.startswith("tvm_gdn.schedules.") and hasattr(module, "sum_lanes"):
-            vars(module)["sum_lanes"] = lambda part, lanes: functools.reduce(operator.add, (part[i] for i in range(lanes)))
-
-
 def _lower(op: str, geometry: Geometry) -> str:
     import tvm
 
     from tvm_gdn import schedule
+    from tvm_gdn.export import c_tiles
     from tvm_gdn.ops import OPS
 
-    _portable_tiles()
+    c_tiles.install()
     target = resolve(json.dumps(TARGET))
     choice = schedule.choose(OPS[op], geometry, target)
     function: Any = build.prim_func(OPS[op], geometry, choice.tiles(geometry))

@@ -22,7 +22,7 @@ import torch
 from tvm_gdn.export import onnx_files
 from tvm_gdn.export.artifact import Check, ExportError, Request, compared, draw
 from tvm_gdn.ops import OPS
-from tvm_gdn.spec import OpSpec
+from tvm_gdn.spec import Axis, OpSpec
 
 #: Opset that torch's own operators are written in.
 _OPSET = 18
@@ -183,12 +183,10 @@ def _has_translation(request: Request) -> bool:
 
 def _dynamic(request: Request, name: str) -> dict[int, Any]:
     tensor = next(tensor for tensor in request.spec.tensors if tensor.name == name)
-    fixed = {*request.geometry.axis, "H", "HV"}
-    return {
-        i: torch.export.Dim.AUTO
-        for i, axis in enumerate(tensor.axis_names(request.geometry.attr))
-        if axis not in fixed and not axis.isdigit()
-    }
+    given = {**request.geometry.attr, **dict.fromkeys(request.geometry.dtype, True)}
+    axes = [Axis.parse(axis).name for axis in tensor.axis_names(given)]
+    fixed = {*request.geometry.axis, "H", "HV", ""}
+    return {i: torch.export.Dim.AUTO for i, axis in enumerate(axes) if axis not in fixed}
 
 
 def _heads(request: Request) -> dict[str, int]:

@@ -223,10 +223,10 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             "ValueError",
                             ["initial_state_indices: slot"],
                         )
-                    shared = tiles.scalars(1)
+                    shared_slots = tiles.scalars(1)
                     if disable_state_update == 0:
-                        find_shared(shared, initial_state_indices, n_seq, S)
-                        assert shared[0] == T.float32(0), ("ValueError", ["initial_state_indices: shared slot"])
+                        find_shared(shared_slots, initial_state_indices, n_seq, S)
+                        assert shared_slots[0] == T.float32(0), ("ValueError", ["initial_state_indices: shared slot"])
                 else:
                     assert S >= n_seq, ("ValueError", ["initial_state_source: fewer slots than sequences"])
             if separate:
