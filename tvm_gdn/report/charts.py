@@ -134,7 +134,8 @@ def _panel(axes: Any, points: Sequence[Point]) -> None:
         of_it = [(i, point) for i, point in enumerate(points) if point.machine == machine]
         places, there = [i for i, _ in of_it], [point for _, point in of_it]
         axes.fill_between(places, [p.q1 for p in there], [p.q3 for p in there], color=_OURS, alpha=0.2, linewidth=0)
-        axes.plot(places, [p.median for p in there], "o-", color=_OURS, markersize=4, linewidth=1.2)
+        fill = _OURS if machine == points[-1].machine else "none"
+        axes.plot(places, [p.median for p in there], "o-", color=_OURS, markerfacecolor=fill, markersize=4, linewidth=1.2)
     for i, point in enumerate(points):
         if point.regressed:
             axes.plot([i], [point.median], "^", color=_BAD, markersize=9, zorder=5)

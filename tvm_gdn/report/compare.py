@@ -66,7 +66,7 @@ class Change:
 
 def percent(factor: float) -> str:
     """A factor as a signed percentage: ``+12 %``."""
-    return f"{100 * (factor - 1):+.0f} %"
+    return f"{round(100 * (factor - 1)):+d} %"
 
 
 def compare(bench: Bench, others: Sequence[Bench]) -> dict[tuple[str, str], Change]:

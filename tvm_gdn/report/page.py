@@ -78,8 +78,9 @@ def microseconds(value: float) -> str:
 
 
 def short_error(value: float) -> str:
-    """An error or limit: ``2e-03`` style without the padding zero."""
-    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+") if math.isfinite(value) else str(value)
+    """An error or limit, two digits at most: ``2.1e-3``, ``5e-3``."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if math.isfinite(value) else str(value)
 
 
 def _facts(
@@ -106,7 +107,7 @@ def _facts(
     ]  # fmt: skip
     slower = sum(change.regressed(threshold) for change in changes.values())
     judged = sum(change.factor is not None or change.broken for change in changes.values())
-    text = f"of {judged} compared shapes worse by more than {100 * threshold:g} %" if history else "no earlier run was given"
+    text = f"of {judged} compared shapes worse by more than {100 * threshold:g}\N{NO-BREAK SPACE}%" if history else "no earlier run was given"
     value = str(slower) if history else "none"
     found.append({"title": "regressions", "value": value, "text": text, "good": slower == 0})
     return found
