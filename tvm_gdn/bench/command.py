@@ -152,9 +152,6 @@ def _peer_errors(spec: OpSpec, case: Case) -> tuple[dict[str, float], dict[str, 
     errors: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name, make in contenders.PEERS.items():
-        if name == "torch_compile" and case.get("T", 1) != 1:
-            # It unrolls the loop over the tokens: with hundreds of them it compiles for hours.
-            continue
         try:
             call = make(spec, cases.clone(inputs))
             if call is None:
