@@ -107,7 +107,8 @@ def _facts(
     ]  # fmt: skip
     slower = sum(change.regressed(threshold) for change in changes.values())
     judged = sum(change.factor is not None or change.broken for change in changes.values())
-    text = f"of {judged} compared shapes worse by more than {100 * threshold:g}\N{NO-BREAK SPACE}%" if history else "no earlier run was given"
+    compared = f"of {judged} compared shapes worse by more than {100 * threshold:g}\N{NO-BREAK SPACE}%"
+    text = compared if history else "no earlier run was given"
     value = str(slower) if history else "none"
     found.append({"title": "regressions", "value": value, "text": text, "good": slower == 0})
     return found
