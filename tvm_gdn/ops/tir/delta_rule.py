@@ -223,10 +223,10 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             "ValueError",
                             ["initial_state_indices: slot"],
                         )
-                    shared = tiles.scalars(1)
+                    doubled = tiles.scalars(1)
                     if disable_state_update == 0:
-                        find_shared(shared, initial_state_indices, n_seq, S)
-                        assert shared[0] == T.float32(0), ("ValueError", ["initial_state_indices: shared slot"])
+                        find_shared(doubled, initial_state_indices, n_seq, S)
+                        assert doubled[0] == T.float32(0), ("ValueError", ["initial_state_indices: shared slot"])
                 else:
                     assert S >= n_seq, ("ValueError", ["initial_state_source: fewer slots than sequences"])
             if separate:
@@ -249,9 +249,9 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             "ValueError",
                             ["intermediate_state_indices: slot"],
                         )
-                    shared_steps = tiles.scalars(1)
-                    find_shared(shared_steps, intermediate_state_indices, n_seq, C)
-                    assert shared_steps[0] == T.float32(0), ("ValueError", ["intermediate_state_indices: shared slot"])
+                    doubled_steps = tiles.scalars(1)
+                    find_shared(doubled_steps, intermediate_state_indices, n_seq, C)
+                    assert doubled_steps[0] == T.float32(0), ("ValueError", ["intermediate_state_indices: shared slot"])
                 else:
                     assert C >= n_seq, ("ValueError", ["intermediate_states_buffer: fewer slots than sequences"])
                 for n in T.serial(n_seq):
