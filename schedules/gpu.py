@@ -50,6 +50,17 @@ class WarpTiles:
         return T.exp(x)
 
     @staticmethod
+    def sigmoid(lanes: int) -> Any:
+        """Macro ``(x)``: the logistic function of `lanes` elements in place."""
+
+        @T.inline
+        def sigmoid(x):
+            for lane in T.serial(lanes):
+                x[lane] = T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - x[lane]))
+
+        return sigmoid
+
+    @staticmethod
     def log(x: Any) -> Any:
         """Natural logarithm in fp32."""
         return T.log(x)

@@ -11,12 +11,11 @@ ones ``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import local_array, transpose_16
-from tvm_gdn.schedules.cpu_chunk import ChunkTiles, Operand, Tile, ceil_div
+from tvm_gdn.schedules.cpu_chunk import TO_LINE, ChunkTiles, Operand, Tile, ceil_div
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
 
@@ -95,6 +94,8 @@ def low_part(pairs: Any) -> Any:
 class AmxChunkTiles(ChunkTiles):
     """Tile operations with products on the matrix unit; K, v_tile and chunk are multiples of 32, gates per head or none."""
 
+    helpers = TO_LINE + HELPERS
+
     def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, span: int, v_first: bool) -> None:
         super().__init__(K, V, v_tile=v_tile, chunk=chunk, rows=8, columns=32, span=span, v_first=v_first)
         self.granule = self.triangle = GRANULE
@@ -103,15 +104,12 @@ class AmxChunkTiles(ChunkTiles):
     def enter(self, lane: Expr) -> None:
         """Configure the thread's eight tile registers as 16 rows of 64 bytes."""
         super().enter(lane)
-        scope = T.attr(T.int32(0), "pragma_import_llvm", HELPERS)
-        scope.add_callback(partial(scope.__exit__, None, None, None))
-        scope.__enter__()
         config = local_array(64, dtype="uint8")
         values = {0: 1, **{16 + 2 * n: 64 for n in range(8)}, **{48 + n: ROWS for n in range(8)}}
         for at in range(64):
             T.buffer_store(config, T.uint8(values.get(at, 0)), [at])
         amx("ldtilecfg", T.address_of(config[0]))
-        self.scratch = local_array(GRANULE, GRANULE)
+        self.scratch = self.array(GRANULE, GRANULE)
 
     def leave(self) -> None:
         """Let the system forget the tile registers."""
@@ -131,7 +129,7 @@ class AmxChunkTiles(ChunkTiles):
         parts = 1 if tile.buffer in self.exact else 2
         rows, cols = (tile.cols, tile.rows) if transpose else (tile.rows, tile.cols)
         blocks = (rows // 16, cols // 32) if side == "left" else (rows // 32, cols // 16)
-        return MatrixOperand(local_array(parts, *blocks, ROWS, ROWS, dtype="int32"), tile, side, transpose, parts)
+        return MatrixOperand(self.array(parts, *blocks, ROWS, ROWS, dtype="int32"), tile, side, transpose, parts)
 
     def pack(self, *operands: Any, rows: Expr | None = None, lower: bool = False) -> None:
         """Convert; transposed operands are made from a left one of the same tile that is packed with them."""

@@ -7,7 +7,7 @@ from typing import Any
 from tvm_gdn.schedules.cpu import divisors
 from tvm_gdn.schedules.cpu_chunk import ChunkTiles
 from tvm_gdn.schedules.x86_amx import AmxChunkTiles
-from tvm_gdn.schedules.x86_chunk import MAX_TILE, ChunkX86
+from tvm_gdn.schedules.x86_chunk import MAX_TILE, ChunkAvx512, ChunkX86
 
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
@@ -39,7 +39,7 @@ class ChunkAmx:
     def default(geometry: Geometry) -> dict[str, Any]:
         """64 tokens, all columns, two value heads of a q/k head together."""
         if not _on_matrix_unit(geometry):
-            return ChunkX86.default(geometry)
+            return ChunkAvx512.default(geometry)
         return {"chunk": 64, "v_tile": max(ChunkAmx.knobs(geometry)["v_tile"]), "span": 2}
 
     @staticmethod

@@ -31,15 +31,18 @@ class ChunkX86:
             "span": (1, 2, 4),
         }
 
-    @staticmethod
-    def default(geometry: Geometry) -> dict[str, Any]:
-        """64 tokens, all columns, 8 x 32 accumulators, two value heads of a q/k head together."""
+    #: Accumulators that the registers of AVX2 hold.
+    columns, chunk = 16, 64
+
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
+        """All columns, two value heads of a q/k head together, four rows of accumulators."""
         knobs = ChunkX86.knobs(geometry)
         return {
-            "chunk": 64,
+            "chunk": cls.chunk,
             "v_tile": max(knobs["v_tile"]),
-            "rows": max((d for d in knobs["rows"] if d <= 8), default=min(knobs["rows"])),
-            "columns": max((d for d in knobs["columns"] if d <= 32), default=min(knobs["columns"])),
+            "rows": min(knobs["rows"]),
+            "columns": max((d for d in knobs["columns"] if d <= cls.columns), default=min(knobs["columns"])),
             "span": 1 if geometry.attr.get("channel_gate") else 2,
         }
 
@@ -56,3 +59,10 @@ class ChunkX86:
             span=span,
             v_first=bool(geometry.attr.get("state_v_first")),
         )
+
+
+@schedule("chunk", "x86-avx512")
+class ChunkAvx512(ChunkX86):
+    """The same with the 32 registers of AVX-512: 4 x 64 accumulators, and chunks of 32 tokens, which take fewer operations."""
+
+    columns, chunk = 64, 32

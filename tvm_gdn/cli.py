@@ -85,6 +85,13 @@ COMMANDS = {
         "Compile every operator for a target, run all its cases, and compare with the float64 reference. Exit status 1 "
         "if a case fails.",
     ),
+    "report": _Command(
+        "commands.report",
+        "one HTML page from recorded benchmarks and parity runs",
+        "Write one self-contained HTML page from the JSON of `tvm_gdn bench --json` and `tvm_gdn parity --json`: what works "
+        "on which target, errors against tolerances, times against the floor and peers, and regressions against earlier "
+        "benchmarks. Exit status 1 if --fail-on-regression is given and a shape regressed.",
+    ),
 }
 
 

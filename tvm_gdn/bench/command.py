@@ -165,9 +165,6 @@ def _peer_errors(spec: OpSpec, case: Case, kind: str = "cpu") -> tuple[dict[str,
     errors: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name, make in contenders.PEERS.items():
-        if name == "torch_compile" and case.get("T", 1) != 1:
-            # It unrolls the loop over the tokens: with hundreds of them it compiles for hours.
-            continue
         try:
             call = make(spec, {n: v.to(kind) if isinstance(v, torch.Tensor) else v for n, v in cases.clone(inputs).items()})
             if call is None:

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 
 from tvm_gdn import cases, dispatch, reference, torch_ops
+from tvm_gdn.bench import peers
 from tvm_gdn.check import geometry_of, scalar_value
-from tvm_gdn.errors import TvmGdnError
 from tvm_gdn.spec import OpSpec, Scalar
 
 Call = Callable[[], object]
+
+#: Transformers' functions of the delta rule, by algorithm.
+_RECURRENCES = {"recurrent": "torch_recurrent_gated_delta_rule", "chunk": "torch_chunk_gated_delta_rule"}
 
 
 def steady(spec: OpSpec, case: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:
@@ -89,8 +92,13 @@ def copy_call(moved: int, device: str = "cpu") -> Call:
     return functools.partial(torch.empty_like(source).copy_, source)
 
 
-def compiled_reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
-    """`torch.compile` of the reference; the first call compiles."""
+def compiled_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None:
+    """`torch.compile` of transformers' function or of the reference; the first call compiles."""
+    if spec.algorithm in peers.FUNCTIONS:
+        return peers.compiled_call(spec, arguments)
+    if arguments.get("q") is not None and arguments["q"].shape[1] != 1:
+        # It unrolls the loop over the tokens: with hundreds of them it compiles for hours.
+        return None
     torch.compiler.reset()
     compiled = torch.compile(getattr(reference, spec.name), dynamic=False)
     return functools.partial(compiled, **spec.for_reference(arguments))
@@ -107,15 +115,12 @@ def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None
     TvmGdnError
         transformers is not installed.
     """
-    functions = {"recurrent": "torch_recurrent_gated_delta_rule", "chunk": "torch_chunk_gated_delta_rule"}
-    if spec.algorithm not in functions or "kda" in spec.name or not {"g", "a"} & set(arguments):
+    if spec.algorithm in peers.FUNCTIONS:
+        return peers.transformers_call(spec, arguments)
+    if spec.algorithm not in _RECURRENCES or "kda" in spec.name or not {"g", "a"} & set(arguments):
         return None
-    try:
-        from transformers.models.qwen3_next import modeling_qwen3_next
-    except ImportError as error:
-        raise TvmGdnError(f"--peers needs transformers ({error}): pip install 'tvm_gdn[bench]'") from error
     # Without its wrapper, which would hand the call to another package where one is installed.
-    function = inspect.unwrap(getattr(modeling_qwen3_next, functions[spec.algorithm]))
+    function = inspect.unwrap(getattr(peers.modeling(), _RECURRENCES[spec.algorithm]))
     pool = arguments.get("initial_state_source")
     if pool is None:
         state = arguments.get("initial_state")
@@ -156,6 +161,6 @@ def _gates(arguments: Mapping[str, Any], lead: torch.Size) -> tuple[torch.Tensor
 
 #: Others that compute the same, for `tvm_gdn bench --peers`.
 PEERS: dict[str, Callable[[OpSpec, Mapping[str, Any]], Call | None]] = {
-    "torch_compile": compiled_reference_call,
+    "torch_compile": compiled_call,
     "transformers": transformers_call,
 }

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tvm_gdn.bench import machine
-from tvm_gdn.commands.text import table
+from tvm_gdn.commands.text import split_common, table
 
 _PEER_NAMES = {"torch_compile": "torch.compile", "transformers": "transformers"}
 
@@ -53,21 +53,20 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _operator(op: str, rows: list[dict[str, Any]]) -> Iterator[str]:
-    words = [row["case"].split() for row in rows]
-    common = [word for word in words[0] if len(rows) > 1 and all(word in other for other in words)]
-    yield f"{op}  {' '.join(common)}".rstrip()
+    common, labels = split_common([row["case"] for row in rows])
+    yield f"{op}  {common}".rstrip()
     others = [name for name in ("reference", *_PEER_NAMES) if any(name in row["us"] for row in rows)]
     eager = any(row["eager_us"] for row in rows)
     header = ["shape", "us", "", "eager" if eager else "kernel", "GB/s", "of copy", "error"]
     for name in others:
         header += [_PEER_NAMES.get(name, name), "x"]
     lines = []
-    for row, text in zip(rows, words, strict=True):
+    for row, label in zip(rows, labels, strict=True):
         ours, times = row["us"]["tvm_gdn"], row["us"]
         beside = row["eager_us"].get("tvm_gdn") if eager else times.get("kernel")
         kernel = "-" if beside is None else f"{beside['median']:.1f}"
         line = [
-            " ".join(word for word in text if word not in common),
+            label,
             f"{ours['median']:.1f}",
             f"({ours['q1']:.1f}-{ours['q3']:.1f})",
             kernel,

@@ -29,7 +29,8 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
         Static axes W (width) and L (length of a state), dtypes of the tensors present, ``activation``; ``update`` for decode,
         where every sequence has a state.
     tiles : object
-        The target's loops: `workers`, `tokens` and `channels` of one, `vector` elements at once, `integers`.
+        The target's loops: `workers`, `tokens` and `channels` of one, `vector` elements at once, `integers`, and
+        `columns_in` and `columns_out` for the small matrices that taps and states are in memory.
 
     Returns
     -------
@@ -92,6 +93,7 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
         o = T.match_buffer(o_, of_batch(B, D, TT), data, strides=of_batch(ob, oc, ot), align=2)
 
         one = T.int64(1)
+        weight_flat = T.decl_buffer((D * W,), has["weight"], data=weight.data)
         shape = of_batch(B, D, TT)
         x_rows = T.decl_buffer(shape, data, data=x.data, strides=of_batch(xb, one, xt))
         o_rows = T.decl_buffer(shape, data, data=o.data, strides=of_batch(ob, one, ot))
@@ -100,6 +102,7 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
         if stateful:
             pool = pick(update, conv_state.data, conv_states.data)
             states = T.decl_buffer((S, D, T.int64(L)), state_dtype, data=pool, strides=(s0, s1, s2))
+            states_flat = T.decl_buffer((S * s0,), state_dtype, data=pool)
         sequences: T.let[T.int64] = pick(varlen, N1 - 1, B)
 
         if tiles.host_checks:
@@ -186,7 +189,7 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                 finish(acc, out, c, t, width, along, sigmoid)
 
             @T.inline
-            def head(taps, source, out, c, t, width, sigmoid):
+            def head(taps, old, source, out, c, t, width, sigmoid):
                 """A token whose inputs reach back before the sequence's first: channels from c on."""
                 acc = tiles.scalars(width)
                 begin(acc, taps, c, width, 1)
@@ -198,42 +201,58 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                                 "float32", source[of_batch(n, c + lane, at)]
                             )
                     elif stateful:
-                        if starts_from:
-                            for lane in T.vectorized(width):
-                                acc[lane] = acc[lane] + taps[k * strip + c - c0 + lane] * T.Cast(
-                                    "float32", states[slot, c + lane, L + at - start]
-                                )
+                        for lane in T.vectorized(width):
+                            acc[lane] = (
+                                acc[lane] + taps[k * strip + c - c0 + lane] * old[(L + at - start) * strip + c - c0 + lane]
+                            )
                 finish(acc, out, c, t, width, 1, sigmoid)
 
             @T.inline
             def load_taps(taps, c, width):
                 """Taps and bias of channels in fp32, one row of channels per tap."""
-                for k in T.unroll(W):
-                    for lane in T.vectorized(width):
-                        taps[k * strip + c - c0 + lane] = T.Cast("float32", weight[c + lane, k])
+                if w1 == 1 and w0 == W:
+                    tiles.columns_in(taps, c - c0, weight_flat, c * W, W, strip, width)
+                else:
+                    for k in T.unroll(W):
+                        for lane in T.vectorized(width):
+                            taps[k * strip + c - c0 + lane] = T.Cast("float32", weight[c + lane, k])
                 for lane in T.vectorized(width):
                     taps[W * strip + c - c0 + lane] = pick(biased, T.Cast("float32", bias[c + lane]), T.float32(0))
 
             @T.inline
-            def keep(source, c, width):
-                """The state becomes the last L inputs, in place: an input moves towards index 0."""
-                zero = tiles.scalars(width)  # TVM 0.27 cannot store a bf16 constant
-                for lane in T.vectorized(width):
-                    zero[lane] = T.float32(0)
+            def load_state(old, c, width):
+                """The state that the sequence starts from in fp32, one row of channels per input."""
+                if not starts_from:
+                    for j in T.unroll(L):
+                        for lane in T.vectorized(width):
+                            old[j * strip + c - c0 + lane] = T.float32(0)
+                elif s2 == 1 and s1 == L:
+                    tiles.columns_in(old, c - c0, states_flat, slot * s0 + c * L, L, strip, width)
+                else:
+                    for j in T.unroll(L):
+                        for lane in T.vectorized(width):
+                            old[j * strip + c - c0 + lane] = T.Cast("float32", states[slot, c + lane, j])
+
+            @T.inline
+            def keep(old, source, c, width):
+                """The state becomes the last L inputs; what stays of it moves towards index 0."""
                 for j in T.unroll(L):
                     at: T.let[T.int64] = end - L + j
                     if at >= start:
                         for lane in T.vectorized(width):
-                            states[slot, c + lane, j] = T.Cast(state_dtype, source[of_batch(n, c + lane, at)])
-                    elif starts_from:
-                        for lane in T.vectorized(width):
-                            states[slot, c + lane, j] = states[slot, c + lane, L + at - start]
+                            old[j * strip + c - c0 + lane] = T.Cast("float32", source[of_batch(n, c + lane, at)])
                     else:
                         for lane in T.vectorized(width):
-                            states[slot, c + lane, j] = T.Cast(state_dtype, zero[lane])
+                            old[j * strip + c - c0 + lane] = old[(L + at - start) * strip + c - c0 + lane]
+                if s2 == 1 and s1 == L:
+                    tiles.columns_out(states_flat, slot * s0 + c * L, old, c - c0, L, strip, width)
+                else:
+                    for j in T.unroll(L):
+                        for lane in T.vectorized(width):
+                            states[slot, c + lane, j] = T.Cast(state_dtype, old[j * strip + c - c0 + lane])
 
             @T.inline
-            def by_channels(taps, source, out, width):
+            def by_channels(taps, old, source, out, width):
                 """All tokens of the block, vectors along channels; the channels that fill no vector one by one."""
                 full: T.let[T.int64] = (c1 - c0) // width
                 for t in T.serial(first, last):
@@ -244,48 +263,62 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                             interior(taps, source, out, c0 + full * width + i, t, 1, 1, sigmoids[1])
                     else:
                         for i in T.serial(full):
-                            head(taps, source, out, c0 + i * width, t, width, sigmoids[width])
+                            head(taps, old, source, out, c0 + i * width, t, width, sigmoids[width])
                         for i in T.serial(c1 - c0 - full * width):
-                            head(taps, source, out, c0 + full * width + i, t, 1, sigmoids[1])
+                            head(taps, old, source, out, c0 + full * width + i, t, 1, sigmoids[1])
 
             @T.inline
-            def by_tokens(taps, source, out):
+            def by_tokens(taps, old, source, out):
                 """All channels of the strip, vectors along tokens."""
                 for c in T.serial(c0, c1):
                     ready: T.let[T.int64] = T.min(T.max(first, start + (W - 1)), last)
                     full: T.let[T.int64] = (last - ready) // lanes
                     for t in T.serial(first, ready):
-                        head(taps, source, out, c, t, 1, sigmoids[1])
+                        head(taps, old, source, out, c, t, 1, sigmoids[1])
                     for i in T.serial(full):
                         interior(taps, source, out, c, ready + i * lanes, lanes, 0, sigmoids[lanes])
                     for t in T.serial(ready + full * lanes, last):
                         interior(taps, source, out, c, t, 1, 0, sigmoids[1])
 
             @T.inline
-            def keep_all(source, width):
+            def each(width, operation):
+                """Run an operation on all channels of the strip."""
                 full: T.let[T.int64] = (c1 - c0) // width
                 for i in T.serial(full):
-                    keep(source, c0 + i * width, width)
+                    operation(c0 + i * width, width)
                 for i in T.serial(c1 - c0 - full * width):
-                    keep(source, c0 + full * width + i, 1)
+                    operation(c0 + full * width + i, 1)
 
             if first < last:
-                taps = tiles.scalars((W + 1) * strip)
-                for i in T.serial((c1 - c0) // lanes):
-                    load_taps(taps, c0 + i * lanes, lanes)
-                for i in T.serial((c1 - c0) % lanes):
-                    load_taps(taps, c0 + (c1 - c0) // lanes * lanes + i, 1)
+                taps, old = tiles.scalars((W + 1) * strip), tiles.scalars(max(L, 1) * strip)
+
+                @T.inline
+                def prepare(c, width):
+                    load_taps(taps, c, width)
+                    if stateful:
+                        if first == start:
+                            load_state(old, c, width)
+
+                @T.inline
+                def keep_rows(c, width):
+                    keep(old, x_rows, c, width)
+
+                @T.inline
+                def keep_any(c, width):
+                    keep(old, x, c, width)
+
+                each(lanes, prepare)
                 if xc == 1 and oc == 1:
-                    by_channels(taps, x_rows, o_rows, lanes)
+                    by_channels(taps, old, x_rows, o_rows, lanes)
                 elif xt == 1 and ot == 1:
-                    by_tokens(taps, x_columns, o_columns)
+                    by_tokens(taps, old, x_columns, o_columns)
                 else:
-                    by_channels(taps, x, o, 1)
+                    by_channels(taps, old, x, o, 1)
                 if stateful:
                     if first == start and usable:
                         if xc == 1:
-                            keep_all(x_rows, lanes)
+                            each(lanes, keep_rows)
                         else:
-                            keep_all(x, 1)
+                            each(lanes, keep_any)
 
     return kernel
