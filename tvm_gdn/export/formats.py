@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.export.artifact import Check, Request
@@ -18,7 +19,8 @@ class Format:
     Parameters
     ----------
     module : str
-        Module of `tvm_gdn.export` with ``build(request)`` and ``verify(request, folder)``.
+        Module of `tvm_gdn.export` with ``build(request)`` and ``verify(request, folder)``; ``module:NAME`` where its
+        ``maker(NAME)`` gives the two.
     summary : str
         One line for the help text.
     profiles : tuple of str
@@ -32,12 +34,17 @@ class Format:
     @property
     def build(self) -> Callable[[Request], Mapping[str, bytes]]:
         """The format's files of a request, by name."""
-        return import_module(f"tvm_gdn.export.{self.module}").build
+        return self._functions()[0]
 
     @property
     def verify(self) -> Callable[[Request, Path], list[Check]]:
         """Checks of a request's files, which lie in a folder."""
-        return import_module(f"tvm_gdn.export.{self.module}").verify
+        return self._functions()[1]
+
+    def _functions(self) -> Any:
+        name, _, variant = self.module.partition(":")
+        module = import_module(f"tvm_gdn.export.{name}")
+        return module.maker(variant) if variant else (module.build, module.verify)
 
 
 FORMATS = {
@@ -48,6 +55,16 @@ FORMATS = {
     ),
     "c": Format("c_files", "portable C99 with a header, a CMake file and a self-test; no TVM, no torch"),
     "torch": Format("torch_program", "a saved torch.export program (.pt2) that holds the operator as one node"),
+    **{
+        f"{language}-src": Format(f"gpu_source:{language}", f"{title} source with a JSON launch description")
+        for language, title in (
+            ("cuda", "CUDA"),
+            ("musa", "MUSA"),
+            ("opencl", "OpenCL"),
+            ("metal", "Metal"),
+            ("webgpu", "WGSL"),
+        )
+    },
 }
 
 
