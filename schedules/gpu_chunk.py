@@ -139,9 +139,7 @@ class GpuChunkTiles(WarpTiles):
 
     span = 1
 
-    def __init__(
-        self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, arena: int = 0
-    ) -> None:
+    def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, arena: int = 0) -> None:
         super().__init__(warps * WARP)
         self.K, self.V, self.v_tile, self.chunk = K, V, v_tile, chunk
         self.warps, self.threads, self.data, self.v_first = warps, warps * WARP, data, v_first
@@ -190,7 +188,9 @@ class GpuChunkTiles(WarpTiles):
 
     def window(self, buffer: Any, offset: Expr, rows: int, cols: int, strides: tuple[Expr, Expr]) -> Window:
         """Window of a tensor."""
-        return Window(T.decl_buffer((rows, cols), buffer.dtype, data=buffer.data, elem_offset=offset, strides=strides), rows, cols)
+        return Window(
+            T.decl_buffer((rows, cols), buffer.dtype, data=buffer.data, elem_offset=offset, strides=strides), rows, cols
+        )
 
     def view(self, buffer: Any, offset: Expr, j0: Expr) -> Window:
         """State in global memory."""
@@ -715,7 +715,9 @@ class ChunkGpu:
         """Tile operations on matrix fragments."""
         found = sized(geometry, chunk=chunk, v_tile=v_tile, warps=warps)
         if found.arena > cls.shared:
-            raise TargetError(f"chunk {chunk} and v_tile {v_tile} need {found.arena} bytes of shared memory, a block has {cls.shared}")
+            raise TargetError(
+                f"chunk {chunk} and v_tile {v_tile} need {found.arena} bytes of shared memory, a block has {cls.shared}"
+            )
         return found
 
 
