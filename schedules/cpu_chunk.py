@@ -1,8 +1,8 @@
 """Tile operations of the chunked delta rules on CPUs: fp32, explicit vectors, register-blocked products.
 
-A worker is one thread. Tiles lie in one array on its stack (L2-resident: about 0.4 MiB at C = 64, K = V = 128), each from a cache
-line on: TVM 0.27 aligns arrays on the stack to 16 bytes only, and vectors across two lines halve the speed of products. Nothing is
-allocated per call. Every product runs on one micro-kernel: `rows` x `columns` fp32 accumulators in vector registers, one broadcast of the
+A worker is one thread. Tiles lie in one array on its stack (L2-resident: about 0.4 MiB at C = 64, K = V = 128), each from a
+cache line on: TVM 0.27 aligns arrays on the stack to 16 bytes only, and vectors across two lines cost twice. Nothing is allocated
+per call. Every product runs on one micro-kernel: `rows` x `columns` fp32 accumulators in vector registers, one broadcast of the
 left and one vector of the right operand per multiply-add. Operands alias their tiles, except a transposed right one.
 
 Tiles of products over value columns and states are stored in panels of `columns` columns: a panel that the micro-kernel runs

@@ -10,6 +10,7 @@ ones ``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +20,42 @@ from tvm_gdn.schedules.cpu_chunk import TO_LINE, ChunkTiles, Operand, Tile, ceil
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
 
-#: Rows of a tile register, and its bytes per row in 32-bit pairs.
+#: Index of a row's first element.
+Rows = Callable[[Any], list[Any]]
+#: Rows of a tile register, and 32-bit elements of each.
 ROWS = 16
 LANES = T.ramp(0, 1, ROWS)
-#: Two fp32 vectors to bf16, one after the other or interleaved; halves of 32-bit pairs of two vectors.
-HELPERS = """
+#: Two fp32 vectors as bf16, one after the other: by the instruction, and in steps that every CPU has.
+ROUND = """
 declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
 define <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b) alwaysinline {
   %r = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %b, <16 x float> %a)
   %c = bitcast <32 x bfloat> %r to <16 x i32>
   ret <16 x i32> %c
 }
+"""
+ROUND_EMULATED = """
+define <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b) alwaysinline {
+  %v = shufflevector <16 x float> %a, <16 x float> %b, <32 x i32> <WHOLE>
+  %u = bitcast <32 x float> %v to <32 x i32>
+  %s = lshr <32 x i32> %u, splat (i32 16)
+  %l = and <32 x i32> %s, splat (i32 1)
+  %h = add <32 x i32> %l, splat (i32 32767)
+  %n = add <32 x i32> %u, %h
+  %q = or <32 x i32> %u, splat (i32 4194304)
+  %x = fcmp uno <32 x float> %v, %v
+  %y = select <32 x i1> %x, <32 x i32> %q, <32 x i32> %n
+  %z = lshr <32 x i32> %y, splat (i32 16)
+  %t = trunc <32 x i32> %z to <32 x i16>
+  %c = bitcast <32 x i16> %t to <16 x i32>
+  ret <16 x i32> %c
+}
+"""
+#: The same interleaved, and the halves of the 32-bit pairs of two vectors.
+HELPERS = """
 define <16 x i32> @tvm_gdn_pair(<16 x float> %a, <16 x float> %b) alwaysinline {
-  %r = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %b, <16 x float> %a)
-  %c = bitcast <32 x bfloat> %r to <32 x i16>
+  %r = call <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b)
+  %c = bitcast <16 x i32> %r to <32 x i16>
   %d = shufflevector <32 x i16> %c, <32 x i16> poison, <32 x i32> <INTERLEAVED>
   %e = bitcast <32 x i16> %d to <16 x i32>
   ret <16 x i32> %e
@@ -52,6 +75,7 @@ define <16 x i32> @tvm_gdn_odd(<16 x i32> %a, <16 x i32> %b) alwaysinline {
   ret <16 x i32> %d
 }
 """
+ROUND_EMULATED = ROUND_EMULATED.replace("WHOLE", ", ".join(f"i32 {lane}" for lane in range(32)))
 for _name, _order in (
     ("INTERLEAVED", [lane // 2 + 16 * (lane % 2) for lane in range(32)]),
     ("EVEN", [2 * lane for lane in range(32)]),
@@ -71,9 +95,79 @@ class MatrixOperand:
     parts: int
 
 
-def amx(name: str, *arguments: Any) -> None:
-    """Emit an instruction of the matrix unit."""
-    T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *arguments))
+class MatrixUnit:
+    """The instructions of AMX; a tile register is 16 rows of 16 32-bit elements."""
+
+    def enter(self) -> None:
+        """Configure the thread's eight registers as 16 rows of 64 bytes (palette 1)."""
+        values = {0: 1, **{16 + 2 * n: 64 for n in range(8)}, **{48 + n: ROWS for n in range(8)}}
+        config = local_array(64, dtype="uint8")
+        for at in range(64):
+            T.buffer_store(config, T.uint8(values.get(at, 0)), [at])
+        self._emit("ldtilecfg", T.address_of(config[0]))
+
+    def leave(self) -> None:
+        """Let the system forget the registers."""
+        self._emit("tilerelease")
+
+    def clear(self, n: int) -> None:
+        """Register n = 0."""
+        self._emit("tilezero", T.uint8(n))
+
+    def load(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
+        """Register n from memory; `row(r)` is the index of the first element of row r, rows are `stride` elements apart."""
+        self._emit("tileloadd64", T.uint8(n), T.address_of(buffer[tuple(row(0))]), T.int64(4 * stride))
+
+    def store(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
+        """Register n to memory."""
+        self._emit("tilestored64", T.uint8(n), T.address_of(buffer[tuple(row(0))]), T.int64(4 * stride))
+
+    def dot(self, c: int, a: int, b: int) -> None:
+        """Register c += a b on pairs of bf16."""
+        self._emit("tdpbf16ps", T.uint8(c), T.uint8(a), T.uint8(b))
+
+    @staticmethod
+    def _emit(name: str, *arguments: Any) -> None:
+        T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *arguments))
+
+
+class EmulatedMatrixUnit(MatrixUnit):
+    """The same as loops over arrays, for CPUs without AMX: to test what is computed, not how fast."""
+
+    def enter(self) -> None:
+        """Registers of sums, and of operands."""
+        self.sums = local_array(4, ROWS, ROWS)
+        self.pairs = local_array(8, ROWS, ROWS, dtype="int32")
+
+    def leave(self) -> None:
+        """Nothing to give back."""
+
+    def clear(self, n: int) -> None:
+        """Register n = 0."""
+        with T.serial(ROWS) as r:
+            T.buffer_store(self.sums, T.broadcast(T.float32(0), ROWS), [n, r, LANES])
+
+    def load(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
+        """Register n from memory."""
+        del stride
+        with T.serial(ROWS) as r:
+            *outer, lane = row(r)
+            T.buffer_store(self.sums if n < 4 else self.pairs, buffer[(*outer, T.ramp(lane, 1, ROWS))], [n, r, LANES])
+
+    def store(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
+        """Register n to memory."""
+        del stride
+        with T.serial(ROWS) as r:
+            *outer, lane = row(r)
+            T.buffer_store(buffer, self.sums[n, r, LANES], [*outer, T.ramp(lane, 1, ROWS)])
+
+    def dot(self, c: int, a: int, b: int) -> None:
+        """Register c += a b, two products of bf16 for each pair."""
+        with T.serial(ROWS) as r:
+            with T.serial(ROWS) as k:
+                left, right = T.broadcast(self.pairs[a, r, k], ROWS), self.pairs[b, k, LANES]
+                total = self.sums[c, r, LANES] + low_part(left) * low_part(right) + high_part(left) * high_part(right)
+                T.buffer_store(self.sums, total, [c, r, LANES])
 
 
 def helper(name: str, a: Any, b: Any) -> Any:
@@ -92,28 +186,27 @@ def low_part(pairs: Any) -> Any:
 
 
 class AmxChunkTiles(ChunkTiles):
-    """Tile operations with products on the matrix unit; K, v_tile and chunk are multiples of 32, gates per head or none."""
+    """Tile operations with products on the matrix unit; K, v_tile and chunk are multiples of 32, gates per head or none.
 
-    helpers = TO_LINE + HELPERS
+    `emulated` computes the same without AMX.
+    """
 
-    def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, span: int, v_first: bool) -> None:
+    def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, span: int, v_first: bool, emulated: bool = False) -> None:
         super().__init__(K, V, v_tile=v_tile, chunk=chunk, rows=8, columns=32, span=span, v_first=v_first)
+        self.unit = EmulatedMatrixUnit() if emulated else MatrixUnit()
+        self.helpers = TO_LINE + HELPERS + (ROUND_EMULATED if emulated else ROUND)
         self.granule = self.triangle = GRANULE
         self.exact: set[Any] = set()
 
     def enter(self, lane: Expr) -> None:
-        """Configure the thread's eight tile registers as 16 rows of 64 bytes."""
+        """Allocate, and configure the thread's tile registers."""
         super().enter(lane)
-        config = local_array(64, dtype="uint8")
-        values = {0: 1, **{16 + 2 * n: 64 for n in range(8)}, **{48 + n: ROWS for n in range(8)}}
-        for at in range(64):
-            T.buffer_store(config, T.uint8(values.get(at, 0)), [at])
-        amx("ldtilecfg", T.address_of(config[0]))
+        self.unit.enter()
         self.scratch = self.array(GRANULE, GRANULE)
 
     def leave(self) -> None:
         """Let the system forget the tile registers."""
-        amx("tilerelease")
+        self.unit.leave()
 
     def tile(self, rows: int, cols: int, place: str = "shared", dtype: str = "float32") -> Tile:
         """Array on the worker's stack; remembers whether its numbers are exact in bf16."""
@@ -253,32 +346,31 @@ class AmxChunkTiles(ChunkTiles):
         sources: tuple[Tile, ...],
     ) -> None:
         """Result rows 32 io to 32 io + 31, columns 32 jo to 32 jo + 31."""
+        unit = self.unit
 
-        def address(half_row: int, half_col: int) -> tuple[Any, Any]:
-            index = dst.at(io * GRANULE + half_row * ROWS, jo, GRANULE, half_col * ROWS)
-            return T.address_of(dst.buffer[tuple(index)]), T.int64(4 * dst.width)
+        def result(half_row: int, half_col: int) -> Rows:
+            return lambda r: dst.at(io * GRANULE + half_row * ROWS + r, jo, GRANULE, half_col * ROWS)
 
         halves = [(x, y) for x in (0, 1) for y in (0, 1)]
         for x, y in halves:
             if added:
-                amx("tileloadd64", T.uint8(2 * x + y), *address(x, y))
+                unit.load(2 * x + y, dst.buffer, result(x, y), dst.width)
             else:
-                amx("tilezero", T.uint8(2 * x + y))
+                unit.clear(2 * x + y)
         with T.serial(steps) as kk:
             for part in range(a.parts):
                 for x in (0, 1):
-                    amx("tileloadd64", T.uint8(4 + x), T.address_of(a.buffer[part, io * 2 + x, kk, 0, 0]), T.int64(64))
+                    unit.load(4 + x, a.buffer, lambda r, x=x, part=part: [part, io * 2 + x, kk, r, 0], ROWS)
                 for other in range(b.parts if part == 0 else 1):
                     for y in (0, 1):
-                        amx("tileloadd64", T.uint8(6 + y), T.address_of(b.buffer[other, kk, jo * 2 + y, 0, 0]), T.int64(64))
+                        unit.load(6 + y, b.buffer, lambda r, y=y, other=other: [other, kk, jo * 2 + y, r, 0], ROWS)
                     for x, y in halves:
-                        amx("tdpbf16ps", T.uint8(2 * x + y), T.uint8(4 + x), T.uint8(6 + y))
+                        unit.dot(2 * x + y, 4 + x, 6 + y)
         for x, y in halves:
             if finish is None:
-                amx("tilestored64", T.uint8(2 * x + y), *address(x, y))
+                unit.store(2 * x + y, dst.buffer, result(x, y), dst.width)
             else:
-                at = T.address_of(self.scratch[x * ROWS, y * ROWS])
-                amx("tilestored64", T.uint8(2 * x + y), at, T.int64(4 * GRANULE))
+                unit.store(2 * x + y, self.scratch, lambda r, x=x, y=y: [x * ROWS + r, y * ROWS], GRANULE)
         if finish is not None:
             with T.serial(GRANULE) as r:
                 with T.vectorized(GRANULE) as lane:

@@ -23,6 +23,8 @@ def _on_matrix_unit(geometry: Geometry) -> bool:
 class ChunkAmx:
     """Chunked delta rules on AMX for 16-bit data; as on other x86 CPUs where the matrix unit does not apply."""
 
+    emulated = False
+
     @staticmethod
     def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
         """Tokens per chunk, columns and value heads per worker."""
@@ -42,10 +44,17 @@ class ChunkAmx:
             return ChunkAvx512.default(geometry)
         return {"chunk": 64, "v_tile": max(ChunkAmx.knobs(geometry)["v_tile"]), "span": 2}
 
-    @staticmethod
-    def tiles(geometry: Geometry, **knobs: Any) -> ChunkTiles:
+    @classmethod
+    def tiles(cls, geometry: Geometry, **knobs: Any) -> ChunkTiles:
         """Tile operations on the matrix unit, or in fp32."""
         if not _on_matrix_unit(geometry):
             return ChunkX86.tiles(geometry, **knobs)
         v_first = bool(geometry.attr.get("state_v_first"))
-        return AmxChunkTiles(geometry.axis["K"], geometry.axis["V"], v_first=v_first, **knobs)
+        return AmxChunkTiles(geometry.axis["K"], geometry.axis["V"], v_first=v_first, emulated=cls.emulated, **knobs)
+
+
+@schedule("chunk", "x86-amx-emulated")
+class ChunkAmxEmulated(ChunkAmx):
+    """The same without the instructions: for tests on any CPU."""
+
+    emulated = True

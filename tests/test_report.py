@@ -152,6 +152,7 @@ def test_page_of_real_runs(capsys, monkeypatch, tmp_path):
     capsys.readouterr()
     assert cli.main(["report", *files[:2], "-o", files[2]]) == 0
     assert "nothing was compared" in capsys.readouterr().out
+    assert "No earlier benchmark was given" in Path(files[2]).read_text()
     page = Page(Path(files[2]).read_text())
     (row,) = json.loads(Path(files[0]).read_text())["cases"]
     assert page.loads == []

@@ -51,6 +51,9 @@ _CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     (_UPDATE, {"K": 7, "V": 16, "with": (*_POOL, *_BUFFER, "cu_seqlens", "retrieve_parent_token"), **_FP16, **_I32}),
     (_SIGMOID, {"K": 16, "V": 8, "with": _POOL, "dtype": "bfloat16"}),
     (_SIGMOID, {"K": 12, "V": 9, "with": (*_POOL, *_BUFFER, "cu_seqlens"), "state_v_first": True, **_I32}),
+    ("rms_norm_gated", {"D": 20, "with": ("z",), "dtype": "bfloat16"}),
+    ("causal_conv1d_fn", {"D": 33, "with": ("conv_states", "query_start_loc", "cache_indices"), **_I32}),
+    ("causal_conv1d_update", {"D": 33, "with": ("conv_state_indices", "bias"), **_BF16}),
     (_PACKED, {"K": 16, "V": 8, "with": _POOL}),
     (_PACKED, {"K": 8, "V": 16, "with": _POOL, "state_v_first": True, **_BF16}),
 )  # fmt: skip
@@ -58,10 +61,10 @@ _CASES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def kernels() -> list[tuple[OpSpec, Geometry]]:
     """Every kernel that drawn calls need."""
-    sizes = {"M": 1, "B": 1, "T": 1, "H": 1, "HV": 1}
+    sizes = {"M": 1, "G": 1, "B": 1, "T": 1, "H": 1, "HV": 1}
     found = []
     for op, case in _CASES:
-        packed = {"lengths": (1,)} if "cu_seqlens" in case.get("with", ()) else {}
+        packed = {"lengths": (1,)} if {"cu_seqlens", "query_start_loc"} & set(case.get("with", ())) else {}
         found.append((OPS[op], check.geometry_of(OPS[op], cases.draw(OPS[op], {**sizes, **case, **packed}))))
     return found
 
@@ -93,8 +96,8 @@ class Call:
     def _sizes(self, case: Mapping[str, Any]) -> dict[str, Any]:
         pick = self.random.randint
         heads = pick(1, 3)
-        sizes: dict[str, Any] = {"M": pick(0, 9), "H": heads, "HV": heads * pick(1, 3)}
-        if "cu_seqlens" in case.get("with", ()):
+        sizes: dict[str, Any] = {"M": pick(0, 9), "G": pick(1, 3), "H": heads, "HV": heads * pick(1, 3)}
+        if {"cu_seqlens", "query_start_loc"} & set(case.get("with", ())):
             longest = self.random.choice([5, 5, 80]) if self.op.startswith("chunk") else 5
             sizes["lengths"] = tuple(pick(0, longest) for _ in range(pick(0, 4)))
             sequences = len(sizes["lengths"])
@@ -122,10 +125,12 @@ class Call:
             arguments["cache_steps"] = arguments["intermediate_states_buffer"].shape[1]
         # A chunk's matrix products carry NaN to earlier tokens of the chunk; the reference is a loop over tokens.
         if chance() < 0.05 and not self.op.startswith("chunk"):
-            name = self.random.choice([t.name for t in self._present() if arguments[t.name].is_floating_point()])
+            # A tap of a convolution that is infinite meets zeros before the first token; kernels leave those out.
+            present = [t.name for t in self._present() if t.name != "weight" and arguments[t.name].is_floating_point()]
+            name = self.random.choice(present)
             if arguments[name].numel():
-                spot = self.random.randrange(arguments[name].numel())
-                arguments[name].view(-1)[spot] = self.random.choice([math.nan, math.inf, -math.inf])
+                spot = tuple(self.random.randrange(size) for size in arguments[name].shape)
+                arguments[name][spot] = self.random.choice([math.nan, math.inf, -math.inf])
         for tensor in self._present():
             if chance() < 0.3:
                 arguments[tensor.name] = self._moved(tensor, arguments[tensor.name])
@@ -175,8 +180,8 @@ class Call:
 
     def _rank(self, _: Mapping[str, Any]) -> str:
         tensor, value = self._any_tensor()
-        # a and b may lack the batch axis; every leading axis of the gating operator counts as rows.
-        if tensor.name in {"a", "b"} or (value.ndim > 1 and value.shape[0] == 0):
+        # a and b may lack the batch axis; every leading axis of the gating and the norm counts as rows, as x may be unpacked.
+        if tensor.name in {"a", "b", "x", "z"} or (value.ndim > 1 and value.shape[0] == 0):
             return ""
         more = self.random.random() < 0.5 or value.shape[0] == 0
         return self._replace(tensor.name, value[None] if more else value[0], "another rank")

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="also transformers' function and, on one-token shapes, torch.compile of the reference (slow to compile)",
+        help="also transformers', onnxruntime's (fp32 prefill) and torch.compile of the reference (one token; slow to compile)",
     )
     parser.add_argument("--no-calls", action="store_true", help="leave out the call overhead and the first call")
     parser.add_argument("--json", metavar="FILE", help="also write everything to FILE as JSON; - prints it instead of the tables")
@@ -112,7 +112,7 @@ def measure(spec: OpSpec, case: Case, seconds: float, *, peers: bool, kind: str 
     seconds : float
         Time for each contender.
     peers : bool
-        Whether torch.compile and transformers take part.
+        Whether torch.compile, transformers and onnxruntime take part.
     kind : str
         Torch device type. On accelerators ``us`` is the time of a captured graph, and ``eager_us`` that of calls from Python.
 

@@ -159,8 +159,57 @@ def _gates(arguments: Mapping[str, Any], lead: torch.Size) -> tuple[torch.Tensor
     return g.view(*lead, -1), beta.view(*lead, -1)
 
 
+def onnxruntime_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None:
+    """`com.microsoft.LinearAttention` of onnxruntime on the same tensors; None where it has no counterpart.
+
+    It computes in fp32, for dense batches, from q and k that are normalized already: that is done before the clock starts. It
+    runs on threads of its own, as many as torch has.
+
+    Raises
+    ------
+    TvmGdnError
+        onnx or onnxruntime is not installed.
+    """
+    dense = arguments.get("cu_seqlens") is None and not arguments.get("state_v_first")
+    if spec.algorithm != "chunk" or not dense or "initial_state" not in arguments or arguments["q"].dtype != torch.float32:
+        return None
+    try:
+        import onnxruntime
+        from onnx import TensorProto, helper
+    except ImportError as error:
+        raise TvmGdnError(f"--peers needs onnxruntime ({error}): pip install onnx onnxruntime") from error
+    q, k, v, beta = (arguments[name] for name in ("q", "k", "v", "beta"))
+    g = arguments.get("g")
+    if arguments["use_qk_l2norm_in_kernel"]:
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    values = {"q": q, "k": k, "v": v, "state": arguments.get("initial_state"), "g": g, "beta": beta}
+    feeds = {n: (x if n == "state" else x.flatten(2)).contiguous().numpy() for n, x in values.items() if x is not None}
+    node = helper.make_node(
+        "LinearAttention", [name if name in feeds else "" for name in values], ["o", "final"], domain="com.microsoft",
+        q_num_heads=q.shape[2], kv_num_heads=v.shape[2], update_rule="delta" if g is None else "gated_delta",
+        scale=arguments["scale"] or q.shape[-1] ** -0.5,
+    )  # fmt: skip
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in feeds.items()]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("o", "final")]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "peer", inputs, outputs), opset_imports=opsets, ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its idle threads would otherwise spin on the cores of the next contender.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    shape = v.shape
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        o, final = session.run(None, feeds)
+        return torch.from_numpy(o).view(shape), torch.from_numpy(final)
+
+    return call
+
+
 #: Others that compute the same, for `tvm_gdn bench --peers`.
 PEERS: dict[str, Callable[[OpSpec, Mapping[str, Any]], Call | None]] = {
     "torch_compile": compiled_call,
     "transformers": transformers_call,
+    "onnxruntime": onnxruntime_call,
 }

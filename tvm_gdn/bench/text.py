@@ -8,7 +8,7 @@ from typing import Any
 from tvm_gdn.bench import machine
 from tvm_gdn.commands.text import split_common, table
 
-_PEER_NAMES = {"torch_compile": "torch.compile", "transformers": "transformers"}
+_PEER_NAMES = {"torch_compile": "torch.compile", "transformers": "transformers", "onnxruntime": "onnxruntime"}
 
 _NOTES = """\
 us: median of interleaved rounds (quartiles). kernel: the bare compiled function on outputs that exist. GB/s: the least

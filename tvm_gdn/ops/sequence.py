@@ -64,13 +64,16 @@ def _cases(pool: bool) -> tuple[Mapping[str, Any], ...]:
     return (*drawn, {**stateless, **variants[2]})
 
 
-def _bench(lengths: tuple[int, ...]) -> tuple[Mapping[str, Any], ...]:
-    model = {"B": 1, "K": 128, "V": 128, "with": ("initial_state",), "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+def _bench(lengths: tuple[int, ...], packed: tuple[int, ...] = ()) -> tuple[Mapping[str, Any], ...]:
+    heads = {"K": 128, "V": 128, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    dense, packs = {"B": 1, **heads, "with": ("initial_state",)}, {**heads, "with": ("initial_state", "cu_seqlens")}
     return tuple(
-        {"T": tokens, "H": 16, "HV": heads, **model, "dtype": dtype}
+        case
         for dtype in ("bfloat16", "float32")
-        for tokens in lengths
-        for heads in (32, 16)
+        for case in (
+            *({"T": tokens, "H": 16, "HV": count, **dense, "dtype": dtype} for tokens in lengths for count in (32, 16)),
+            *({"lengths": (length,) * 8, "H": 16, "HV": 32, **packs, "dtype": dtype} for length in packed),
+        )
     )
 
 
@@ -92,7 +95,7 @@ def _spec(form: str, rule: str, pool: bool) -> OpSpec:
         static_axes=("K", "V"),
         traits=(("channel_gate", True),) if rule == "kda" else (),
         cases=_cases(pool),
-        bench=_bench_pool(form) if pool else _bench((512, 4096) if form == "chunk" else (64,)),
+        bench=_bench_pool(form) if pool else _bench((512, 4096), (64,)) if form == "chunk" else _bench((64,)),
         **FAMILY,
     )
 

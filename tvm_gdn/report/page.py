@@ -56,6 +56,7 @@ def render(bench: Bench, parities: Sequence[Parity], others: Sequence[Bench], th
         ours=OURS,
         kernel=KERNEL,
         threshold=threshold,
+        history=bool(others),
         facts=_facts(bench, parities, changes, threshold, bool(others)),
         regressions=[change for change in changes.values() if change.regressed(threshold)],
         improvements=[change for change in changes.values() if change.improved(threshold)],
@@ -109,8 +110,8 @@ def _facts(
     judged = sum(change.factor is not None or change.broken for change in changes.values())
     compared = f"of {judged} compared shapes worse by more than {100 * threshold:g}\N{NO-BREAK SPACE}%"
     text = compared if history else "no earlier run was given"
-    value = str(slower) if history else "none"
-    found.append({"title": "regressions", "value": value, "text": text, "good": slower == 0})
+    good = slower == 0 if history else None
+    found.append({"title": "regressions", "value": slower if history else "–", "text": text, "good": good})
     return found
 
 

@@ -138,6 +138,7 @@ class _Chunks:
             with T.If(work.l2norm != 0):
                 with T.Then():
                     tiles.row_sum(factor, lambda _i, _j, x: x * x, tile)
+                    tiles.sync()
                     tiles.map(factor, lambda _i, _j, s, a=scale: a / T.sqrt(s + T.float32(NORM_EPS)), factor)
                 with T.Else():
                     tiles.map(factor, lambda _i, _j, a=scale: a)
@@ -168,6 +169,7 @@ class _Chunks:
             self._head_products(m, S_right)
         # Here R = beta (V - n exp(G) (K S)), out = r exp(G) (Q S), A and P are decayed and masked.
         self._invert(m)
+        tiles.sync()
         tiles.pack(self.inverse_left, rows=m, lower=True)
         tiles.pack(self.P_left, rows=m, lower=True)
         tiles.pack(self.R_right, rows=m)

@@ -63,6 +63,10 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
         """Slot of a sequence."""
         return int64(indices[update], n) if stateful and slots_given else n
 
+    def reach(own: Any, stride: Any, size: Any) -> Any:
+        """Elements that an axis spans if its stride is no longer than `own`."""
+        return T.Select(T.And(size > 1, stride <= own), stride * (size - 1), T.int64(0))
+
     @T.prim_func(s_tir=True)
     def kernel(
         x_: T.handle,
@@ -122,6 +126,12 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                         assert wanted == pad_slot_id or (wanted >= 0 and wanted < S), ("ValueError", ["slots: slot"])
                 else:
                     assert S >= sequences, ("ValueError", ["conv states: fewer slots than sequences"])
+                # Written to: every element needs memory of its own. Each axis steps over what the finer ones span.
+                assert (
+                    (S <= 1 or s0 > reach(s0, s1, D) + reach(s0, s2, T.int64(L)))
+                    and (D <= 1 or s1 > reach(s1, s0, S) + reach(s1, s2, T.int64(L)))
+                    and (L <= 1 or s2 > reach(s2, s0, S) + reach(s2, s1, D))
+                ), ("ValueError", ["conv states: overlapping"])
                 if flags:
                     assert NF == sequences, ("ValueError", ["has_initial_state: length"])
 
