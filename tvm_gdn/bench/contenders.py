@@ -15,6 +15,7 @@ import torch
 from tvm_gdn import cases, dispatch, reference, torch_ops
 from tvm_gdn.bench import peers
 from tvm_gdn.check import geometry_of, scalar_value
+from tvm_gdn.errors import TvmGdnError
 from tvm_gdn.spec import OpSpec, Scalar
 
 Call = Callable[[], object]
