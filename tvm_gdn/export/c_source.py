@@ -74,6 +74,8 @@ static inline uint16_t bits_as_uint16_t(const void* p) { uint16_t x; memcpy(&x, 
 PREAMBLE = PREAMBLE.replace("void* v_ptr; };", "void* v_ptr; } u;")
 
 
+#: Where the chunked tiles start in a worker's array: vector code wants a cache line, this code nothing.
+ALIGN = "static inline int32_t tvm_gdn_to_line(const void* p) { (void)p; return 0; }\n"
 #: Scratch memory whose size depends on a call (the check that slots are distinct).
 WORKSPACE = """\
 static void* TVMBackendAllocWorkspace(int type, int id, uint64_t size, int code, int bits) {
@@ -118,7 +120,8 @@ def generate(request: Request, timeout: float = 600.0) -> str:
     if done.returncode:
         raise ExportError(f"{request.spec.name}: TVM's C generator failed:\n{done.stderr[-1500:]}")
     code = plain(json.loads(done.stdout.splitlines()[-1])["source"], request.symbol)
-    return "\n".join((PREAMBLE, *((WORKSPACE,) if "TVMBackendAllocWorkspace" in code else ()), code))
+    parts = {"TVMBackendAllocWorkspace": WORKSPACE, "tvm_gdn_to_line": ALIGN}
+    return "\n".join((PREAMBLE, *(part for name, part in parts.items() if name in code), code))
 
 
 def plain(source: str, symbol: str) -> str:
