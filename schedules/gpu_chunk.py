@@ -163,6 +163,11 @@ class GpuChunkTiles(WarpTiles):
         }
         self.words = T.decl_buffer((size // 4,), "uint32", data=memory.data, scope="shared.dyn")
         self._state = self.tile(self.K, self.v_tile, "register")
+        # What products round up to is multiplied by zeros; what an earlier block left there may be no number.
+        with T.serial(ceil_div(size // 4, self.threads)) as step:
+            index = T.Bind(T.Cast("int32", step * self.threads + lane))
+            when(index < size // 4, lambda: T.buffer_store(self.words, T.uint32(0), [index]))
+        self.sync()
 
     def sync(self) -> None:
         """A barrier of the block."""
@@ -582,53 +587,77 @@ class GpuChunkTiles(WarpTiles):
     ) -> None:
         """Fragment by fragment; the accumulators of a register tile are its own elements where nothing stands in between."""
         terms = self._terms(a.packed, b.packed)
-        full = padded(a.cols)
-        left, right, acc = self._registers("uint32", 4), self._registers("uint32", 2), self._registers("float32", 4)
-        _, per_row, _, _ = self._grid(dst.rows, dst.cols)
+        high, wide = ceil_div(dst.rows, BLOCK), ceil_div(dst.cols, 8)
+        count_a, count_b, along, across = self._grid(dst.rows, dst.cols)
+        left = self._registers("uint32", 4 * a.packed.parts)
+        right = self._registers("uint32", 2 * count_b * b.packed.parts)
+        acc = self._registers("float32", 4 * count_b)
+        warp = T.Bind(T.Cast("int32", self.lane) // WARP)
 
-        def fragment(na: int, nb: int, mi: Expr, ni: Expr) -> None:
-            slots = [(na * per_row + nb) * 4 + e for e in range(4)]
-            places = self._elements(mi, ni)
+        def row_of_fragments(na: int, mi: Expr) -> None:
+            columns = [(nb, warp // along + nb * across) for nb in range(count_b)]
 
-            def values(e: int) -> list[Expr]:
-                i, j = places[e]
-                i, j = self._clamped(dst, i, j)
-                return [self._get(source, i, j, slots[e]) for source in sources]
+            def wanted(nb: int, ni: Expr) -> Expr:
+                inside: Any = True if (nb + 1) * across <= wide else ni < wide
+                if lower == "result":
+                    inside = ni * 8 < (mi + 1) * BLOCK if inside is True else T.And(inside, ni * 8 < (mi + 1) * BLOCK)
+                if cols is not None:
+                    near = T.Cast("int64", ni) * 8 < cols
+                    inside = near if inside is True else T.And(inside, near)
+                return inside
 
-            for e, (i, j) in enumerate(places):
-                first: Any = T.float32(0)
-                if start is not None:
-                    first = start(i, j, self._get(dst, *self._clamped(dst, i, j), slots[e]), *values(e))
-                T.buffer_store(acc, first, [e])
-            steps: Any = full // BLOCK if depth is None else T.Cast("int32", ceil_div(depth, BLOCK))
+            def begin(nb: int, ni: Expr) -> None:
+                for e, (i, j) in enumerate(self._elements(mi, ni)):
+                    slot, (ci, cj) = (na * count_b + nb) * 4 + e, self._clamped(dst, i, j)
+                    first: Any = T.float32(0)
+                    if start is not None:
+                        values = [self._get(source, ci, cj, slot) for source in sources]
+                        first = start(i, j, self._get(dst, ci, cj, slot), *values)
+                    T.buffer_store(acc, first, [nb * 4 + e])
+
+            def end(nb: int, ni: Expr) -> None:
+                for e, (i, j) in enumerate(self._elements(mi, ni)):
+                    slot, (ci, cj) = (na * count_b + nb) * 4 + e, self._clamped(dst, i, j)
+                    last: Any = acc[nb * 4 + e]
+                    if finish is not None:
+                        last = finish(i, j, last, *(self._get(source, ci, cj, slot) for source in sources))
+                    inside: Any = True
+                    if isinstance(dst, Tile) and (dst.rows % BLOCK or dst.cols % 8):
+                        inside = T.And(i < dst.rows, j < dst.cols)
+                    when(inside, lambda last=last, i=i, j=j, slot=slot: self._put(dst, last, i, j, slot))
+
+            def load_right(nb: int, ni: Expr, kk: Expr) -> None:
+                for y in range(b.packed.parts):
+                    self._load_fragment("b", b, right, (nb * b.packed.parts + y) * 2, y, kk * BLOCK, ni * 8)
+
+            def multiply(nb: int, x: int, y: int) -> None:
+                places = acc[nb * 4], left[x * 4], right[(nb * b.packed.parts + y) * 2]
+                T.evaluate(T.call_extern("int32", "tvm_gdn_mma", *(T.address_of(place) for place in places)))
+
+            for nb, ni in columns:
+                when(wanted(nb, ni), lambda nb=nb, ni=ni: begin(nb, ni))
+            full = padded(a.cols) // BLOCK
+            steps: Any = full if depth is None else T.Cast("int32", ceil_div(depth, BLOCK))
             if lower == "left":
                 steps = T.min(mi + 1, steps)
-            with T.serial(steps) as kk:
-                for x in sorted({x for x, _ in terms}):
-                    self._load_fragment("a", a, left, x, mi * BLOCK, kk * BLOCK)
-                    for y in sorted({y for z, y in terms if z == x}):
-                        self._load_fragment("b", b, right, y, kk * BLOCK, ni * 8)
-                        T.evaluate(
-                            T.call_extern(
-                                "int32", "tvm_gdn_mma", T.address_of(acc[0]), T.address_of(left[0]), T.address_of(right[0])
-                            )
-                        )
-            for e, (i, j) in enumerate(places):
-                last: Any = acc[e] if finish is None else finish(i, j, acc[e], *values(e))
-                inside: Any = True
-                if isinstance(dst, Tile) and (dst.rows % BLOCK or dst.cols % 8):
-                    inside = T.And(i < dst.rows, j < dst.cols)
-                when(inside, lambda last=last, i=i, j=j, e=e: self._put(dst, last, i, j, slots[e]))
+            with T.unroll(steps) if isinstance(steps, int) and steps <= 8 else T.serial(steps) as kk:
+                for x in range(a.packed.parts):
+                    self._load_fragment("a", a, left, x * 4, x, mi * BLOCK, kk * BLOCK)
+                # Loads of all columns first, then products that do not wait for one another.
+                for nb, ni in columns:
+                    when(wanted(nb, ni), lambda nb=nb, ni=ni: load_right(nb, ni, kk))
+                for x, y in terms:
+                    for nb, ni in columns:
+                        when(wanted(nb, ni), lambda nb=nb, x=x, y=y: multiply(nb, x, y))
+            for nb, ni in columns:
+                when(wanted(nb, ni), lambda nb=nb, ni=ni: end(nb, ni))
 
-        def wanted(na: int, nb: int, mi: Expr, ni: Expr) -> None:
-            inside: Any = True
-            if lower == "result":
-                inside = ni * 8 < (mi + 1) * BLOCK
-            if cols is not None:
-                inside = T.Cast("int64", ni) * 8 < cols
-            when(inside, lambda: fragment(na, nb, mi, ni))
-
-        self._fragments(dst.rows, dst.cols, wanted, rows)
+        for na in range(count_a):
+            mi = warp % along + na * along
+            bound: Any = True if (na + 1) * along <= high else mi < high
+            if rows is not None:
+                bound = T.Cast("int64", mi) * BLOCK < rows
+            when(bound, lambda na=na, mi=mi: row_of_fragments(na, mi))
 
     def _registers(self, dtype: str, count: int) -> Any:
         return T.alloc_buffer((count,), dtype, scope="local")
@@ -647,8 +676,8 @@ class GpuChunkTiles(WarpTiles):
         depth = max(a.parts, b.parts)
         return [(x, y) for x in range(a.parts) for y in range(b.parts) if x + y < depth]
 
-    def _load_fragment(self, side: str, operand: Operand, registers: Any, part: int, row: Expr, col: Expr) -> None:
-        """Load a fragment of the operand at (row, col); `transposed` ones lie the other way round in memory."""
+    def _load_fragment(self, side: str, operand: Operand, registers: Any, slot: int, part: int, row: Expr, col: Expr) -> None:
+        """Load a fragment of an operand's part at (row, col); `transposed` ones lie the other way round in memory."""
         packed = operand.packed
         if operand.transposed:
             row, col = col, row
@@ -657,7 +686,7 @@ class GpuChunkTiles(WarpTiles):
         place = packed.offset // 2 + part * packed.plane + row * packed.stride + col
         name = f"tvm_gdn_load_{side}{'_turned' if operand.transposed else ''}"
         address = T.address_of(self.views["bfloat16"][place])
-        T.evaluate(T.call_extern("int32", name, T.address_of(registers[0]), address, packed.stride))
+        T.evaluate(T.call_extern("int32", name, T.address_of(registers[slot]), address, packed.stride))
 
     def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
         """A thread per column of a block: forward substitution in registers."""

@@ -276,9 +276,10 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         per_key: T.let[T.int64] = pick(span > 1, HV // T.max(heads, T.int64(1)), T.int64(1))
         per_head: T.let[T.int64] = (per_key + span - 1) // span
         units: T.let[T.int64] = pick(span > 1, heads * per_head, HV)
-        for w in tiles.workers(n_seq * units * NV):
+        for block in tiles.workers(n_seq * units * NV):
             for lane in tiles.lanes():
                 tiles.enter(lane)
+                w: T.let[T.int64] = T.Cast("int64", tiles.worker(block, lane))
                 # Workers fit in 32 bits, where a division is several times cheaper than in 64, above all on GPUs.
                 n: T.let[T.int64] = div(w, units * NV)
                 place: T.let[T.int64] = mod(div(w, NV), units)
