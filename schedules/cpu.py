@@ -73,16 +73,16 @@ class CpuTiles:
         return r + (p * r * (r * r) - f(0.5) * r * r + e * f(-2.12194440e-4)) + e * f(0.693359375)
 
 
-def local_array(*shape: int) -> Any:
-    """fp32 array on the worker's stack, where LLVM can keep it in registers.
+def local_array(*shape: int, dtype: str = "float32") -> Any:
+    """Array on the worker's stack, where LLVM can keep it in registers.
 
     Without the annotation TVM 0.27 takes even 64 bytes from the heap, through a call that hides the array from LLVM; its
     StorageRewrite pass drops the annotation, so builds turn that pass off (`pass_config` in targets/x86.toml).
     """
-    memory = T.alloc_buffer((math.prod(shape),), "float32", scope="local", annotations={"disable_lower_builtin": True})
+    memory = T.alloc_buffer((math.prod(shape),), dtype, scope="local", annotations={"disable_lower_builtin": True})
     if len(shape) == 1:
         return memory
-    return T.decl_buffer(shape, "float32", data=memory.data, scope="local")
+    return T.decl_buffer(shape, dtype, data=memory.data, scope="local")
 
 
 def sum_lanes(part: Any, lanes: int) -> Any:
