@@ -1,8 +1,8 @@
 """Draws inputs for a SPEC's cases: one source for parity, benchmarks, tuning, tests and the fuzzer.
 
-A case is a mapping: symbolic and static axis sizes (``B``, ``T``, ``H``...), or ``lengths`` for packed sequences instead of B and
-T; ``with``, the optional tensors that are passed; ``dtype`` and ``state_dtype``, ``dtypes`` for single tensors, ``index_dtype``;
-``padding`` (some slots are -1); and any scalar of the operator.
+A case is a mapping: symbolic and static axis sizes (``B``, ``T``, ``H``...); ``with``, the optional tensors that are passed;
+``dtype``, ``<role>_dtype`` for the tensors of a role (``state_dtype``), ``dtypes`` for single tensors, ``index_dtype``;
+``note``, a word for its label; any scalar of the operator; and what its own hooks (`OpSpec.sizes`, `Tensor.values`) read.
 """
 
 from __future__ import annotations
@@ -13,10 +13,7 @@ from typing import Any
 import torch
 
 from tvm_gdn.check import TORCH_DTYPES
-from tvm_gdn.spec import OpSpec, Tensor
-
-#: What required scalars get where a case does not say.
-_SCALARS = {"softplus_beta": 1.0, "softplus_threshold": 20.0}
+from tvm_gdn.spec import INTS, Axis, Draw, OpSpec, Tensor, named_sizes
 
 
 def sizes_of(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, int]:
@@ -34,60 +31,42 @@ def sizes_of(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, int]:
     dict
         Sizes by axis name.
     """
-    sizes = {name: value for name, value in case.items() if name.isupper() and isinstance(value, int)}
-    if "lengths" in case:
-        sizes |= {"B": 1, "T": sum(case["lengths"]), "N": len(case["lengths"])}
-    sizes.setdefault("B", 1)
-    sizes.setdefault("T", 1)
-    sizes.setdefault("N", sizes["B"])
-    sizes.setdefault("S", sizes["N"])
-    longest = max(case.get("lengths", (sizes["T"],)), default=1)
-    sizes |= {"C": sizes["N"] + 1, "P": max(longest, 1) + 1, "P2": max(longest, 1)}
-    if any("R" in tensor.axes.split() for tensor in spec.tensors):
-        sizes["R"] = 2 * sizes["H"] * sizes["K"] + sizes["HV"] * sizes["V"]
-    return sizes
-
-
-def _draw(
-    tensor: Tensor, shape: tuple[int, ...], case: Mapping[str, Any], sizes: Mapping[str, int], rng: torch.Generator
-) -> torch.Tensor:
-    kind = tensor.values
-    if kind == "cu_seqlens":
-        return torch.tensor([0, *case["lengths"]]).cumsum(0)
-    if kind == "slots":
-        pool = sizes["S"] if tensor.name == "initial_state_indices" else sizes["C"]
-        slots = torch.randperm(pool, generator=rng)[: sizes["N"]]
-        if case.get("padding") and sizes["N"] > 1:
-            slots[torch.randperm(sizes["N"], generator=rng)[: (sizes["N"] + 1) // 3]] = -1
-        return slots
-    if kind == "parents":
-        parents = torch.full(shape, -1)
-        for t in range(1, shape[1]):
-            parents[:, t] = torch.randint(-1, t, (shape[0],), generator=rng)
-        return parents
-    if kind == "log_decay":
-        return -torch.rand(shape, generator=rng)
-    if kind == "beta":
-        return torch.rand(shape, generator=rng)
-    if kind == "A_log":
-        return torch.log(1 + 15 * torch.rand(shape, generator=rng))
-    if kind == "empty":
-        return torch.full(shape, float("nan"))
-    values = torch.randn(shape, generator=rng)
-    if kind == "unit":
-        values = torch.nn.functional.normalize(values, dim=-1)
-    return values
+    return named_sizes(case) if spec.sizes is None else spec.sizes(case)
 
 
 def _dtype(tensor: Tensor, case: Mapping[str, Any]) -> torch.dtype:
-    if tensor.name in case.get("dtypes", {}):
-        return TORCH_DTYPES[case["dtypes"][tensor.name]]
-    if "int64" in tensor.dtypes:
-        return TORCH_DTYPES[case.get("index_dtype", "int64")]
-    data = case.get("dtype", "float32")
-    # Models keep the log-decay and A_log in fp32 and everything else in the dtype of the activations.
-    by_role = {"state": case.get("state_dtype", "float32"), "g": "float32", "A_log": "float32"}
-    return TORCH_DTYPES[by_role.get(tensor.dtype_role, data)]
+    name = case.get("dtypes", {}).get(tensor.name) or case.get(f"{tensor.dtype_role}_dtype")
+    if name is None and set(tensor.dtypes) <= set(INTS):
+        name = case.get("index_dtype", "int64")
+    name = name or tensor.usual or case.get("dtype", "float32")
+    return TORCH_DTYPES[name if name in tensor.dtypes else tensor.dtypes[0]]
+
+
+def _attributes(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, Any]:
+    return {scalar.name: case.get(scalar.name, scalar.usual) for scalar in spec.scalars}
+
+
+def _given(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Scalars of a case, and True for every tensor that it passes: what the layouts of tensors depend on."""
+    passed = {tensor.name: True for tensor in spec.tensors if not tensor.optional or tensor.name in case.get("with", ())}
+    return {**_attributes(spec, case), **passed}
+
+
+def shapes_of(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that a case passes."""
+    sizes, given = sizes_of(spec, case), _given(spec, case)
+    return {
+        tensor.name: (tuple(Axis.parse(axis).size(sizes) for axis in tensor.axis_names(given)), _dtype(tensor, case))
+        for tensor in spec.tensors
+        if given.get(tensor.name)
+    }
+
+
+def meta(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a case whose tensors have shapes and dtypes but no memory; as `draw` otherwise."""
+    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes_of(spec, case).items()}
+    given = {**_attributes(spec, case), **tensors}
+    return {arg.name: given.get(arg.name) for arg in spec.inputs}
 
 
 def draw(spec: OpSpec, case: Mapping[str, Any], seed: int = 0, device: str = "cpu") -> dict[str, Any]:
@@ -110,26 +89,19 @@ def draw(spec: OpSpec, case: Mapping[str, Any], seed: int = 0, device: str = "cp
         Every argument by name, in SPEC order; optional ones that the case leaves out are None.
     """
     rng = torch.Generator().manual_seed(seed)
-    sizes = sizes_of(spec, case)
-    attrs = {scalar.name: case.get(scalar.name, _SCALARS.get(scalar.name, scalar.default)) for scalar in spec.scalars}
+    sizes, shapes, attributes = sizes_of(spec, case), shapes_of(spec, case), _attributes(spec, case)
     arguments: dict[str, Any] = {}
     for arg in spec.inputs:
         if not isinstance(arg, Tensor):
-            arguments[arg.name] = attrs[arg.name]
-            continue
-        if arg.optional and arg.name not in case.get("with", ()):
+            arguments[arg.name] = attributes[arg.name]
+        elif arg.name not in shapes:
             arguments[arg.name] = None
-            continue
-        shape = tuple(_size(name, sizes) for name in arg.axis_names(attrs))
-        arguments[arg.name] = _draw(arg, shape, case, sizes, rng).to(_dtype(arg, case)).to(device)
+        else:
+            shape, dtype = shapes[arg.name]
+            context = Draw(shape, sizes, case, rng, arguments)
+            values = torch.randn(shape, generator=rng) if arg.values is None else arg.values(context)
+            arguments[arg.name] = values.to(dtype).to(device)
     return arguments
-
-
-def _size(name: str, sizes: Mapping[str, int]) -> int:
-    if name.isdigit():
-        return int(name)
-    base, _, offset = name.partition("+")
-    return sizes[base] + int(offset or 0)
 
 
 def clone(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,22 +112,22 @@ def clone(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def label(case: Mapping[str, Any]) -> str:
     """Short text of a case for test ids and tables."""
     parts = []
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int64": "i64"}
     for name, value in case.items():
         if name == "with":
             continue
         if isinstance(value, bool):
             parts.append(name if value else "")
-        elif name in {"dtype", "state_dtype", "index_dtype"}:
-            short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int64": "i64"}[value]
-            parts.append(f"{'state-' if name == 'state_dtype' else ''}{short}")
+        elif name in {"dtype", "index_dtype", "note"}:
+            parts.append(short.get(value, value))
+        elif name.endswith("_dtype"):
+            parts.append(f"{name.removesuffix('_dtype')}-{short.get(value, value)}")
+        elif isinstance(value, str):
+            parts.append(f"{name}-{value}")
         elif isinstance(value, Mapping):
             parts.append("+".join(f"{key}-{item}" for key, item in value.items()))
         elif isinstance(value, tuple):
             parts.append(f"{name}-{'-'.join(map(str, value))}")
         else:
             parts.append(f"{name}{value}")
-    if "retrieve_parent_token" in case.get("with", ()):
-        parts.append("tree")
-    elif "intermediate_states_buffer" in case.get("with", ()):
-        parts.append("buffer")
     return " ".join(part for part in parts if part)

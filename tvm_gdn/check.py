@@ -18,10 +18,10 @@ import torch
 
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops.rules import has_overlap
-from tvm_gdn.spec import Geometry, OpSpec, Scalar, Tensor
+from tvm_gdn.spec import Axis, Geometry, OpSpec, Scalar, Tensor
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64")
+    name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64", "int8", "uint8", "bool")
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 #: Addresses of tensors that were found writable.
@@ -66,8 +66,11 @@ def validate(spec: OpSpec, args: Mapping[str, Any]) -> dict[str, int]:
         _check_dtype(spec, tensor, value, first)
         _check_shape(spec, tensor, value, tensor.axis_names(args), sizes)
         _check_memory(spec, tensor, value)
-    if "N" not in sizes and "B" in sizes:
-        sizes["N"] = sizes["B"]
+    for axis, order in spec.derived:
+        if axis not in sizes and order[-1] in sizes:
+            sizes[axis] = sizes[order[-1]]
+    for scalar in spec.scalars:
+        _check_choice(spec, scalar, args.get(scalar.name))
     if spec.check is not None:
         try:
             spec.check(args, sizes)
@@ -134,6 +137,12 @@ def _is_writable(tensor: torch.Tensor) -> bool:
     return populate(page, mmap.PAGESIZE, _MADV_POPULATE_WRITE) == 0 or ctypes.get_errno() not in {errno.EFAULT, errno.EINVAL}
 
 
+def _check_choice(spec: OpSpec, scalar: Scalar, value: Any) -> None:
+    allowed = [given for given, _ in scalar.choices]
+    if allowed and value not in allowed:
+        raise ArgumentError(f"{spec.name}: {scalar.name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+
+
 def _check_dtype(spec: OpSpec, tensor: Tensor, value: torch.Tensor, first: dict[str, tuple[str, Any]]) -> None:
     allowed = [TORCH_DTYPES[name] for name in tensor.dtypes]
     if value.dtype not in allowed:
@@ -148,14 +157,16 @@ def _check_shape(spec: OpSpec, tensor: Tensor, value: torch.Tensor, names: tuple
         raise ArgumentError(
             f"{spec.name}: {tensor.name} has {value.ndim} axes {tuple(value.shape)}; allowed: {len(names)}, [{', '.join(names)}]"
         )
-    for axis, (name, size) in enumerate(zip(names, value.shape, strict=True)):
-        base, _, offset = name.partition("+")
-        expected = sizes.setdefault(base, size - int(offset or 0))
-        if size != expected + int(offset or 0):
-            raise ArgumentError(
-                f"{spec.name}: {tensor.name} has {size} on axis {axis} ({name}), other arguments have {base} = {expected}; "
-                f"{tensor.name} is [{', '.join(names)}]"
-            )
+    layout = f"{tensor.name} is [{', '.join(names)}]"
+    for position, (name, size) in enumerate(zip(names, value.shape, strict=True)):
+        axis = Axis.parse(name)
+        named = axis.named(size)
+        if named is None:
+            raise ArgumentError(f"{spec.name}: {tensor.name} has {size} on axis {position} ({name}); {layout}")
+        expected = sizes.setdefault(axis.name, named) if axis.name else None
+        if size != axis.size(sizes):
+            others = "" if expected is None else f", other arguments have {axis.name} = {expected}"
+            raise ArgumentError(f"{spec.name}: {tensor.name} has {size} on axis {position} ({name}){others}; {layout}")
 
 
 def _check_memory(spec: OpSpec, tensor: Tensor, value: torch.Tensor) -> None:
@@ -201,10 +212,15 @@ def geometry_of(spec: OpSpec, args: Mapping[str, Any]) -> Geometry:
     """
     axes = []
     for axis in spec.static_axes:
-        name, position = spec.axis_source(axis, args)
-        axes.append((axis, int(args[name].shape[position])))
+        sources = [(t, position) for t, position in spec.axis_sources(axis, args) if args.get(t.name) is not None]
+        # An axis that only absent tensors have (the groups of unquantized weights) has size 0.
+        size = 0
+        if sources:
+            tensor, position = sources[0]
+            size = Axis.parse(tensor.axis_names(args)[position]).named(int(args[tensor.name].shape[position])) or 0
+        axes.append((axis, size))
     dtypes = [(t.name, DTYPE_NAMES[args[t.name].dtype]) for t in spec.tensors if args.get(t.name) is not None]
-    attrs = [(s.name, bool(args[s.name]) if s.type == "bool" else args[s.name]) for s in spec.scalars if s.static]
+    attrs = [(s.name, s.meaning(args[s.name])) for s in spec.scalars if s.static]
     return Geometry(axes=tuple(axes), dtypes=tuple(dtypes), attrs=(*attrs, *spec.traits))
 
 

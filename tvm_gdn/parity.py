@@ -11,7 +11,7 @@ import torch
 from tvm_gdn import cases, dispatch, reference
 from tvm_gdn.check import geometry_of
 from tvm_gdn.ops import OPS
-from tvm_gdn.spec import OpSpec
+from tvm_gdn.spec import OpSpec, holds
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,10 @@ def expected(spec: OpSpec, arguments: Mapping[str, Any]) -> dict[str, torch.Tens
     """
     copy = cases.clone(arguments)
     names = [tensor.name for tensor in spec.tensors if tensor.mutated and copy[tensor.name] is not None]
-    # A tree step starts from the *stored* state of its parent: the storage dtype is part of the semantics there.
-    if copy.get("retrieve_parent_token") is None:
+    if not holds(copy, spec.storage_matters_with):
         for name in names:
             copy[name] = copy[name].double()
-    result = getattr(reference, spec.name)(**copy, exact=True)
+    result = getattr(reference, spec.name)(**spec.for_reference(copy), exact=True)
     values = result if isinstance(result, tuple) else (result,)
     outputs = {output.name: value for output, value in zip(spec.outputs, values, strict=True) if value is not None}
     return {**outputs, **{name: copy[name] for name in names}}
@@ -87,10 +86,11 @@ def run(spec: OpSpec, arguments: Mapping[str, Any], function: Callable[..., Any]
 
 
 def limit(spec: OpSpec, name: str, dtype: torch.dtype) -> float:
-    """Tolerance of an output or mutated argument, by the dtype it is stored in."""
+    """Tolerance of an output or mutated argument, by its role and the dtype it is stored in; integers must be equal."""
+    roles = {**{tensor.name: tensor.dtype_role for tensor in spec.tensors}, **{out.name: out.like for out in spec.outputs}}
     short = str(dtype).removeprefix("torch.")
-    is_state = name not in {"o", "g", "beta"}
-    return spec.tolerance.get(f"state_{short}", spec.tolerance[short]) if is_state else spec.tolerance[short]
+    usual = spec.tolerance[short] if dtype.is_floating_point else spec.tolerance.get(short, 0.0)
+    return spec.tolerance.get(f"{roles[name]}_{short}", usual)
 
 
 def compare(

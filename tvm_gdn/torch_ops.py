@@ -17,7 +17,7 @@ import torch
 
 from tvm_gdn import check, dispatch, env, reference
 from tvm_gdn.errors import KernelError, TvmGdnError
-from tvm_gdn.spec import OpSpec, Output, Scalar, Tensor
+from tvm_gdn.spec import Axis, OpSpec, Output, Scalar, Tensor
 
 _LIBRARY = torch.library.Library("tvm_gdn", "DEF")
 #: torch device types that kernels may be registered for, with their dispatch keys.
@@ -34,24 +34,42 @@ def _parameters(spec: OpSpec) -> str:
     return ", ".join(parts)
 
 
-def _axis_expression(spec: OpSpec, axis: str, attrs: dict[str, Any]) -> str:
-    """Python expression for an axis size from the arguments of the generated function."""
-    if axis.isdigit():
-        return axis
-    for tensor in spec.tensors:
-        names = tensor.axis_names(attrs)
-        if axis in names and not tensor.optional:
-            return f"{tensor.name}.shape[{names.index(axis)}]"
-    # Only the number of sequences is not an axis of a required tensor: cu_seqlens states it, else it is the batch.
-    return f"(cu_seqlens.shape[0] - 1 if cu_seqlens is not None else {_axis_expression(spec, 'B', attrs)})"
+def _by_layout(spec: OpSpec, text: Callable[[dict[str, Any]], str]) -> str:
+    """Python expression of what `text` writes for each layout of an operator's arguments; the call's arguments choose."""
+    tensors = {tensor.name for tensor in spec.tensors}
+
+    def choose(conditions: tuple[str, ...], args: dict[str, Any]) -> str:
+        if not conditions:
+            return text(args)
+        first, *rest = conditions
+        yes, no = (choose(tuple(rest), {**args, first: flag}) for flag in (True, False))
+        return yes if yes == no else f"({yes} if {first}{' is not None' if first in tensors else ''} else {no})"
+
+    return choose(spec.conditions, {})
+
+
+def _axis_expression(spec: OpSpec, axis: str, args: dict[str, Any]) -> str:
+    """Python expression for a size from the arguments of the generated function, in one layout."""
+    size = Axis.parse(axis)
+    if not size.name:
+        return str(size.plus)
+    if size.name in {scalar.name for scalar in spec.scalars}:
+        return size.expression(size.name)
+    sources, order = spec.axis_sources(size.name, args), dict(spec.derived).get(size.name, ())
+    if not sources and not order:
+        raise KeyError(f"{spec.name}: no argument has the axis {size.name}")
+    text = _axis_expression(spec, order[-1], args) if order else "0"
+    for tensor, position in reversed(sources):
+        found = Axis.parse(tensor.axis_names(args)[position]).named_expression(f"{tensor.name}.shape[{position}]")
+        text = f"({found} if {tensor.name} is not None else {text})" if tensor.optional else found
+    return size.expression(text)
 
 
 def _shape_expression(spec: OpSpec, output: Output) -> str:
-    plain, swapped = (
-        ", ".join(_axis_expression(spec, axis, {"state_v_first": flag}) for axis in output.axis_names(flag))
-        for flag in (False, True)
-    )
-    return f"({plain},)" if plain == swapped else f"(({swapped},) if state_v_first else ({plain},))"
+    def shape(args: dict[str, Any]) -> str:
+        return "".join(f"{_axis_expression(spec, axis, args)}, " for axis in output.axis_names(args)).strip()
+
+    return _by_layout(spec, lambda args: f"({shape(args)})")
 
 
 def _dtype_expression(spec: OpSpec, output: Output) -> str:
@@ -67,10 +85,14 @@ def _allocations(spec: OpSpec) -> list[str]:
     device = f"{next(t.name for t in spec.tensors if not t.optional)}.device"
     lines = []
     for output in spec.outputs:
+        dtype = _dtype_expression(spec, output)
+        if output.strides_of:
+            lines.append(f"{output.name} = empty_like({output.strides_of}, dtype={dtype})")
+            continue
         shape = _shape_expression(spec, output)
         if output.when:
             shape = f"{shape} if {output.when} else (0,)"
-        lines.append(f"{output.name} = empty({shape}, dtype={_dtype_expression(spec, output)}, device={device})")
+        lines.append(f"{output.name} = empty({shape}, dtype={dtype}, device={device})")
     return lines
 
 
@@ -80,13 +102,7 @@ def _returned(spec: OpSpec) -> str:
 
 
 def _key_expression(spec: OpSpec) -> str:
-    parts = []
-    for axis in spec.static_axes:
-        plain, swapped = (spec.axis_source(axis, {"state_v_first": flag}) for flag in (False, True))
-        expression = f"{plain[0]}.shape[{plain[1]}]"
-        if plain != swapped:
-            expression = f"({swapped[0]}.shape[{swapped[1]}] if state_v_first else {expression})"
-        parts.append(expression)
+    parts = [_by_layout(spec, lambda args: _axis_expression(spec, axis, args)) for axis in spec.static_axes]  # noqa: B023
     for tensor in spec.tensors:
         parts.append(f"None if {tensor.name} is None else {tensor.name}.dtype" if tensor.optional else f"{tensor.name}.dtype")
     parts.extend(spec.static_attrs)
@@ -94,7 +110,7 @@ def _key_expression(spec: OpSpec) -> str:
 
 
 def _define(source: str, name: str, namespace: dict[str, Any]) -> Callable[..., Any]:
-    namespace = {**check.TORCH_DTYPES, "empty": torch.empty, **namespace}
+    namespace = {**check.TORCH_DTYPES, "empty": torch.empty, "empty_like": torch.empty_like, **namespace}
     exec(compile(source, f"<tvm_gdn {name}>", "exec"), namespace)  # noqa: S102 - source is written from SPEC above
     return namespace[name]
 
@@ -140,7 +156,7 @@ def reference_function(spec: OpSpec) -> Callable[..., Any]:
     def call(*values: Any) -> Any:
         args = {**defaults, **dict(zip(names, values, strict=False))}
         check.validate(spec, args)
-        result = getattr(reference, spec.name)(**args)
+        result = getattr(reference, spec.name)(**spec.for_reference(args))
         if len(spec.outputs) == 1:
             return result
         # A torch operator cannot return None: an output that was not asked for is empty, as in the compiled path.

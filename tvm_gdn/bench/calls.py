@@ -24,8 +24,6 @@ from tvm_gdn.target import resolve, runnable
 
 Case = Mapping[str, Any]
 
-#: Sizes of a call that does next to nothing, on which the cost of calling is measured.
-_TINY = {"H": 1, "HV": 1, "K": 8, "V": 8, "M": 1}
 #: The operator whose first call is timed.
 _FIRST = "packed_decode_gated_delta_rule"
 
@@ -33,7 +31,7 @@ _FIRST = "packed_decode_gated_delta_rule"
 def tiny_case(spec: OpSpec) -> dict[str, Any]:
     """The operator's first benchmark shape with every axis as small as it gets."""
     case = arguments.small_case(spec, spec.bench[0])
-    return {name: _TINY.get(name, value) for name, value in case.items()}
+    return {name: spec.smallest.get(name, value) for name, value in case.items()}
 
 
 def call_cost(spec: OpSpec, case: Case, seconds: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from tvm_gdn import cases, dispatch, env
 from tvm_gdn.check import TORCH_DTYPES, geometry_of
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import OPS
-from tvm_gdn.spec import Geometry, OpSpec
+from tvm_gdn.spec import Axis, Geometry, OpSpec, Scalar
 from tvm_gdn.target import TargetSpec, resolve, runnable, target_names
 
 #: Keys of --dims that are no axis, attribute or tensor of the operator.
@@ -59,19 +59,16 @@ def use_target(text: str) -> TargetSpec:
 
 
 def small_case(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, Any]:
-    """The same case with every symbolic axis 1: the same kernel, next to no data."""
-    small = {name: value for name, value in case.items() if name != "lengths"}
-    names = {name.partition("+")[0] for tensor in spec.tensors for name in tensor.axes.split() if not name.isdigit()}
+    """The same case with every symbolic axis as small as it gets: the same kernel, next to no data."""
+    names = {Axis.parse(axis).name for tensor in spec.tensors for axis in tensor.axes.split()} - {""}
     names |= {name for name in case if name.isupper()}
-    small |= dict.fromkeys(sorted(names - set(spec.static_axes)), 1)
-    if "cu_seqlens" in case.get("with", ()):
-        small["lengths"] = (1,)
-    return small
+    small = {name: spec.smallest.get(name, 1) for name in sorted(names - set(spec.static_axes))}
+    return {**{name: value for name, value in case.items() if name != "lengths"}, **small}
 
 
 def geometry_of_case(spec: OpSpec, case: Mapping[str, Any]) -> Geometry:
     """Geometry of a case, found without drawing tensors of its size."""
-    return geometry_of(spec, cases.draw(spec, small_case(spec, case)))
+    return geometry_of(spec, cases.meta(spec, case))
 
 
 def parse_dims(spec: OpSpec, text: str) -> Geometry:
@@ -102,7 +99,7 @@ def parse_dims(spec: OpSpec, text: str) -> Geometry:
             if unknown:
                 raise ArgumentError(f"--dims with={value}: {', '.join(unknown)}: allowed for {spec.name}: {', '.join(optional)}")
         elif key in spec.static_attrs:
-            case[key] = bool(_integer(key, value))
+            case[key] = _attribute(next(scalar for scalar in spec.scalars if scalar.name == key), value)
         elif key in tensors:
             case["dtypes"][key] = _dtype(key, value)
         else:
@@ -112,6 +109,16 @@ def parse_dims(spec: OpSpec, text: str) -> Geometry:
     if lacking:
         raise ArgumentError(f"--dims: {spec.name} also needs {', '.join(f'{axis}=SIZE' for axis in lacking)}")
     return checked_geometry(spec, geometry_of_case(spec, case))
+
+
+def _attribute(scalar: Scalar, text: str) -> Any:
+    if scalar.type != "str":
+        number = _integer(scalar.name, text)
+        return bool(number) if scalar.type == "bool" else number
+    meanings = {str(given): given for given, _ in scalar.choices}
+    if text not in meanings:
+        raise ArgumentError(f"--dims {scalar.name}={text}: allowed: {', '.join(meanings)}")
+    return meanings[text]
 
 
 def _integer(key: str, text: str) -> int:
@@ -148,8 +155,8 @@ def checked_geometry(spec: OpSpec, geometry: Geometry) -> Geometry:
     """The same geometry, or an error that says in what it does not fit the operator."""
     tensors = {tensor.name: tensor for tensor in spec.tensors}
     wrong = []
-    if set(geometry.axis) != set(spec.static_axes) or min(geometry.axis.values(), default=1) < 1:
-        wrong.append(f"axes must be {{{', '.join(spec.static_axes)}}}, each at least 1; got {geometry.axis}")
+    if set(geometry.axis) != set(spec.static_axes) or min(geometry.axis.values(), default=0) < 0:
+        wrong.append(f"axes must be {{{', '.join(spec.static_axes)}}}, none negative; got {geometry.axis}")
     if set(geometry.attr) != {*spec.static_attrs, *dict(spec.traits)}:
         wrong.append(f"attrs must be {{{', '.join(spec.static_attrs)}}}; got {geometry.attr}")
     missing = [name for name, tensor in tensors.items() if not tensor.optional and name not in geometry.dtype]

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from tvm_gdn.ops.rules import NO_STEPS
+from tvm_gdn.ops import draws
+from tvm_gdn.ops.rules import NO_STEPS, check_recurrent
 from tvm_gdn.spec import INTS, Geometry, Output, Scalar, Tensor
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -40,29 +41,29 @@ def cost(sizes: Mapping[str, int], geometry: Geometry) -> tuple[int, int]:
     return state + rows, tokens * heads * K * V * 7
 
 
-QUERY = Tensor("q", "B T H K", role="data", values="unit")
-KEY = Tensor("k", "B T H K", role="data", values="unit")
+QUERY = Tensor("q", "B T H K", role="data", values=draws.unit)
+KEY = Tensor("k", "B T H K", role="data", values=draws.unit)
 VALUE = Tensor("v", "B T HV V", role="data")
-GATE = Tensor("g", "B T HV", strides="any", values="log_decay")
-BETA = Tensor("beta", "B T HV", strides="any", values="beta")
-A_LOG = Tensor("A_log", "HV", strides="dense", values="A_log")
-DT_BIAS = Tensor("dt_bias", "HV", strides="dense", values="dt_bias")
+GATE = Tensor("g", "B T HV", strides="any", usual="float32", values=draws.log_decay)
+BETA = Tensor("beta", "B T HV", strides="any", values=draws.strength)
+A_LOG = Tensor("A_log", "HV", strides="dense", usual="float32", values=draws.log_rate)
+DT_BIAS = Tensor("dt_bias", "HV", strides="dense")
 A = Tensor("a", "B T HV", strides="any")
 B = Tensor("b", "B T HV", strides="any")
 SCALE = Scalar("scale", "float", None, resolve=default_scale)
-SOFTPLUS = (Scalar("softplus_beta", "float"), Scalar("softplus_threshold", "float"))
+SOFTPLUS = (Scalar("softplus_beta", "float", drawn=1.0), Scalar("softplus_threshold", "float", drawn=20.0))
 POOL = Tensor(
     "initial_state_source",
     "S HV K V",
-    axes_v_first="S HV V K",
+    axes_if=("state_v_first", "S HV V K"),
     role="state",
     optional=True,
     mutated=True,
     strides="outer",
-    values="state",
+    usual="float32",
 )
-SLOTS = Tensor("initial_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values="slots")
-CU_SEQLENS = Tensor("cu_seqlens", "N+1", dtypes=INTS, optional=True, strides="dense", values="cu_seqlens")
+SLOTS = Tensor("initial_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values=draws.slots)
+CU_SEQLENS = Tensor("cu_seqlens", "N+1", dtypes=INTS, optional=True, strides="dense", values=draws.bounds)
 L2NORM = Scalar("use_qk_l2norm_in_kernel", "bool", False)
 V_FIRST = Scalar("state_v_first", "bool", False, static=True, passed=False)
 VERIFY = (
@@ -70,24 +71,41 @@ VERIFY = (
     Tensor(
         "intermediate_states_buffer",
         "C P HV K V",
-        axes_v_first="C P HV V K",
+        axes_if=("state_v_first", "C P HV V K"),
         role="state",
         optional=True,
         mutated=True,
         strides="outer2",
-        values="empty",
+        usual="float32",
+        values=draws.unset,
     ),
-    Tensor("intermediate_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values="slots"),
+    Tensor("intermediate_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values=draws.buffer_slots),
     Scalar("cache_steps", "int", None, resolve=no_steps),
-    Tensor("retrieve_parent_token", "N P2", dtypes=INTS, optional=True, values="parents"),
+    Tensor("retrieve_parent_token", "N P2", dtypes=INTS, optional=True, values=draws.parents),
 )
 OUT = Output("o", "B T HV V", like="data")
 
 INITIAL = Tensor(
-    "initial_state", "N HV K V", axes_v_first="N HV V K", role="state", optional=True, strides="outer", values="state"
+    "initial_state",
+    "N HV K V",
+    axes_if=("state_v_first", "N HV V K"),
+    role="state",
+    optional=True,
+    strides="outer",
+    usual="float32",
 )
 OUTPUT_FINAL = Scalar("output_final_state", "bool", False, static=True, passed=False)
-FINAL = Output("final_state", "N HV K V", axes_v_first="N HV V K", like="state", when="output_final_state")
+FINAL = Output("final_state", "N HV K V", axes_if=("state_v_first", "N HV V K"), like="state", when="output_final_state")
+
+#: What every operator of the family has in its SPEC.
+FAMILY: dict[str, Any] = {
+    "check": check_recurrent,
+    "cost": cost,
+    "derived": (("N", ("cu_seqlens", "B")),),
+    "sizes": draws.sizes,
+    "smallest": {"K": 8, "V": 8},
+    "steady": draws.steady,
+}
 
 
 def tokens_first(tensor: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from tvm_gdn.autograd import forward_only
+from tvm_gdn.ops import draws
 from tvm_gdn.spec import Geometry, OpSpec, Output, Scalar, Tensor
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -24,10 +25,10 @@ FUSED_GDN_GATING = OpSpec(
     summary="log-decay g and write strength beta from the projections a and b",
     algorithm="gating",
     inputs=(
-        Tensor("A_log", "HV", strides="dense", values="A_log"),
+        Tensor("A_log", "HV", strides="dense", usual="float32", values=draws.log_rate),
         Tensor("a", "M HV", role="data", strides="any"),
         Tensor("b", "M HV", role="data", strides="any"),
-        Tensor("dt_bias", "HV", strides="dense", values="dt_bias"),
+        Tensor("dt_bias", "HV", strides="dense"),
         Scalar("softplus_beta", "float", 1.0),
         Scalar("softplus_threshold", "float", 20.0),
     ),

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from tvm_gdn.autograd import forward_only
+from tvm_gdn.ops import draws
 from tvm_gdn.ops.arguments import (
     A_LOG,
     BETA,
     CU_SEQLENS,
     DT_BIAS,
+    FAMILY,
     GATE,
     KEY,
     L2NORM,
@@ -30,11 +32,9 @@ from tvm_gdn.ops.arguments import (
     VERIFY,
     A,
     B,
-    cost,
     is_one_token_batch,
     tokens_first,
 )
-from tvm_gdn.ops.rules import check_recurrent
 from tvm_gdn.spec import OpSpec, Output, Scalar, Tensor
 
 _DECODE = {"T": 1, "H": 16, "HV": 32, "K": 128, "V": 128, "state_dtype": "float32"}
@@ -64,7 +64,18 @@ def _pooled_cases() -> tuple[Mapping[str, Any], ...]:
             "padding": True,
             "index_dtype": "int32",
         },
-        {"B": 2, "T": 4, "H": 2, "HV": 4, "K": 64, "V": 32, "S": 3, "with": verify, "disable_state_update": True},
+        {
+            "B": 2,
+            "T": 4,
+            "H": 2,
+            "HV": 4,
+            "K": 64,
+            "V": 32,
+            "S": 3,
+            "with": verify,
+            "disable_state_update": True,
+            "note": "buffer",
+        },
         {
             "B": 2,
             "T": 6,
@@ -75,6 +86,7 @@ def _pooled_cases() -> tuple[Mapping[str, Any], ...]:
             "S": 3,
             "with": (*verify, "retrieve_parent_token"),
             "disable_state_update": True,
+            "note": "tree",
         },
         {
             "lengths": (3, 4),
@@ -84,6 +96,7 @@ def _pooled_cases() -> tuple[Mapping[str, Any], ...]:
             "V": 12,
             "S": 2,
             "with": (*_POOLED, "cu_seqlens", "intermediate_states_buffer"),
+            "note": "buffer",
         },
         {"B": 2, "T": 3, "H": 1, "HV": 1, "K": 256, "V": 128, "with": ()},
     ]
@@ -107,8 +120,8 @@ FUSED_RECURRENT_UPDATE = OpSpec(
     static_axes=("K", "V"),
     cases=_pooled_cases(),
     bench=_DECODE_BENCH,
-    check=check_recurrent,
-    cost=cost,
+    storage_matters_with="retrieve_parent_token",
+    **FAMILY,
 )
 
 FUSED_SIGMOID_GATING_UPDATE = OpSpec(
@@ -136,8 +149,8 @@ FUSED_SIGMOID_GATING_UPDATE = OpSpec(
     static_axes=("K", "V"),
     cases=_pooled_cases(),
     bench=_DECODE_BENCH,
-    check=check_recurrent,
-    cost=cost,
+    storage_matters_with="retrieve_parent_token",
+    **FAMILY,
 )
 
 PACKED_DECODE = OpSpec(
@@ -145,7 +158,7 @@ PACKED_DECODE = OpSpec(
     summary="one decode step from the packed qkv projection, gates computed inside",
     algorithm="recurrent",
     inputs=(
-        Tensor("mixed_qkv", "B R", role="data", values="packed"),
+        Tensor("mixed_qkv", "B R", role="data"),
         Tensor("a", "B HV", strides="any"),
         Tensor("b", "B HV", strides="any"),
         A_LOG,
@@ -153,11 +166,11 @@ PACKED_DECODE = OpSpec(
         Tensor(
             "initial_state_source",
             "S HV K V",
-            axes_v_first="S HV V K",
+            axes_if=("state_v_first", "S HV V K"),
             role="state",
             mutated=True,
             strides="outer",
-            values="state",
+            usual="float32",
         ),
         SLOTS,
         SCALE,
@@ -187,8 +200,7 @@ PACKED_DECODE = OpSpec(
         for v_first in (False, True)
     ),
     bench=tuple({k: v for k, v in case.items() if k != "T"} for case in _DECODE_BENCH),
-    check=check_recurrent,
-    cost=cost,
+    **{**FAMILY, "sizes": draws.packed_sizes},
 )
 
 SPECS = (FUSED_RECURRENT_UPDATE, FUSED_SIGMOID_GATING_UPDATE, PACKED_DECODE)

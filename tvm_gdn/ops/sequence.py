@@ -14,9 +14,11 @@ import torch
 
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
+from tvm_gdn.ops import draws
 from tvm_gdn.ops.arguments import (
     BETA,
     CU_SEQLENS,
+    FAMILY,
     FINAL,
     GATE,
     INITIAL,
@@ -30,14 +32,12 @@ from tvm_gdn.ops.arguments import (
     SLOTS,
     V_FIRST,
     VALUE,
-    cost,
     is_one_token_batch,
     tokens_first,
 )
-from tvm_gdn.ops.rules import check_recurrent
 from tvm_gdn.spec import OpSpec, Tensor
 
-CHANNEL_GATE = Tensor("g", "B T HV K", strides="inner", values="log_decay")
+CHANNEL_GATE = Tensor("g", "B T HV K", strides="inner", usual="float32", values=draws.log_decay)
 _GATES: dict[str, tuple[Tensor, ...]] = {"gated_delta_rule": (GATE,), "kda": (CHANNEL_GATE,), "delta_rule": ()}
 _TEXT = {"gated_delta_rule": "gated delta rule", "kda": "Kimi delta attention (gate per channel)", "delta_rule": "delta rule"}
 
@@ -88,8 +88,7 @@ def _spec(form: str, rule: str, pool: bool) -> OpSpec:
         traits=(("channel_gate", True),) if rule == "kda" else (),
         cases=_cases(pool),
         bench=_bench_pool(form) if pool else _bench((512, 4096) if form == "chunk" else (64,)),
-        check=check_recurrent,
-        cost=cost,
+        **FAMILY,
     )
 
 
