@@ -15,6 +15,7 @@ if (_CHECKOUT / "targets" / "native.toml").is_file() and (_CHECKOUT / "pyproject
 from tvm_gdn import logs, torch_ops  # noqa: E402
 from tvm_gdn.ops import OPS  # noqa: E402
 from tvm_gdn.ops.gating import fused_gdn_gating  # noqa: E402
+from tvm_gdn.ops.moe import expert_stats, moe_route, moe_sort  # noqa: E402
 from tvm_gdn.ops.recurrent import (  # noqa: E402
     fused_recurrent_gated_delta_rule_update,
     fused_sigmoid_gating_delta_rule_update,
@@ -35,12 +36,15 @@ __all__ = [
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_kda",
+    "expert_stats",
     "fused_gdn_gating",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gated_delta_rule_update",
     "fused_recurrent_kda",
     "fused_sigmoid_gating_delta_rule_update",
+    "moe_route",
+    "moe_sort",
     "packed_decode_gated_delta_rule",
 ]
 

@@ -27,11 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tvm_gdn.reference_moe import expert_stats, fused_experts, fused_experts_packed, moe_route, moe_sort
+
 __all__ = [
+    "expert_stats",
+    "fused_experts",
+    "fused_experts_packed",
     "fused_gdn_gating",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gated_delta_rule_update",
     "fused_sigmoid_gating_delta_rule_update",
+    "moe_route",
+    "moe_sort",
     "packed_decode_gated_delta_rule",
 ]
 
