@@ -7,8 +7,10 @@ has to be synchronized. `lanes` is the widest vector in fp32 elements; 1 writes 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import tvm
 from tvm.script import tirx as T
 
 
@@ -83,6 +85,25 @@ def local_array(*shape: int, dtype: str = "float32") -> Any:
     if len(shape) == 1:
         return memory
     return T.decl_buffer(shape, dtype, data=memory.data, scope="local")
+
+
+def transpose_16(get: Callable[[int], Any], put: Callable[[int, Any], None], dtype: str = "float32") -> None:
+    """Transpose a 16 x 16 block of 32-bit elements in registers: `get(r)` reads row r, ``put(c, vector)`` writes column c.
+
+    Four rounds of pairwise shuffles; element by element it would cost as much as the products of a chunk.
+    """
+    lanes = T.ramp(0, 1, 16)
+    rows = [get(r) for r in range(16)]
+    for step in (1, 2, 4, 8):
+        low = [lane - step + 16 if lane & step else lane for lane in range(16)]
+        high = [lane + 16 if lane & step else lane + step for lane in range(16)]
+        kept = local_array(16, 16, dtype=dtype)
+        for r, row in enumerate(rows):
+            T.buffer_store(kept, row, [r, lanes])
+        pairs = [(kept[r & ~step, lanes], kept[r | step, lanes]) for r in range(16)]
+        rows = [tvm.tirx.Shuffle(list(pair), high if r & step else low) for r, pair in enumerate(pairs)]
+    for c, column in enumerate(rows):
+        put(c, column)
 
 
 def sum_lanes(part: Any, lanes: int) -> Any:

@@ -82,8 +82,8 @@ class Int8:
     quantized, prelude, operand, sum, matrix = True, "", "int8", "int32", "bsud"
     zero, k_step, per, lines = 128, 64, 4, LANES
 
-    def __init__(self, vnni: bool, groups: int = 1) -> None:
-        self.vnni, self.groups = vnni, groups
+    def __init__(self, vnni: bool) -> None:
+        self.vnni = vnni
 
     line = Float.line
 

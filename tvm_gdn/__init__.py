@@ -16,6 +16,7 @@ from tvm_gdn import logs, torch_ops  # noqa: E402
 from tvm_gdn.ops import OPS  # noqa: E402
 from tvm_gdn.ops.gating import fused_gdn_gating  # noqa: E402
 from tvm_gdn.ops.moe import expert_stats, moe_route, moe_sort  # noqa: E402
+from tvm_gdn.ops.moe_experts import fused_experts  # noqa: E402
 from tvm_gdn.ops.recurrent import (  # noqa: E402
     fused_recurrent_gated_delta_rule_update,
     fused_sigmoid_gating_delta_rule_update,
@@ -29,14 +30,17 @@ from tvm_gdn.ops.sequence import (  # noqa: E402
     fused_recurrent_gated_delta_rule,
     fused_recurrent_kda,
 )
+from tvm_gdn.packed_experts import PackedExperts, pack_experts  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "OPS",
+    "PackedExperts",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_kda",
     "expert_stats",
+    "fused_experts",
     "fused_gdn_gating",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
@@ -45,6 +49,7 @@ __all__ = [
     "fused_sigmoid_gating_delta_rule_update",
     "moe_route",
     "moe_sort",
+    "pack_experts",
     "packed_decode_gated_delta_rule",
 ]
 

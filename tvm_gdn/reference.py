@@ -27,12 +27,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tvm_gdn.reference_moe import expert_stats, fused_experts, fused_experts_packed, moe_route, moe_sort
+from tvm_gdn.reference_moe import (
+    expert_stats,
+    fused_experts,
+    fused_experts_packed,
+    fused_experts_quantized,
+    moe_route,
+    moe_sort,
+)
 
 __all__ = [
     "expert_stats",
     "fused_experts",
     "fused_experts_packed",
+    "fused_experts_quantized",
     "fused_gdn_gating",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gated_delta_rule_update",

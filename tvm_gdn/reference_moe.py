@@ -10,11 +10,13 @@ References
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["expert_stats", "fused_experts", "fused_experts_packed", "moe_route", "moe_sort"]
+__all__ = ["expert_stats", "fused_experts", "fused_experts_packed", "fused_experts_quantized", "moe_route", "moe_sort"]
 
 
 def _descending(values: Tensor) -> Tensor:
@@ -79,9 +81,20 @@ def expert_stats(topk_ids: Tensor, num_experts: int, *, exact: bool = False) -> 
 
 
 def fused_experts(
-    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, activation: str = "silu", *, exact: bool = False
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str = "silu",
+    *,
+    exact: bool = False,
+    rows: Callable[[Tensor], Tensor] = torch.Tensor.contiguous,
 ) -> Tensor:
-    """Sum over the chosen experts of weight * down(silu(gate x) * up x); x [T, D], w13 [E, 2I, D], w2 [E, D, I]."""
+    """Sum over the chosen experts of weight * down(silu(gate x) * up x); x [T, D], w13 [E, 2I, D], w2 [E, D, I].
+
+    ``rows`` is applied to the rows of the left operand of either product.
+    """
     del activation  # silu is the only one
     dtype = torch.float64 if exact else torch.float32
     inner = w2.shape[2]
@@ -90,8 +103,8 @@ def fused_experts(
         token, choice = (topk_ids == expert).nonzero(as_tuple=True)
         if not len(token):
             continue
-        both = x[token].to(dtype) @ w13[expert].to(dtype).T
-        down = (F.silu(both[:, :inner]) * both[:, inner:]) @ w2[expert].to(dtype).T
+        both = rows(x[token].to(dtype)) @ w13[expert].to(dtype).T
+        down = rows(F.silu(both[:, :inner]) * both[:, inner:]) @ w2[expert].to(dtype).T
         total.index_add_(0, token, topk_weights[token, choice, None].to(dtype) * down)
     return total if exact else total.to(x.dtype)
 
@@ -102,4 +115,19 @@ def fused_experts_packed(
     """`fused_experts` on the weights that a pack holds, unpacked; padded to whole steps."""
     grown = F.pad(x, (0, w13.shape[2] - x.shape[1]))
     out = fused_experts(grown, w13, w2, topk_weights, topk_ids, activation, exact=exact)
+    return out[:, : x.shape[1]].contiguous()
+
+
+def _in_127ths(x: Tensor) -> Tensor:
+    """Rows in whole 127ths of their largest elements."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale.where(scale > 0, 1)).round() * scale
+
+
+def fused_experts_quantized(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, activation: str = "silu", *, exact: bool = False
+) -> Tensor:
+    """`fused_experts_packed` with the left operands rounded to int8, each row by its own largest element."""
+    grown = F.pad(x, (0, w13.shape[2] - x.shape[1]))
+    out = fused_experts(grown, w13, w2, topk_weights, topk_ids, activation, exact=exact, rows=_in_127ths)
     return out[:, : x.shape[1]].contiguous()

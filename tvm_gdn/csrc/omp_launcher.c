@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 typedef struct {
   void* sync_handle;
@@ -55,10 +57,19 @@ static int visit(struct dl_phdr_info* info, size_t size, void* data) {
   return 0;
 }
 
+/* Linux gives a process the registers of x86 matrix units (AMX) only on request; it refuses where there are none. */
+static void ask_for_matrix_registers(void) {
+#if defined(__x86_64__) && defined(SYS_arch_prctl)
+  const long request_permission = 0x1023, tile_data = 18;
+  syscall(SYS_arch_prctl, request_permission, tile_data);
+#endif
+}
+
 /* Finds torch's OpenMP runtime. Returns its path, or "" when kernels will run on the calling thread alone. */
 const char* tvm_gdn_launcher_init(void) {
   if (!omp_path[0]) {
     dl_iterate_phdr(visit, 0);
+    ask_for_matrix_registers();
     pthread_atfork(0, 0, tvm_gdn_launcher_forked);
   }
   return omp_path;
