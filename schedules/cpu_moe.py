@@ -90,11 +90,10 @@ class ExpertTiles(CpuTiles):
             def choose(left, args):
                 if below is None:
                     micro(height, *args)
+                elif left > height // 2:
+                    micro(height, *args)
                 else:
-                    if left > height // 2:
-                        micro(height, *args)
-                    else:
-                        below(left, args)
+                    below(left, args)
 
             return choose
 
@@ -156,15 +155,11 @@ class ExpertTiles(CpuTiles):
                         run(acc, A, first, W, e, n, s, g * (lines // groups(scale, steps)), lines // groups(scale, steps), height)
                         for r in T.unroll(height):
                             for c in T.unroll(2):
-                                scaled[r, T.ramp(c * LANES, 1, LANES)] = scaled[
-                                    r, T.ramp(c * LANES, 1, LANES)
-                                ] + T.Cast(
+                                scaled[r, T.ramp(c * LANES, 1, LANES)] = scaled[r, T.ramp(c * LANES, 1, LANES)] + T.Cast(
                                     "float32x16",
                                     acc[r, T.ramp(c * LANES, 1, LANES)]
                                     - T.broadcast(sums[first + r, s * (groups(scale, steps)) + g], LANES),
-                                ) * T.Cast(
-                                    "float32x16", scale[e, n, s * (groups(scale, steps)) + g, T.ramp(c * LANES, 1, LANES)]
-                                )
+                                ) * T.Cast("float32x16", scale[e, n, s * (groups(scale, steps)) + g, T.ramp(c * LANES, 1, LANES)])
                         clear(acc, height)
                 for r in T.unroll(height):
                     for c in T.unroll(2):
@@ -193,12 +188,12 @@ class ExpertTiles(CpuTiles):
             if m <= self.few:
                 few(A, first, m, W, e, n, steps, shift, sink)
             else:
-                self._lay_out(W, e, n, steps, shift)
+                self._lay_out(W, e, n, shift)
                 many(A, sums, first, m, self.panel, scale, 0, 0, steps, shift, sink)
 
         return product
 
-    def _lay_out(self, W: Any, e: Any, n: Any, steps: int, shift: int) -> None:
+    def _lay_out(self, W: Any, e: Any, n: Any, shift: int) -> None:
         """Write the panel: steps of 32 raw rows, transposed word by word."""
         W = self.words_of(W)
         count, last = W.shape[2], W.shape[1] - 1
@@ -261,9 +256,8 @@ class ExpertTiles(CpuTiles):
         def micro(height, C, A, elements, first, W, raw, e, n, shift, K):
             for half in T.serial(2):
                 for q in T.serial(LANES // RAW_ROWS):
-                    columns(
-                        height, C, A, elements, first, W, raw, e, n * LANES + half * shift + q * RAW_ROWS, half * LANES + q * RAW_ROWS, K
-                    )  # fmt: skip
+                    base = n * LANES + half * shift + q * RAW_ROWS
+                    columns(height, C, A, elements, first, W, raw, e, base, half * LANES + q * RAW_ROWS, K)
 
         choose = self._blocks(micro, limit)
 
@@ -271,7 +265,10 @@ class ExpertTiles(CpuTiles):
         def product(A, first, m, W, e, n, steps, shift, sink):
             C = local_array(limit, 2 * LANES)
             for b in T.serial((m + limit - 1) // limit):
-                choose(T.min(m - b * limit, limit), (C, self.words(A), A, first + b * limit, self.words_of(W), W, e, n, shift, int(W.shape[2])))
+                choose(
+                    T.min(m - b * limit, limit),
+                    (C, self.words(A), A, first + b * limit, self.words_of(W), W, e, n, shift, int(W.shape[2])),
+                )
                 sink(C, b * limit, T.min(m - b * limit, limit))
 
         return product

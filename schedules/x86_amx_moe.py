@@ -118,7 +118,8 @@ class AmxExpertTiles(ExpertTiles):
                     for r in T.serial(left):
                         for c in T.unroll(2):
                             Y[r, T.ramp(c * LANES, 1, LANES)] = T.Cast(
-                                "float32x16", C[r, T.ramp(c * LANES, 1, LANES)] - T.broadcast(sums[first + b * block + r, 0], LANES)
+                                "float32x16",
+                                C[r, T.ramp(c * LANES, 1, LANES)] - T.broadcast(sums[first + b * block + r, 0], LANES),
                             ) * T.Cast("float32x16", scale[e, n, 0, T.ramp(c * LANES, 1, LANES)])
                     sink(Y, b * block, left)
                 else:

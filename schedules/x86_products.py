@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm_gdn.schedules.cpu import local_array
 
 #: LLVM IR of the helpers; inlined away.
 IR = """
@@ -46,14 +47,11 @@ class Amx:
         return T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *args))
 
     def configure(self) -> None:
-        """Set the shape of the tiles, for this thread; `config` must outlive the call only."""
-        config = T.alloc_buffer((64,), "uint8", scope="local", annotations={"disable_lower_builtin": True})
-        with T.serial(64) as i:
-            T.buffer_store(
-                config,
-                T.Select(i == 0, T.uint8(1), T.Select(i < 16, T.uint8(0), T.Select(i < 32, T.Cast("uint8", (1 - i % 2) * 64), T.Select(i < 48, T.uint8(0), T.Select(i < 56, T.uint8(16), T.uint8(0)))))),
-                [i],
-            )
+        """Set the shape of the tiles, for this thread."""
+        config = local_array(64, dtype="uint8")
+        values = {0: 1, **{16 + 2 * tile: 64 for tile in range(8)}, **{48 + tile: 16 for tile in range(8)}}
+        for at in range(64):
+            T.buffer_store(config, T.uint8(values.get(at, 0)), [at])
         self._op("ldtilecfg", T.address_of(config[0]))
 
     def release(self) -> None:
@@ -73,5 +71,5 @@ class Amx:
         self._op("tilestored64", T.uint8(tile), T.address_of(element), T.int64(stride))
 
     def multiply(self, kind: str, acc: int, a: int, b: int) -> None:
-        """acc += a b with a [16, k], b [k, 16] in VNNI order; kind ``bf16ps``, or ``bssd``, ``bsud``, ``busd`` for bytes."""
+        """Add a b to acc, with a [16, k], b [k, 16] in VNNI order; kind ``bf16ps``, or ``bssd``, ``bsud``, ``busd`` for bytes."""
         self._op(f"tdp{kind}", T.uint8(acc), T.uint8(a), T.uint8(b))

@@ -16,7 +16,7 @@ from tvm_gdn import logs, torch_ops  # noqa: E402
 from tvm_gdn.ops import OPS  # noqa: E402
 from tvm_gdn.ops.gating import fused_gdn_gating  # noqa: E402
 from tvm_gdn.ops.moe import expert_stats, moe_route, moe_sort  # noqa: E402
-from tvm_gdn.ops.moe_experts import fused_experts  # noqa: E402
+from tvm_gdn.ops.moe_experts import fused_experts, shared_expert  # noqa: E402
 from tvm_gdn.ops.recurrent import (  # noqa: E402
     fused_recurrent_gated_delta_rule_update,
     fused_sigmoid_gating_delta_rule_update,
@@ -51,6 +51,7 @@ __all__ = [
     "moe_sort",
     "pack_experts",
     "packed_decode_gated_delta_rule",
+    "shared_expert",
 ]
 
 logs.configure()

@@ -14,6 +14,7 @@ of the columns; S = 1 (fp32, one scale per output channel) or one bf16 scale per
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,7 +71,24 @@ class PackedExperts:
     @property
     def nbytes(self) -> int:
         """Bytes of weights and scales."""
-        return sum(t.nbytes for t in (self.w13, self.w2, self.w13_scale, self.w2_scale) if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors().values() if tensor is not None)
+
+    def tensors(self) -> dict[str, torch.Tensor | None]:
+        """The tensors by name."""
+        return {"w13": self.w13, "w2": self.w2, "w13_scale": self.w13_scale, "w2_scale": self.w2_scale}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file; see `packed_experts_file.save`."""
+        from tvm_gdn import packed_experts_file
+
+        packed_experts_file.save(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], *, verify: bool = True) -> PackedExperts:
+        """Read from a safetensors file; see `packed_experts_file.load`."""
+        from tvm_gdn import packed_experts_file
+
+        return packed_experts_file.load(path, verify=verify)
 
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The weights as the kernels see them: fp32 w13 ``[E, 2I, D]`` and w2 ``[E, D, I]``."""
@@ -91,6 +109,22 @@ class PackedExperts:
 
 def _ceil(n: int, to: int) -> int:
     return -(-n // to) * to
+
+
+def shapes(scheme: str, group: int, experts: int, hidden: int, inner: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of a pack."""
+    step = STEP[scheme]
+    padded_inner, padded_hidden = _ceil(inner, step), _ceil(hidden, step)
+    groups, columns = padded_inner // 16, _ceil(hidden, 32) // 32
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "w13": ((experts, groups, padded_hidden // step, 512), torch.int32),
+        "w2": ((experts, columns, padded_inner // step, 512), torch.int32),
+    }
+    if scheme in ZERO:
+        dtype = torch.bfloat16 if group else torch.float32
+        found["w13_scale"] = (experts, groups, padded_hidden // (group or padded_hidden), 32), dtype
+        found["w2_scale"] = (experts, columns, padded_inner // (group or padded_inner), 32), dtype
+    return found
 
 
 def _quantize(w: torch.Tensor, scheme: str, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,16 +283,12 @@ def _pack(
     w13: torch.Tensor, w2: torch.Tensor, scheme: str, group: int, in_place: bool, progress: bool, jobs: int
 ) -> PackedExperts:
     experts, hidden, inner = w2.shape
-    step = STEP[scheme]
-    padded_inner, padded_hidden = _ceil(inner, step), _ceil(hidden, step)
-    shape13 = (experts, padded_inner // 16, padded_hidden // step, 512)
-    shape2 = (experts, _ceil(hidden, 32) // 32, padded_inner // step, 512)
-    words13, words2 = _destination(w13, shape13, "w13", in_place), _destination(w2, shape2, "w2", in_place)
-    scale13 = scale2 = None
-    if scheme not in _FLOAT:
-        dtype = torch.bfloat16 if group else torch.float32
-        scale13 = torch.empty(experts, shape13[1], padded_hidden // (group or padded_hidden), 32, dtype=dtype)
-        scale2 = torch.empty(experts, shape2[1], padded_inner // (group or padded_inner), 32, dtype=dtype)
+    wanted = shapes(scheme, group, experts, hidden, inner)
+    words13 = _destination(w13, wanted["w13"][0], "w13", in_place)
+    words2 = _destination(w2, wanted["w2"][0], "w2", in_place)
+    scale13, scale2 = (
+        torch.empty(wanted[name][0], dtype=wanted[name][1]) if name in wanted else None for name in ("w13_scale", "w2_scale")
+    )
 
     def pack_one(expert: int) -> None:
         first, first_scale, second, second_scale = _pack_expert(w13[expert], w2[expert], scheme, group)

@@ -80,6 +80,10 @@ def expert_stats(topk_ids: Tensor, num_experts: int, *, exact: bool = False) -> 
     return counts, load.max() * num_experts / total, -(share * share.log()).sum()
 
 
+def _as_they_are(x: Tensor) -> Tensor:
+    return x
+
+
 def fused_experts(
     x: Tensor,
     w13: Tensor,
@@ -89,7 +93,7 @@ def fused_experts(
     activation: str = "silu",
     *,
     exact: bool = False,
-    rows: Callable[[Tensor], Tensor] = torch.Tensor.contiguous,
+    rows: Callable[[Tensor], Tensor] = _as_they_are,
 ) -> Tensor:
     """Sum over the chosen experts of weight * down(silu(gate x) * up x); x [T, D], w13 [E, 2I, D], w2 [E, D, I].
 
@@ -98,7 +102,7 @@ def fused_experts(
     del activation  # silu is the only one
     dtype = torch.float64 if exact else torch.float32
     inner = w2.shape[2]
-    total = torch.zeros(x.shape, dtype=dtype)
+    total = torch.zeros(x.shape[0], w2.shape[1], dtype=dtype)
     for expert in range(w13.shape[0]):
         token, choice = (topk_ids == expert).nonzero(as_tuple=True)
         if not len(token):

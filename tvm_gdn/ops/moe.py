@@ -209,9 +209,7 @@ def moe_route(
     """
     groups = 1 if num_expert_group is None else num_expert_group
     kept = groups if topk_group is None else topk_group
-    return torch.ops.tvm_gdn.moe_route(
-        logits, top_k, scoring, renormalize, groups, kept, correction_bias, routed_scaling_factor
-    )
+    return torch.ops.tvm_gdn.moe_route(logits, top_k, scoring, renormalize, groups, kept, correction_bias, routed_scaling_factor)
 
 
 def moe_sort(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

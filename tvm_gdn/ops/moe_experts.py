@@ -9,7 +9,7 @@ import torch
 
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
-from tvm_gdn.ops.moe import IDS, ITEMSIZE, draw_ids, sizes
+from tvm_gdn.ops.moe import IDS, ITEMSIZE, sizes
 from tvm_gdn.packed_experts import GROUPS, STEP, PackedExperts, unpack
 from tvm_gdn.spec import FLOATS, Draw, Geometry, OpSpec, Output, Scalar, Tensor
 
@@ -91,7 +91,9 @@ def _check_packed(args: Mapping[str, Any], found: Mapping[str, int]) -> None:
     for name, count, elements in (("w13", found.get("S13"), found["KD"] * step), ("w2", found.get("S2"), found["KI"] * step)):
         allowed = {1} if scheme != "int4_kgroup" else {elements // group for group in GROUPS}
         if count is not None and count not in allowed:
-            raise ArgumentError(f"{name}_scale has {count} scales per channel; {scheme} has {sorted(allowed)} for {elements} elements")
+            raise ArgumentError(
+                f"{name}_scale has {count} scales per channel; {scheme} has {sorted(allowed)} for {elements} elements"
+            )
 
 
 def _unpacked(args: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -258,3 +260,60 @@ def fused_experts(
             x, pack.w13, pack.w2, topk_weights, topk_ids, pack.w13_scale, pack.w2_scale, pack.scheme, activation
         )
     return torch.ops.tvm_gdn.fused_experts(x, w13, w2, topk_weights, topk_ids, activation)
+
+
+@forward_only
+def shared_expert(
+    x: torch.Tensor,
+    w13: torch.Tensor | PackedExperts,
+    w2: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """Run every token through one expert: ``sigmoid(gate x) * down(silu(gate_proj x) * up x)``.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        ``[T, D]``, fp32, bf16 or fp16.
+    w13 : torch.Tensor or PackedExperts
+        ``[2I, D]``: gate rows, then up rows. Or a pack of one expert, in place of `w13` and `w2`.
+    w2 : torch.Tensor, optional
+        ``[D, I]``; not with a pack.
+    gate : torch.Tensor, optional
+        ``[D]`` or ``[1, D]``: every token's output is multiplied with the sigmoid of its product with this.
+    activation : {"silu", "swish"}
+        Two names of one function.
+
+    Returns
+    -------
+    torch.Tensor
+        ``[T, D]``, dtype of `x`.
+
+    Raises
+    ------
+    ArgumentError
+        Shapes, dtypes or devices that do not fit.
+
+    Notes
+    -----
+    The kernel of `fused_experts`, with one expert that every token chooses. Source: Qwen3-Next; without a gate DeepSeek-V3.
+    """
+    if isinstance(w13, PackedExperts):
+        if w13.experts != 1:
+            raise ArgumentError(f"shared_expert: w13 is a pack of {w13.experts} experts; pass a pack of one")
+        weights: tuple[Any, ...] = (w13, w2)
+    else:
+        if w13.ndim != 2 or w2 is None or w2.ndim != 2:
+            raise ArgumentError("shared_expert: w13 is [2I, D] and w2 [D, I], or w13 a PackedExperts of one expert")
+        weights = (w13[None], w2[None])
+    tokens, hidden = x.shape
+    if gate is not None and gate.numel() != hidden:
+        raise ArgumentError(f"shared_expert: gate has {gate.numel()} elements; it must have D = {hidden}")
+    if gate is None:
+        share = x.new_ones(tokens, 1, dtype=torch.float32)
+    else:
+        share = torch.sigmoid((x @ gate.view(-1, 1).to(x.dtype)).float())
+    return fused_experts(
+        x, *weights, topk_weights=share, topk_ids=x.new_zeros(tokens, 1, dtype=torch.int32), activation=activation
+    )

@@ -172,7 +172,7 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
 
         @T.inline
         def hidden_columns(pair0, n, C, r0, rows, scale):
-            """h of a block of pairs; C has 16 columns of W1 x and then as many of W3 x."""
+            """Elements of h of a block of pairs; C has 16 columns of W1 x and then as many of W3 x."""
             gate, up = tiles.scalars(LANES), tiles.scalars(LANES)
             for r in T.serial(rows):
                 for lane in T.vectorized(LANES):
@@ -226,9 +226,7 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                     e = active[a]
                     each = (cost[a + 1] - cost[a]) // G
                     g0 = T.max(T.int64(0), T.min(T.int64(G), (cost[active[E]] * p // pieces - cost[a] + each - 1) // each))
-                    g1 = T.max(
-                        T.int64(0), T.min(T.int64(G), (cost[active[E]] * (p + 1) // pieces - cost[a] + each - 1) // each)
-                    )
+                    g1 = T.max(T.int64(0), T.min(T.int64(G), (cost[active[E]] * (p + 1) // pieces - cost[a] + each - 1) // each))
                     if g1 > g0:
                         for b in T.serial((offsets[e + 1] - offsets[e] + block - 1) // block):
                             pair0 = offsets[e] + b * block
@@ -260,11 +258,10 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
             if quantized:
                 for i in tiles.workers(offsets[E]):
                     quantize(hidden_q, hidden_scale, hidden_sums, i, hidden, IP, IP, S2)
-            else:
-                if inner < IP:
-                    for i in tiles.workers(offsets[E]):
-                        for c in T.serial(IP - inner):
-                            hidden[i, inner + c] = T.Cast(staged, 0)
+            elif inner < IP:
+                for i in tiles.workers(offsets[E]):
+                    for c in T.serial(IP - inner):
+                        hidden[i, inner + c] = T.Cast(staged, 0)
 
             for s in tiles.workers(T.int64(slices)):
                 tiles.begin(KI)

@@ -1,8 +1,8 @@
 """Choosing experts in TensorIR: scores, groups, the k largest with a fixed rule for ties, weights; all in fp32.
 
-Experts are compared by a 32-bit integer made of the number that decides (see `_key`): an order without exceptions, so that NaN and
-infinities need no care anywhere, and every choice is of an expert not chosen before. Without a bias the logit decides, of which
-the score is a growing function: two logits never tie because their scores round to one number.
+Experts are compared by a 32-bit integer made of the number that decides (see `_key`): an order without exceptions, so that
+NaN and infinities need no care anywhere, and every choice is of an expert not chosen before. Without a bias the logit decides,
+of which the score is a growing function: two logits never tie because their scores round to one number.
 """
 
 from __future__ import annotations
@@ -119,11 +119,10 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
                     if T.Not(best[2] <= best[0]):
                         best[1] = best[0]
                         best[0] = best[2]
-                    else:
-                        if T.Not(best[2] <= best[1]):
-                            best[1] = best[2]
+                    elif T.Not(best[2] <= best[1]):
+                        best[1] = best[2]
                 group_key[g] = _key(best[0] + best[1], 1)
-            for n in T.serial(groups - kept):
+            for _ in T.serial(groups - kept):
                 # Drop the least group, of equals the last.
                 group_key[groups] = NAN
                 group_key[groups + 1] = -1
@@ -175,7 +174,9 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
                 for j in T.serial(top_k):
                     total[0] = total[0] + weights[t, j]
                 # 1e-20 as DeepSeek-V3 has it: weights that are all zero stay zero.
-                total[0] = T.Select(renormalize != 0, routed_scaling_factor / (total[0] + T.float32(1e-20)), routed_scaling_factor)
+                total[0] = T.Select(
+                    renormalize != 0, routed_scaling_factor / (total[0] + T.float32(1e-20)), routed_scaling_factor
+                )
                 for j in T.serial(top_k):
                     weights[t, j] = weights[t, j] * total[0]
 
