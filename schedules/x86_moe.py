@@ -48,7 +48,7 @@ class ExpertsGeneric(NoKnobs):
     def tiles(geometry: Geometry) -> ExpertTiles:
         """Products of single rows."""
         weights = weights_of(geometry)
-        return ExpertTiles(weights, block=32, pieces=48, columns=64, rows=1, floor=2, few=1, raw=_is_raw(geometry))
+        return ExpertTiles(weights, block=32, pieces=32, columns=64, rows=1, floor=2, few=1, raw=_is_raw(geometry))
 
 
 @schedule("moe_experts", "x86")
@@ -64,8 +64,8 @@ class ExpertsX86:
         return {
             "rows": (2, 4, 8),
             "block": (32, 64, 128, 256),
-            "pieces": (16, 48, 96),
-            "columns": (32, 64, 128, 256, 512),
+            "pieces": (16, 32, 96),
+            "columns": (64, 128, 256, 512),
             "floor": (1, 2, 6, 12),
         }
 
@@ -74,7 +74,7 @@ class ExpertsX86:
         """As many staged rows as leave most of the L2 cache to the weights."""
         size = 4 if geometry.dtype["x"] == "float32" else 2
         fitting = [rows for rows in cls.knobs(geometry)["block"] if rows * geometry.axis["D"] * size <= STAGED_BYTES]
-        return {"rows": 4, "block": max(fitting, default=32), "pieces": 48, "columns": 128, "floor": 2}
+        return {"rows": 4, "block": max(fitting, default=32), "pieces": 32, "columns": 512, "floor": 2}
 
     @classmethod
     def tiles(cls, geometry: Geometry, **knobs: Any) -> ExpertTiles:
@@ -109,8 +109,8 @@ class ExpertsAmx(ExpertsX86):
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
-        """Up to 4 rows reading the weights takes longer than their products; 32 KiB of weights stay in L1."""
-        more = {"few": 4, "depth": 16, "floor": 6} if cls._has_tiles(geometry) else {}
+        """Up to 4 rows reading the weights takes longer than their products; 16 KiB of weights stay in L1."""
+        more = {"few": 4, "depth": 8, "floor": 6} if cls._has_tiles(geometry) else {}
         return {**super().default(geometry), **more}
 
     @classmethod

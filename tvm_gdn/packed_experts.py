@@ -33,7 +33,7 @@ ZERO = {"int8": 128, "int4": 8, "int4_kgroup": 8}
 GROUPS = (32, 64, 128)
 _FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Candidate scales of 4-bit weights, relative to what maps the largest element to the end of the range.
-_CLIPS = tuple(1 - 0.04 * i for i in range(14))
+_CLIPS = tuple(1.12 - 0.04 * i for i in range(16))
 
 
 @dataclass(frozen=True)

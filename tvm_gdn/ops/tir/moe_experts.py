@@ -13,7 +13,7 @@ With quantized weights the rows of the left operand are quantized too, each by i
 either product; see `tiles.quantized`.
 
 How a target plugs in. Its tiles object states `operand` (dtype of the left operand), `k_step` (elements of a step of packed
-weights), `block` (rows staged at once), `pieces`, `columns` and `floor` (how the loops are cut), and supplies
+weights), `block` (rows staged at once), `pieces`, `columns`, `narrow_below` and `floor` (how the loops are cut), and supplies
 
 - `rows(count, columns)`: memory for staged rows; `begin(steps)`, `end()`: around a worker's products;
 - `product(A, sums, first, m, W, scale, e, n, steps, shift, sink)`: rows first to first + m of A times the 32 columns of group n
@@ -64,8 +64,12 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
     DP, IP = KD * k_step, KI * k_step
     quantized = tiles.quantized
     S13, S2 = max(1, axis.get("S13", 0)), max(1, axis.get("S2", 0))
-    block, pieces, slice_groups = tiles.block, tiles.pieces, tiles.columns // 32
-    slices = -(-N // slice_groups)
+    block, pieces = tiles.block, tiles.pieces
+
+    def groups(tokens: Any) -> Any:
+        """Groups of 32 output columns per slice: few for few tokens (every thread has some), many for many (each reads all h)."""
+        return T.Select(tokens > tiles.narrow_below, T.int64(tiles.columns // 32), T.int64(2))
+
     sort = sort_macro()
     staged = "float32" if quantized else tiles.operand
 
@@ -97,7 +101,8 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
         cursor = T.alloc_buffer((E + 1,), "int64")
         active = T.alloc_buffer((E + 1,), "int64")  # experts that have rows; their number at the end
         cost = T.alloc_buffer((E + 1,), "int64")  # cumulated over them
-        order = T.alloc_buffer((tokens * top_k,), "int64")
+        order = T.alloc_buffer((tokens * top_k,), "int64")  # pairs by expert; then their tokens
+        shares = T.alloc_buffer((tokens * top_k,), "float32")  # their weights
         hidden = T.alloc_buffer((tokens * top_k + SLACK, IP + tiles.pad), staged)
         if quantized:
             tokens_q = tiles.rows(tokens, DP)
@@ -119,6 +124,14 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                         T.int64(tiles.floor), (offsets[e + 1] - offsets[e] + 15) // 16
                     )
                     active[E] = active[E] + T.int64(1)
+
+        @T.inline
+        def split_pairs():
+            """Tokens and weights of the sorted pairs: a division per pair here, none per pair and column later."""
+            for i in T.serial(offsets[E]):
+                pair = order[i]
+                shares[i] = T.Cast("float32", topk_weights[pair // top_k, pair % top_k])
+                order[i] = pair // top_k
 
         @T.inline
         def convert(dst, r, src, row, used, padded):
@@ -199,17 +212,18 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
             """total[t, 32 columns of group n] += topk_weights * C."""
             weight = tiles.scalars(1)
             for r in T.serial(rows):
-                pair = order[pair0 + r0 + r]
-                weight[0] = T.Cast("float32", topk_weights[pair // top_k, pair % top_k])
+                t = order[pair0 + r0 + r]
+                weight[0] = shares[pair0 + r0 + r]
                 if quantized:
                     weight[0] = weight[0] * hidden_scale[pair0 + r0 + r]
                 for c in T.serial(2):
                     for lane in T.vectorized(LANES):
-                        total[pair // top_k, n * 32 + c * LANES + lane] = (
-                            total[pair // top_k, n * 32 + c * LANES + lane] + weight[0] * C[r, c * LANES + lane]
+                        total[t, n * 32 + c * LANES + lane] = (
+                            total[t, n * 32 + c * LANES + lane] + weight[0] * C[r, c * LANES + lane]
                         )
 
         sort(topk_ids, tokens, top_k, E, offsets, cursor, order)
+        split_pairs()
         costs()
         with T.attr(0, "pragma_import_llvm", tiles.prelude):
             if quantized:
@@ -232,7 +246,7 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                             pair0 = offsets[e] + b * block
                             m = T.min(T.int64(block), offsets[e + 1] - pair0)
                             for r in T.serial(m):
-                                t = order[pair0 + r] // top_k
+                                t = order[pair0 + r]
                                 if quantized:
                                     convert(A, r, tokens_q, t, DP, DP)
                                     scale[r] = tokens_scale[t]
@@ -263,16 +277,16 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                     for c in T.serial(IP - inner):
                         hidden[i, inner + c] = T.Cast(staged, 0)
 
-            for s in tiles.workers(T.int64(slices)):
+            for s in tiles.workers((N + groups(tokens) - 1) // groups(tokens)):
                 tiles.begin(KI)
-                total = T.alloc_buffer((tokens, slice_groups * 32), "float32")
+                total = T.alloc_buffer((tokens, groups(tokens) * 32), "float32")
                 for t in T.serial(tokens):
-                    for c in T.serial(slice_groups * 2):
+                    for c in T.serial(groups(tokens) * 2):
                         for lane in T.vectorized(LANES):
                             total[t, c * LANES + lane] = T.float32(0)
                 for a in T.serial(active[E]):
                     e = active[a]
-                    for n in T.serial(T.min(T.int64(slice_groups), N - s * slice_groups)):
+                    for n in T.serial(T.min(T.int64(groups(tokens)), N - s * groups(tokens))):
 
                         @T.inline
                         def down(C, r0, rows):
@@ -280,19 +294,21 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
 
                         m2 = offsets[e + 1] - offsets[e]
                         # Raw weights: 32 columns are rows n * 32 to n * 32 + 32, two runs of 16.
-                        n2 = s * slice_groups + n if packed else (s * slice_groups + n) * 2
+                        n2 = s * groups(tokens) + n if packed else (s * groups(tokens) + n) * 2
                         if quantized:
                             tiles.product(hidden_q, hidden_sums, offsets[e], m2, w2, w2_scale, e, n2, KI, 16, down)
                         else:
                             tiles.product(hidden, None, offsets[e], m2, w2, None, e, n2, KI, 16, down)
                 tiles.end()
                 for t in T.serial(tokens):
-                    if D % (slice_groups * 32) == 0:
-                        for c in T.serial(slice_groups * 2):
-                            for lane in T.vectorized(LANES):
-                                out[t, s * slice_groups * 32 + c * LANES + lane] = T.Cast(out.dtype, total[t, c * LANES + lane])
-                    else:
-                        for c in T.serial(T.min(T.int64(slice_groups * 32), D - s * slice_groups * 32)):
-                            out[t, s * slice_groups * 32 + c] = T.Cast(out.dtype, total[t, c])
+                    for c in T.serial(T.min(groups(tokens) * 32, D - s * groups(tokens) * 32) // LANES):
+                        for lane in T.vectorized(LANES):
+                            out[t, s * groups(tokens) * 32 + c * LANES + lane] = T.Cast(out.dtype, total[t, c * LANES + lane])
+                    if D % LANES != 0:
+                        if (s + 1) * groups(tokens) * 32 >= D:
+                            for c in T.serial(D % LANES):
+                                out[t, D - D % LANES + c] = T.Cast(
+                                    out.dtype, total[t, D - D % LANES - s * groups(tokens) * 32 + c]
+                                )
 
     return kernel
