@@ -68,6 +68,8 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
         weights = T.match_buffer(weights_, (tokens, top_k), "float32", align=4)
         ids = T.match_buffer(ids_, (tokens, top_k), "int32", align=4)
 
+        assert top_k <= E // groups * kept, "more choices than experts to choose from"
+
         @T.inline
         def scores_of(t, score, choice, part, total):
             """score: of every expert; choice: what decides before groups, -inf beyond the last expert."""
