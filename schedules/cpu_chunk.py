@@ -1,22 +1,110 @@
-"""Tile operations of the chunked delta rule on CPUs: fp32, explicit vectors, register-blocked products.
+"""Tile operations of the chunked delta rules on CPUs: fp32, explicit vectors, register-blocked products.
 
-Every product runs on one micro-kernel: `rows` x `columns` fp32 accumulators in vector registers, one broadcast of the left and
-one vector of the right operand per multiply-add. Tiles are arrays on the worker's stack (L2-resident: about 0.3 MiB at
-C = 64, K = V = 128); nothing is allocated per call.
+A worker is one thread. Tiles lie in one array on its stack (L2-resident: about 0.4 MiB at C = 64, K = V = 128), each from a
+cache line on: TVM 0.27 aligns arrays on the stack to 16 bytes only, and vectors across two lines cost twice. Nothing is allocated
+per call. Every product runs on one micro-kernel: `rows` x `columns` fp32 accumulators in vector registers, one broadcast of the
+left and one vector of the right operand per multiply-add. Operands alias their tiles, except a transposed right one.
+
+Tiles of products over value columns and states are stored in panels of `columns` columns: a panel that the micro-kernel runs
+down is then contiguous. In row-major order its rows, 512 bytes apart, fall into a quarter of the sets of a 48 KiB L1 cache.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+from math import gcd, prod
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import CpuTiles, local_array, sum_lanes
+from tvm_gdn.schedules.cpu import CpuTiles, local_array, sum_lanes, transpose_16
+
+from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
 
 BLOCK = 16
+#: 32-bit elements of a cache line.
+LINE = 16
+
+
+#: 32-bit elements from an address to the next cache line. (TVM has no arithmetic on addresses.)
+TO_LINE = """
+define i32 @tvm_gdn_to_line(ptr %p) alwaysinline {
+  %a = ptrtoint ptr %p to i64
+  %n = sub i64 0, %a
+  %m = and i64 %n, 63
+  %s = lshr i64 %m, 2
+  %r = trunc i64 %s to i32
+  ret i32 %r
+}
+"""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile: `buffer` is [rows, cols], or [panels, rows, panel] if `panel`; `row`, `col` shift a block of a larger one.
+
+    ``(n, 1)`` tiles of the worker and their turned views are one-dimensional buffers.
+    """
+
+    buffer: Any
+    rows: int
+    cols: int
+    panel: int = 0
+    row: Expr = 0
+    col: Expr = 0
+
+    @property
+    def width(self) -> int:
+        """Columns that are contiguous."""
+        return self.panel or self.cols
+
+    def at(self, i: Expr, base: Expr, unit: int = 1, lane: Expr = 0) -> Any:
+        """Index of element (i, base * unit + lane) for lane < unit; `unit` divides `width`; axes of length 1 broadcast."""
+        i = 0 if self.rows == 1 else i
+        base, unit, lane = (0, 1, 0) if self.cols == 1 else (base, unit, lane)
+        if len(self.buffer.shape) == 1:
+            return [self.row + i if self.cols == 1 else self.col + base * unit + lane]
+        if not self.panel:
+            return [self.row + i, self.col + base * unit + lane]
+        per_panel = self.panel // unit
+        if per_panel == 1:
+            return [base, self.row + i, lane]
+        return [base // per_panel, self.row + i, base % per_panel * unit + lane]
+
+    def get(self, i: Expr, base: Expr, unit: int = 1, lane: Expr = 0) -> Expr:
+        """The element in fp32."""
+        value = self.buffer[tuple(self.at(i, base, unit, lane))]
+        return value if self.buffer.dtype == "float32" else T.Cast("float32", value)
+
+    def put(self, value: Expr, i: Expr, base: Expr, unit: int = 1, lane: Expr = 0) -> None:
+        """Write the element, rounded to the buffer's dtype."""
+        value = value if self.buffer.dtype == "float32" else T.Cast(self.buffer.dtype, value)
+        T.buffer_store(self.buffer, value, self.at(i, base, unit, lane))
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An operand: the tile that products read, and how to bring it up to date with `source` where it is a copy."""
+
+    tile: Tile
+    transposed: bool = False
+    source: Tile | None = None
+
+
+def import_llvm(text: str) -> None:
+    """Make LLVM functions known to the rest of the enclosing loop."""
+    scope = T.attr(T.int32(0), "pragma_import_llvm", text)
+    scope.add_callback(partial(scope.__exit__, None, None, None))
+    scope.__enter__()
+
+
+def ceil_div(x: Expr, n: int) -> Expr:
+    """Quotient rounded up."""
+    return (x + (n - 1)) // n
 
 
 class ChunkTiles(CpuTiles):
-    """Tile operations of one geometry.
+    """Tile operations of one geometry; see `tvm_gdn/ops/tir/tiles.py`.
 
     Parameters
     ----------
@@ -25,368 +113,312 @@ class ChunkTiles(CpuTiles):
     chunk : int
         Tokens per chunk, a multiple of 16.
     rows, columns : int
-        Accumulators of the micro-kernel; `rows` divides 16, `columns` divides v_tile.
+        Accumulators of the micro-kernel; `rows` divides 16 and K, `columns` divides v_tile.
+    span : int
+        Value heads per worker.
     v_first : bool
         Whether states are stored ``[V, K]``; the tile is then transposed on the way in and out.
-    direct : bool
-        Update an fp32 K-first state in the pool's own memory.
     """
 
-    def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, rows: int, columns: int, v_first: bool, direct: bool) -> None:
-        self.K, self.V, self.v_tile, self.chunk = K, V, v_tile, chunk
-        self.mr, self.nr, self.v_first, self.direct = rows, columns, v_first, direct and not v_first
-        self.square_nr = next(n for n in (columns, 32, 16) if chunk % n == 0)
-        self.load = self.store = self._copy()
-        self.zero = self._zero()
-        self.load_rows, self.transpose, self.scale_rows = self._load_rows(), self._transpose(), self._scale_rows()
-        self.gram, self.decay = self._gram(), self._decay()
-        self.gram_channel, self.mask = self._gram_channel(), self._mask()
-        self.gemm, self.gemm_lower = self._gemm(), self._gemm_lower()
-        self.gemm_update, self.solve = self._gemm_update(), self._solve()
+    #: LLVM functions that the operations call.
+    helpers = TO_LINE
 
-    def cols(self, count: int) -> Any:
-        """Loop over the V axis, or any contiguous axis of a tile."""
-        return T.vectorized(count)
+    def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, rows: int, columns: int, span: int, v_first: bool) -> None:
+        self.K, self.V, self.v_tile, self.chunk, self.span = K, V, v_tile, chunk, span
+        self.mr, self.nr, self.v_first = rows, columns, v_first
+        self.granule, self.triangle = rows, BLOCK
+        self.arena: Any = None
+        self.start: Expr = 0
+        self.states: Expr = 0
+        self.used = self.capacity = 0
 
-    def col(self, j: Any) -> Any:
-        """Index on the V axis of local column j."""
-        return j
+    def sync(self) -> None:
+        """One thread owns every tile."""
 
-    def k_rows(self) -> Any:
-        """[C, K] tile."""
-        return local_array(self.chunk, self.K)
+    def enter(self, lane: Expr) -> None:
+        """Allocate the worker's states."""
+        del lane
+        K, VT, C = self.K, self.v_tile, self.chunk
+        # More than the tiles of any gate take; pages of the stack that are never touched cost nothing.
+        self.capacity = 2 * self.span * K * VT + 10 * C * (K + C + VT) + 4096
+        self.arena = local_array(self.capacity + LINE)
+        import_llvm(self.helpers)
+        self.start = T.Bind(T.call_pure_extern("int32", "tvm_gdn_to_line", T.address_of(self.arena[0])))
+        self.used = 0
+        self.states = self._take(self.span * K * VT)
 
-    def k_columns(self) -> Any:
-        """[K, C] tile."""
-        return local_array(self.K, self.chunk)
+    def _take(self, count: int) -> Expr:
+        """Offset in the arena of so many 32-bit elements, from the start of a cache line."""
+        offset = self.used
+        self.used += (count + LINE - 1) // LINE * LINE
+        if self.used > self.capacity:
+            raise ValueError(f"tiles of {self.used} elements do not fit in {self.capacity}")
+        return self.start + offset
 
-    def v_rows(self) -> Any:
-        """[C, v_tile] tile."""
-        return local_array(self.chunk, self.v_tile)
+    def array(self, *shape: int, dtype: str = "float32") -> Any:
+        """Array of the worker's arena, of 32-bit elements."""
+        return T.decl_buffer(shape, dtype, data=self.arena.data, elem_offset=self._take(prod(shape)), scope="local")
 
-    def square(self) -> Any:
-        """[C, C] tile."""
-        return local_array(self.chunk, self.chunk)
+    def leave(self) -> None:
+        """Nothing to give back."""
 
-    def per_token(self) -> Any:
-        """[C] vector."""
-        return local_array(self.chunk)
+    def tile(self, rows: int, cols: int, place: str = "shared", dtype: str = "float32") -> Tile:
+        """Array on the worker's stack, fp32 whatever it holds."""
+        del dtype
+        if rows == 1 or cols == 1:
+            return Tile(self.array(rows * cols), rows, cols)
+        if place == "register":
+            return self._panels(rows, cols, self._take(rows * cols))
+        return Tile(self.array(rows, cols), rows, cols)
 
-    def per_channel(self) -> Any:
-        """[K] vector."""
-        return local_array(self.K)
+    def _panels(self, rows: int, cols: int, offset: Expr) -> Tile:
+        shape = (cols // self.nr, rows, self.nr)
+        buffer = T.decl_buffer(shape, "float32", data=self.arena.data, elem_offset=offset, scope="local")
+        return Tile(buffer, rows, cols, self.nr)
 
-    def state(self) -> Any:
-        """[K, v_tile] state tile."""
-        return local_array(self.K, self.v_tile)
+    def state(self, index: Expr) -> Tile:
+        """State of one of the worker's value heads."""
+        return self._panels(self.K, self.v_tile, self.states + T.Cast("int32", index) * (self.K * self.v_tile))
 
-    def view(self, buffer: Any, offset: Any, j0: Any) -> Any:
-        """One head's state in a larger tensor as a [K, v_tile] tile: `offset` elements in, from column `j0`."""
+    def window(self, buffer: Any, offset: Expr, rows: int, cols: int, strides: tuple[Expr, Expr]) -> Tile:
+        """Window of a tensor in memory."""
+        view = T.decl_buffer((rows, cols), buffer.dtype, data=buffer.data, elem_offset=offset, strides=strides)
+        return Tile(view, rows, cols)
+
+    def view(self, buffer: Any, offset: Expr, j0: Expr) -> Tile:
+        """State in memory."""
         strides = (1, self.K) if self.v_first else (self.V, 1)
-        return T.decl_buffer(
-            (self.K, self.v_tile), buffer.dtype, data=buffer.data, elem_offset=offset + j0 * strides[1], strides=strides
-        )
+        return self.window(buffer, offset + j0 * strides[1], self.K, self.v_tile, strides)
 
-    def _copy(self) -> Any:
-        K, VT, v_first = self.K, self.v_tile, self.v_first
+    def block(self, tile: Tile, row: Expr, col: Expr, rows: int, cols: int) -> Tile:
+        """Part of a row-major tile."""
+        return Tile(tile.buffer, rows, cols, 0, tile.row + row, tile.col + col)
 
-        @T.inline
-        def copy(dst, src):
-            if v_first:
-                for j in T.serial(VT):
-                    for i in T.serial(K):
-                        dst[i, j] = T.Cast(dst.dtype, src[i, j])
+    def turn(self, tile: Tile) -> Tile:
+        """The same numbers along the other axis."""
+        return Tile(tile.buffer, tile.cols, tile.rows, 0, tile.col, tile.row)
+
+    # Elements.
+    def _vector(self, *tiles: Tile) -> int:
+        """Columns per vector loop over these tiles."""
+        wide = [tile.width for tile in tiles if tile.cols > 1]
+        width = gcd(*wide) if wide else 1
+        return next((n for n in (64, 32, 16) if width % n == 0), width)
+
+    def map(self, dst: Tile, function: ElementFunction, *sources: Tile, rows: Expr | None = None, lower: bool = False) -> None:
+        """Vector loops; the rows that single products compute, or whole blocks of a triangle."""
+        if dst.cols == 1 or (dst.rows == 1 and len(dst.buffer.shape) == 1):
+            self._map_vector(dst, function, *sources)
+            return
+        unit = BLOCK if lower else self._vector(dst, *sources)
+        granule = min(GRANULE, self.chunk) if lower else self.granule
+        with T.serial(dst.rows if rows is None else ceil_div(rows, granule) * granule) as i:
+            with T.serial((i // self.triangle + 1) * (self.triangle // BLOCK) if lower else dst.cols // unit) as base:
+                with T.vectorized(unit) as lane:
+                    values = [source.get(i, base, unit, lane) for source in sources]
+                    dst.put(function(i, base * unit + lane, *values), i, base, unit, lane)
+
+    def _map_vector(self, dst: Tile, function: ElementFunction, *sources: Tile) -> None:
+        with T.vectorized(max(dst.rows, dst.cols)) as i:
+            row, col = (i, 0) if dst.cols == 1 else (0, i)
+            values = [source.get(row, col) for source in sources]
+            dst.put(function(row, col, *values), row, col)
+
+    def zero(self, dst: Tile) -> None:
+        """Vector stores."""
+        self.map(dst, lambda _i, _j: T.float32(0))
+
+    def load(self, dst: Tile, src: Tile, rows: Expr | None = None) -> None:
+        """Converted to fp32; rows from `rows` on are zero."""
+        if self._is_v_first(src):
+            self._copy_v_first(dst, src)
+        elif dst.cols == 1 and rows is not None:
+            with T.serial(dst.rows) as i:
+                with T.If(i < rows):
+                    with T.Then():
+                        dst.put(src.get(i, 0), i, 0)
+                    with T.Else():
+                        dst.put(T.float32(0), i, 0)
+        else:
+            limit = dst.rows if rows is None else rows
+            self._copy(dst, src, 0, limit)
+            if rows is not None:
+                unit = self._vector(dst)
+                with T.serial(dst.rows - rows) as i:
+                    with T.serial(dst.cols // unit) as base:
+                        with T.vectorized(unit) as lane:
+                            dst.put(T.float32(0), rows + i, base, unit, lane)
+
+    def store(self, dst: Tile, src: Tile, rows: Expr | None = None) -> None:
+        """Rounded to the tensor's dtype."""
+        if self._is_v_first(dst):
+            self._copy_v_first(dst, src)
+        else:
+            self._copy(dst, src, 0, src.rows if rows is None else rows)
+
+    def _is_v_first(self, tile: Tile) -> bool:
+        return self.v_first and tile.rows == self.K and tile.cols == self.v_tile and not tile.panel
+
+    def _copy(self, dst: Tile, src: Tile, start: Expr, count: Expr) -> None:
+        unit = self._vector(dst, src)
+        with T.serial(count) as i:
+            with T.serial(dst.cols // unit) as base:
+                with T.vectorized(unit) as lane:
+                    dst.put(src.get(start + i, base, unit, lane), start + i, base, unit, lane)
+
+    def _copy_v_first(self, dst: Tile, src: Tile) -> None:
+        """Between a [V, K] state in memory and a tile."""
+        with T.serial(self.v_tile) as j:
+            with T.serial(self.K) as i:
+                unit = self.nr
+                dst.put(src.get(i, j // unit, unit, j % unit), i, j // unit, unit, j % unit)
+
+    def row_sum(self, dst: Tile, function: ElementFunction, *sources: Tile, rows: Expr | None = None) -> None:
+        """Partial sums per lane, then across the lanes."""
+        cols = sources[0].cols
+        lanes = max(n for n in (1, 2, 4, 8, 16, 32, 64) if cols % n == 0)
+        part = local_array(lanes)
+        with T.serial(dst.rows if rows is None else rows) as i:
+            with T.vectorized(lanes) as lane:
+                T.buffer_store(part, T.float32(0), [lane])
+            with T.serial(cols // lanes) as base:
+                with T.vectorized(lanes) as lane:
+                    value = function(i, base * lanes + lane, *(s.get(i, base, lanes, lane) for s in sources))
+                    T.buffer_store(part, part[lane] + value, [lane])
+            dst.put(sum_lanes(part, lanes), i, 0)
+
+    def scan(self, dst: Tile, src: Tile, rows: Expr) -> None:
+        """Running sums row by row."""
+        unit = dst.cols
+        total = local_array(unit)
+        with T.vectorized(unit) as lane:
+            T.buffer_store(total, T.float32(0), [lane])
+        with T.serial(dst.rows) as i:
+            with T.If(i < rows):
+                with T.Then():
+                    with T.vectorized(unit) as lane:
+                        T.buffer_store(total, total[lane] + src.get(i, 0, unit, lane), [lane])
+            with T.vectorized(unit) as lane:
+                dst.put(total[lane], i, 0, unit, lane)
+
+    def pair_sum(self, dst: Tile, function: ElementFunction, left: tuple[Tile, ...], right: tuple[Tile, ...], rows: Expr) -> None:
+        """Partial sums per lane for every pair of rows."""
+        cols = left[0].cols
+        lanes = max(n for n in (1, 2, 4, 8, 16) if cols % n == 0)
+        part = local_array(lanes)
+        with T.serial(ceil_div(rows, BLOCK)) as b:
+            with T.serial(BLOCK) as i:
+                with T.vectorized(BLOCK) as j:
+                    dst.put(T.float32(0), b * BLOCK + i, b, BLOCK, j)
+                with T.serial(i + 1) as j:
+                    with T.vectorized(lanes) as lane:
+                        T.buffer_store(part, T.float32(0), [lane])
+                    with T.serial(cols // lanes) as base:
+                        with T.vectorized(lanes) as lane:
+                            x = [tile.get(b * BLOCK + i, base, lanes, lane) for tile in left]
+                            y = [tile.get(b * BLOCK + j, base, lanes, lane) for tile in right]
+                            T.buffer_store(part, part[lane] + function(*x, *y), [lane])
+                    dst.put(sum_lanes(part, lanes), b * BLOCK + i, b, BLOCK, j)
+
+    # Products.
+    def operand(self, tile: Tile, side: str, *, transpose: bool = False) -> Operand:
+        """The tile itself; a right operand needs its rows contiguous, so a transposed one is a copy."""
+        if side == "left" or not transpose:
+            return Operand(tile, transpose)
+        nr = self._square_columns()
+        buffer = self.array(tile.rows // nr, tile.cols, nr)
+        return Operand(Tile(buffer, tile.cols, tile.rows, nr), source=tile)
+
+    def pack(self, *operands: Operand, rows: Expr | None = None, lower: bool = False) -> None:
+        """Transpose those that are copies."""
+        del lower
+        for operand in operands:
+            if operand.source is not None:
+                self._transpose(operand.tile, operand.source, rows)
+
+    def _transpose(self, dst: Tile, src: Tile, rows: Expr | None) -> None:
+        with T.serial(ceil_div(src.rows if rows is None else rows, BLOCK)) as b:
+            if src.cols % BLOCK == 0:
+                lanes = T.ramp(0, 1, BLOCK)
+                with T.serial(src.cols // BLOCK) as c:
+                    transpose_16(
+                        lambda r: src.buffer[tuple(src.at(b * BLOCK + r, c, BLOCK, lanes))],
+                        lambda r, column: T.buffer_store(dst.buffer, column, dst.at(c * BLOCK + r, b, BLOCK, lanes)),
+                    )
             else:
-                for i in T.serial(K):
-                    for j in T.vectorized(VT):
-                        dst[i, j] = T.Cast(dst.dtype, src[i, j])
+                with T.serial(src.cols) as c:
+                    with T.vectorized(BLOCK) as lane:
+                        dst.put(src.get(b * BLOCK + lane, c), c, b, BLOCK, lane)
 
-        return copy
+    def _square_columns(self) -> int:
+        """Columns of the micro-kernel for results over tokens."""
+        return next(n for n in (self.nr, 32, BLOCK) if self.chunk % n == 0 and n % BLOCK == 0)
 
-    def _zero(self) -> Any:
-        K, VT = self.K, self.v_tile
+    def mma(
+        self,
+        dst: Tile,
+        a: Operand,
+        b: Operand,
+        *,
+        rows: Expr | None = None,
+        cols: Expr | None = None,
+        depth: Expr | None = None,
+        lower: str | None = None,
+        start: ElementFunction | None = None,
+        finish: ElementFunction | None = None,
+        sources: tuple[Tile, ...] = (),
+    ) -> None:
+        """Register-blocked product."""
+        mr, nr = self.mr, dst.panel or min(self._square_columns(), dst.cols)
+        granule = min(GRANULE, self.chunk) if lower == "result" else self.granule
+        row_tiles = dst.rows // mr if rows is None else ceil_div(rows, granule) * (granule // mr)
+        col_tiles = dst.cols // nr if cols is None else ceil_div(cols, nr)
+        full = a.tile.rows if a.transposed else a.tile.cols
 
-        @T.inline
-        def zero(W):
-            for i in T.serial(K):
-                for j in T.vectorized(VT):
-                    W[i, j] = T.float32(0)
-
-        return zero
-
-    def _load_rows(self) -> Any:
-        C, K = self.chunk, self.K
-        eps = 1e-6
-        lanes = max(n for n in (1, 2, 4, 8, 16) if K % n == 0)
-
-        @T.inline
-        def load_rows(dst, src, row, t0, h, m, scale, l2norm):
-            s = local_array(1)
-            part = local_array(lanes)
-            for i in T.serial(T.int64(C)):
-                if i < m:
-                    for kk in T.vectorized(K):
-                        dst[i, kk] = T.Cast("float32", src[row, t0 + i, h, kk])
-                    s[0] = scale
-                    if l2norm != 0:
-                        for lane in T.vectorized(lanes):
-                            part[lane] = T.float32(0)
-                        for c in T.serial(K // lanes):
-                            for lane in T.vectorized(lanes):
-                                part[lane] = part[lane] + dst[i, c * lanes + lane] * dst[i, c * lanes + lane]
-                        s[0] = T.float32(0)
-                        for lane in T.unroll(lanes):
-                            s[0] = s[0] + part[lane]
-                        s[0] = scale / T.sqrt(s[0] + T.float32(eps))
-                    for kk in T.vectorized(K):
-                        dst[i, kk] = dst[i, kk] * s[0]
-                else:
-                    for kk in T.vectorized(K):
-                        dst[i, kk] = T.float32(0)
-
-        return load_rows
-
-    def _transpose(self) -> Any:
-        C, K = self.chunk, self.K
-
-        @T.inline
-        def transpose(dst, src, m):
-            for kk in T.serial(K):
-                for i in T.vectorized(C):
-                    dst[kk, i] = src[i, kk]
-
-        return transpose
-
-    def _scale_rows(self) -> Any:
-        @T.inline
-        def scale_rows(A, w, m):
-            for i in T.serial(m):
-                for kk in T.vectorized(A.shape[1]):
-                    A[i, kk] = A[i, kk] * w[i]
-
-        return scale_rows
-
-    def _mask(self) -> Any:
-        """A[i, j] = b_i A[i, j] below the diagonal, zero on and above it; gram_channel leaves zeros above."""
-        mr = self.mr
-
-        @T.inline
-        def mask(A, b, m):
-            for i in T.serial((m + mr - 1) // mr * mr):
-                for jb in T.serial(i // BLOCK + 1):
-                    for j in T.vectorized(BLOCK):
-                        A[i, jb * BLOCK + j] = T.Select(jb * BLOCK + j < i, A[i, jb * BLOCK + j] * b[i], T.float32(0))
-
-        return mask
-
-    def _gram_channel(self) -> Any:
-        """Lower triangles of A[i, j] = sum_k k_i k_j exp(G_i - G_j) and P with q_i for k_i, gates per channel k.
-
-        Off the diagonal blocks both factors are taken relative to the gate at the first token of the row block, which lies
-        between the two tokens: neither exponent exceeds zero for decaying gates. Inside a diagonal block no such reference
-        exists, and every pair gets its own exponent.
-        """
-        mr, K, exp = self.mr, self.K, self.exp
-        micro, (clear, _, write) = self._micro(BLOCK), self._put(BLOCK)
-        lanes = max(n for n in (1, 2, 4, 8, 16) if K % n == 0)
-
-        @T.inline
-        def gram_channel(A, P, kr, qr, right, G, m):
-            acc = local_array(mr, BLOCK)
-            left = local_array(mr, K)
-            pa = local_array(lanes)
-            pp = local_array(lanes)
-            e = local_array(lanes)
-
-            @T.inline
-            def strip(C, rows, ib, io):
-                """C[block row ib, all block columns before it] from rows relative to the block's first token."""
-                for r in T.serial(mr):
-                    for kk in T.vectorized(K):
-                        left[r, kk] = rows[ib * BLOCK + io * mr + r, kk] * exp(
-                            G[ib * BLOCK + io * mr + r, kk] - G[ib * BLOCK, kk]
-                        )
-                for jb in T.serial(ib):
-                    clear(acc)
-                    micro(acc, left, right, 0, jb * BLOCK, K)
-                    write(C, acc, ib * BLOCK + io * mr, jb * BLOCK)
-
-            @T.inline
-            def diagonal(i, j):
-                for lane in T.vectorized(lanes):
-                    pa[lane] = T.float32(0)
-                    pp[lane] = T.float32(0)
-                for c in T.serial(K // lanes):
-                    for lane in T.vectorized(lanes):
-                        e[lane] = kr[j, c * lanes + lane] * exp(G[i, c * lanes + lane] - G[j, c * lanes + lane])
-                    for lane in T.vectorized(lanes):
-                        pa[lane] = pa[lane] + kr[i, c * lanes + lane] * e[lane]
-                        pp[lane] = pp[lane] + qr[i, c * lanes + lane] * e[lane]
-                A[i, j] = sum_lanes(pa, lanes)
-                P[i, j] = sum_lanes(pp, lanes)
-
-            for ib in T.serial((m + BLOCK - 1) // BLOCK):
-                for j in T.serial(ib * BLOCK):
-                    for kk in T.vectorized(K):
-                        right[kk, j] = kr[j, kk] * exp(G[ib * BLOCK, kk] - G[j, kk])
-                for io in T.serial(BLOCK // mr):
-                    strip(A, kr, ib, io)
-                    strip(P, qr, ib, io)
-                for i in T.serial(BLOCK):
-                    for j in T.vectorized(BLOCK):
-                        A[ib * BLOCK + i, ib * BLOCK + j] = T.float32(0)
-                        P[ib * BLOCK + i, ib * BLOCK + j] = T.float32(0)
-                    for j in T.serial(i + 1):
-                        diagonal(ib * BLOCK + i, ib * BLOCK + j)
-
-        return gram_channel
-
-    def _micro(self, nr: int, *, transposed: bool = False, negative: bool = False) -> Any:
-        """acc[r, :] += or -= A[i0 + r, kk] * B[kk, j0 + :] over kk < depth; A[kk, i0 + r] if transposed."""
-        mr = self.mr
-
-        @T.inline
-        def micro(acc, A, B, i0, j0, depth):
-            for kk in T.serial(depth):
-                for r in T.unroll(mr):
-                    for j in T.vectorized(nr):
-                        if transposed:
-                            acc[r, j] = acc[r, j] + A[kk, i0 + r] * B[kk, j0 + j]
-                        elif negative:
-                            acc[r, j] = acc[r, j] - A[i0 + r, kk] * B[kk, j0 + j]
-                        else:
-                            acc[r, j] = acc[r, j] + A[i0 + r, kk] * B[kk, j0 + j]
-
-        return micro
-
-    def _put(self, nr: int) -> tuple[Any, Any, Any]:
-        """Macros that clear, fetch and write back the accumulators."""
-        mr = self.mr
-
-        @T.inline
-        def clear(acc):
-            for r in T.unroll(mr):
-                for j in T.vectorized(nr):
-                    acc[r, j] = T.float32(0)
-
-        @T.inline
-        def fetch(acc, C, i0, j0):
-            for r in T.unroll(mr):
-                for j in T.vectorized(nr):
-                    acc[r, j] = C[i0 + r, j0 + j]
-
-        @T.inline
-        def write(C, acc, i0, j0):
-            for r in T.unroll(mr):
-                for j in T.vectorized(nr):
-                    C[i0 + r, j0 + j] = acc[r, j]
-
-        return clear, fetch, write
-
-    def _gram(self) -> Any:
-        mr, nr, K = self.mr, self.square_nr, self.K
-        micro, (clear, _, write) = self._micro(nr), self._put(nr)
-
-        @T.inline
-        def gram(C, A, Bt, m):
+        def tile(io: Expr, jo: Expr) -> None:
             acc = local_array(mr, nr)
-            for io in T.serial((m + mr - 1) // mr):
-                for jo in T.serial((io * mr + mr + nr - 1) // nr):
-                    clear(acc)
-                    micro(acc, A, Bt, io * mr, jo * nr, K)
-                    write(C, acc, io * mr, jo * nr)
 
-        return gram
+            def element(r: Expr, lane: Expr) -> tuple[Any, ...]:
+                i = io * mr + r
+                return i, jo * nr + lane, *(s.get(i, jo, nr, lane) for s in sources)
 
-    def _decay(self) -> Any:
-        exp, mr = self.exp, self.mr
+            with T.unroll(mr) as r:
+                with T.vectorized(nr) as lane:
+                    i, j, *values = element(r, lane)
+                    first = T.float32(0) if start is None else start(i, j, dst.get(i, jo, nr, lane), *values)
+                    T.buffer_store(acc, first, [r, lane])
+            with T.serial((io + 1) * mr if lower == "left" else full if depth is None else depth) as kk:
+                with T.unroll(mr) as r:
+                    with T.vectorized(nr) as lane:
+                        left = a.tile.get(kk, io * mr + r) if a.transposed else a.tile.get(io * mr + r, kk)
+                        T.buffer_store(acc, acc[r, lane] + left * b.tile.get(kk, jo, nr, lane), [r, lane])
+            with T.unroll(mr) as r:
+                with T.vectorized(nr) as lane:
+                    i, j, *values = element(r, lane)
+                    last = acc[r, lane]
+                    dst.put(last if finish is None else finish(i, j, last, *values), i, jo, nr, lane)
 
-        @T.inline
-        def decay(C, G, b, m, strict):
-            for i in T.serial((m + mr - 1) // mr * mr):
-                for jb in T.serial(i // BLOCK + 1):
-                    for j in T.vectorized(BLOCK):
-                        if strict:
-                            C[i, jb * BLOCK + j] = T.Select(
-                                jb * BLOCK + j < i,
-                                C[i, jb * BLOCK + j] * b[i] * exp(G[i] - G[jb * BLOCK + j]),
-                                T.float32(0),
-                            )
-                        else:
-                            C[i, jb * BLOCK + j] = T.Select(
-                                jb * BLOCK + j <= i, C[i, jb * BLOCK + j] * exp(G[i] - G[jb * BLOCK + j]), T.float32(0)
-                            )
+        if lower == "result":
+            with T.serial(row_tiles) as io:
+                with T.serial((io * mr + mr + nr - 1) // nr) as jo:
+                    tile(io, jo)
+        else:
+            with T.serial(col_tiles) as jo:
+                with T.serial(row_tiles) as io:
+                    tile(io, jo)
 
-        return decay
-
-    def _gemm(self) -> Any:
-        mr, nr, K, VT = self.mr, self.nr, self.K, self.v_tile
-        micro, (clear, _, write) = self._micro(nr), self._put(nr)
-
-        @T.inline
-        def gemm(C, A, B, m):
-            acc = local_array(mr, nr)
-            for jo in T.serial(VT // nr):
-                for io in T.serial((m + mr - 1) // mr):
-                    clear(acc)
-                    micro(acc, A, B, io * mr, jo * nr, K)
-                    write(C, acc, io * mr, jo * nr)
-
-        return gemm
-
-    def _gemm_lower(self) -> Any:
-        mr, nr, VT = self.mr, self.nr, self.v_tile
-        micro, (_, fetch, write) = self._micro(nr), self._put(nr)
-
-        @T.inline
-        def gemm_lower(C, P, U, m):
-            acc = local_array(mr, nr)
-            for jo in T.serial(VT // nr):
-                for io in T.serial((m + mr - 1) // mr):
-                    fetch(acc, C, io * mr, jo * nr)
-                    micro(acc, P, U, io * mr, jo * nr, (io + 1) * mr)
-                    write(C, acc, io * mr, jo * nr)
-
-        return gemm_lower
-
-    def _gemm_update(self) -> Any:
-        mr, nr, VT, K = self.mr, self.nr, self.v_tile, self.K
-        micro, (_, _, write) = self._micro(nr, transposed=True), self._put(nr)
-
-        @T.inline
-        def gemm_update(S, d, A, U, m):
-            acc = local_array(mr, nr)
-            for jo in T.serial(VT // nr):
-                for io in T.serial(K // mr):
-                    for r in T.unroll(mr):
-                        for j in T.vectorized(nr):
-                            acc[r, j] = S[io * mr + r, jo * nr + j] * d[io * mr + r]
-                    micro(acc, A, U, io * mr, jo * nr, m)
-                    write(S, acc, io * mr, jo * nr)
-
-        return gemm_update
-
-    def _solve(self) -> Any:
-        mr, nr, VT = self.mr, self.nr, self.v_tile
-        micro, (_, fetch, write) = self._micro(nr, negative=True), self._put(nr)
-
-        @T.inline
-        def solve(A, R, m):
-            acc = local_array(mr, nr)
-            one = local_array(VT)
-            for ib in T.serial((m + BLOCK - 1) // BLOCK):
-                for jo in T.serial(VT // nr):
-                    for io in T.serial(T.min(T.int64(BLOCK // mr), (m - ib * BLOCK + mr - 1) // mr)):
-                        fetch(acc, R, ib * BLOCK + io * mr, jo * nr)
-                        micro(acc, A, R, ib * BLOCK + io * mr, jo * nr, ib * BLOCK)
-                        write(R, acc, ib * BLOCK + io * mr, jo * nr)
-                for i in T.serial(T.min(T.int64(BLOCK), m - ib * BLOCK)):
-                    for j in T.vectorized(VT):
-                        one[j] = R[ib * BLOCK + i, j]
-                    for kk in T.serial(i):
-                        for j in T.vectorized(VT):
-                            one[j] = one[j] - A[ib * BLOCK + i, ib * BLOCK + kk] * R[ib * BLOCK + kk, j]
-                    for j in T.vectorized(VT):
-                        R[ib * BLOCK + i, j] = one[j]
-
-        return solve
+    def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
+        """Columns of the block as vectors: when row k is final, it is subtracted from all rows below."""
+        lanes = T.ramp(0, 1, BLOCK)
+        x = local_array(BLOCK, BLOCK)
+        with T.serial(ceil_div(rows, BLOCK)) as b:
+            with T.unroll(BLOCK) as i:
+                with T.vectorized(BLOCK) as j:
+                    T.buffer_store(x, T.Select(i == j, T.float32(1), T.float32(0)), [i, j])
+            for k in range(BLOCK - 1):
+                for i in range(k + 1, BLOCK):
+                    factor = T.broadcast(a.get(b * BLOCK + i, b, BLOCK, k), BLOCK)
+                    T.buffer_store(x, x[i, lanes] - factor * x[k, lanes], [i, lanes])
+            with T.unroll(BLOCK) as i:
+                with T.vectorized(BLOCK) as j:
+                    dst.put(x[i, j], b * BLOCK + i, b, BLOCK, j)

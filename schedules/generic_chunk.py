@@ -25,6 +25,6 @@ class ChunkGeneric(NoKnobs):
             chunk=16,
             rows=max(d for d in divisors(K) if d in {1, 2, 4}),
             columns=max(d for d in divisors(v_tile) if d <= 8),
+            span=1,
             v_first=bool(geometry.attr.get("state_v_first")),
-            direct=False,
         )

@@ -2,11 +2,15 @@
 
 A state tile ``[K, v_tile]`` is spread over the threads of a warp: `row_lanes` threads along K times `column_lanes` along V, each
 holding ``K / row_lanes`` rows of ``v_tile / column_lanes`` columns. A product W^T x is a partial sum per thread, finished by
-shuffles across the row lanes; no shared memory and no barrier is needed.
+shuffles across the row lanes; no shared memory and no barrier is needed. Shapes that do not fill a warp use a part of one.
+
+States move in vectors where the address allows it and element by element where it does not: a pool is the caller's memory, and
+a misaligned vector would end the process's device context. Everything else of a token is small and moves by element.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm.script import tirx as T
@@ -18,7 +22,7 @@ class WarpTiles:
     Parameters
     ----------
     warp : int
-        Threads of a warp that work together.
+        Threads that work together: a warp, or a part of one.
     """
 
     #: Checking slots on the host would synchronize the device; the kernel treats a slot out of range as padding.
@@ -46,6 +50,17 @@ class WarpTiles:
         return T.exp(x)
 
     @staticmethod
+    def sigmoid(lanes: int) -> Any:
+        """Macro ``(x)``: the logistic function of `lanes` elements in place."""
+
+        @T.inline
+        def sigmoid(x):
+            for lane in T.serial(lanes):
+                x[lane] = T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - x[lane]))
+
+        return sigmoid
+
+    @staticmethod
     def log(x: Any) -> Any:
         """Natural logarithm in fp32."""
         return T.log(x)
@@ -55,6 +70,12 @@ class WarpTiles:
         return T.alloc_buffer((count,), "float32", scope="local")
 
 
+def aligned(buffer: Any, *index: Any, elements: int) -> Any:
+    """Whether a vector of so many elements may be read or written at an element of a buffer."""
+    size = elements * (4 if buffer.dtype == "float32" else 2)
+    return T.call_extern("bool", "tvm_gdn_aligned", T.address_of(buffer[index]), size)
+
+
 class RecurrentWarpTiles(WarpTiles):
     """Tile operations of the token recurrence.
 
@@ -62,23 +83,21 @@ class RecurrentWarpTiles(WarpTiles):
     ----------
     K, V : int
         State rows and columns.
-    column_lanes, columns : int
-        Threads along V and columns per thread; ``v_tile`` is their product.
+    row_lanes, column_lanes, columns : int
+        Threads along K, threads along V, and columns per thread; ``v_tile`` is the product of the last two.
     v_first : bool
         Whether states are stored ``[V, K]``: a thread then holds groups of consecutive rows.
-    warp : int
-        Threads per worker.
     """
 
     direct = False
 
-    def __init__(self, K: int, V: int, *, column_lanes: int, columns: int, v_first: bool, warp: int) -> None:
-        super().__init__(warp)
+    def __init__(self, K: int, V: int, *, row_lanes: int, column_lanes: int, columns: int, v_first: bool) -> None:
+        super().__init__(row_lanes * column_lanes)
         self.K, self.V, self.v_first = K, V, v_first
-        self.columns, self.column_lanes, self.row_lanes = columns, column_lanes, warp // column_lanes
+        self.columns, self.column_lanes, self.row_lanes = columns, column_lanes, row_lanes
         self.v_tile = column_lanes * columns
         self.row_count = K // self.row_lanes
-        self.row_group = next(size for size in (4, 2, 1) if self.row_count % size == 0) if v_first else 1
+        self.row_group = next(size for size in (8, 4, 2, 1) if self.row_count % size == 0) if v_first else 1
         self.load, self.store, self.zero = self._load(), self._store(), self._zero()
         self.sum_rows = self._sum_rows()
         self.dot, self.gemv, self.ger_gemv = self._dot(), self._gemv(), self._ger_gemv()
@@ -89,7 +108,7 @@ class RecurrentWarpTiles(WarpTiles):
 
     def cols(self, count: int) -> Any:
         """Loop over this thread's share of the V axis."""
-        return T.vectorized(count // self.column_lanes)
+        return T.unroll(count // self.column_lanes)
 
     def row(self, i: Any) -> Any:
         """Index on the K axis of local row i: neighbouring threads read neighbouring rows."""
@@ -121,37 +140,58 @@ class RecurrentWarpTiles(WarpTiles):
 
     def _load(self) -> Any:
         row, col, rows, columns, v_first = self.row, self.col, self.row_count, self.columns, self.v_first
-        group = self.row_group
+        group, width = self.row_group, self._width
+
+        @T.inline
+        def copy(W, view, lanes, vector):
+            if v_first:
+                for j in T.unroll(columns):
+                    for io in T.unroll(rows // lanes):
+                        for ii in vector(lanes):
+                            W[io * lanes + ii, j] = T.Cast("float32", view[row(io * lanes) + ii, col(j)])
+            else:
+                for i in T.unroll(rows):
+                    for jo in T.unroll(columns // lanes):
+                        for ji in vector(lanes):
+                            W[i, jo * lanes + ji] = T.Cast("float32", view[row(i), col(jo * lanes + ji)])
 
         @T.inline
         def load(W, view):
-            if v_first:
-                for j in T.unroll(columns):
-                    for io in T.unroll(rows // group):
-                        for ii in T.vectorized(group):
-                            W[io * group + ii, j] = T.Cast("float32", view[row(io * group) + ii, col(j)])
+            if aligned(view, row(0), col(0), elements=width(view, group)):
+                copy(W, view, width(view, group), T.vectorized)
             else:
-                for i in T.unroll(rows):
-                    for j in T.vectorized(columns):
-                        W[i, j] = T.Cast("float32", view[row(i), col(j)])
+                copy(W, view, width(view, group), T.unroll)
 
         return load
 
+    def _width(self, view: Any, group: int) -> int:
+        """Elements that move at once: 16 bytes, or what a thread has next to each other."""
+        elements = 4 if view.dtype == "float32" else 8
+        return math.gcd(elements, group if self.v_first else self.columns)
+
     def _store(self) -> Any:
         row, col, rows, columns, v_first = self.row, self.col, self.row_count, self.columns, self.v_first
-        group = self.row_group
+        group, width = self.row_group, self._width
+
+        @T.inline
+        def copy(view, W, lanes, vector):
+            if v_first:
+                for j in T.unroll(columns):
+                    for io in T.unroll(rows // lanes):
+                        for ii in vector(lanes):
+                            view[row(io * lanes) + ii, col(j)] = T.Cast(view.dtype, W[io * lanes + ii, j])
+            else:
+                for i in T.unroll(rows):
+                    for jo in T.unroll(columns // lanes):
+                        for ji in vector(lanes):
+                            view[row(i), col(jo * lanes + ji)] = T.Cast(view.dtype, W[i, jo * lanes + ji])
 
         @T.inline
         def store(view, W):
-            if v_first:
-                for j in T.unroll(columns):
-                    for io in T.unroll(rows // group):
-                        for ii in T.vectorized(group):
-                            view[row(io * group) + ii, col(j)] = T.Cast(view.dtype, W[io * group + ii, j])
+            if aligned(view, row(0), col(0), elements=width(view, group)):
+                copy(view, W, width(view, group), T.vectorized)
             else:
-                for i in T.unroll(rows):
-                    for j in T.vectorized(columns):
-                        view[row(i), col(j)] = T.Cast(view.dtype, W[i, j])
+                copy(view, W, width(view, group), T.unroll)
 
         return store
 

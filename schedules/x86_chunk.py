@@ -16,11 +16,11 @@ MAX_TILE = 16384
 
 @schedule("chunk", "x86")
 class ChunkX86:
-    """Chunked delta rule in fp32: matrix products on a register-blocked micro-kernel."""
+    """Chunked delta rules in fp32: matrix products on a register-blocked micro-kernel."""
 
     @staticmethod
     def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Tokens per chunk, columns per worker, accumulators of the micro-kernel, state in place or in a local tile."""
+        """Tokens per chunk, columns and value heads per worker, accumulators of the micro-kernel."""
         K, V = geometry.axis["K"], geometry.axis["V"]
         columns = tuple(d for d in divisors(V) if d in {16, 32, 48, 64}) or (max(d for d in divisors(V) if d <= 64),)
         return {
@@ -28,23 +28,26 @@ class ChunkX86:
             "v_tile": tuple(d for d in divisors(V) if d % min(columns) == 0 and d * K <= MAX_TILE) or (min(columns),),
             "rows": tuple(d for d in (4, 8, 16) if K % d == 0) or (2 if K % 2 == 0 else 1,),
             "columns": columns,
-            "direct": (True, False) if "initial_state_source" in geometry.dtype else (False,),
+            "span": (1, 2, 4),
         }
 
-    @staticmethod
-    def default(geometry: Geometry) -> dict[str, Any]:
-        """64 tokens, all columns, 8 x 32 accumulators, in place."""
+    #: Accumulators that the registers of AVX2 hold.
+    columns, chunk = 16, 64
+
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
+        """All columns, two value heads of a q/k head together, four rows of accumulators."""
         knobs = ChunkX86.knobs(geometry)
         return {
-            "chunk": 64,
+            "chunk": cls.chunk,
             "v_tile": max(knobs["v_tile"]),
-            "rows": max((d for d in knobs["rows"] if d <= 8), default=min(knobs["rows"])),
-            "columns": max((d for d in knobs["columns"] if d <= 32), default=min(knobs["columns"])),
-            "direct": knobs["direct"][0],
+            "rows": min(knobs["rows"]),
+            "columns": max((d for d in knobs["columns"] if d <= cls.columns), default=min(knobs["columns"])),
+            "span": 1 if geometry.attr.get("channel_gate") else 2,
         }
 
     @staticmethod
-    def tiles(geometry: Geometry, *, chunk: int, v_tile: int, rows: int, columns: int, direct: bool) -> ChunkTiles:
+    def tiles(geometry: Geometry, *, chunk: int, v_tile: int, rows: int, columns: int, span: int) -> ChunkTiles:
         """Tile operations in fp32."""
         return ChunkTiles(
             geometry.axis["K"],
@@ -53,6 +56,13 @@ class ChunkX86:
             chunk=chunk,
             rows=rows,
             columns=max(d for d in divisors(v_tile) if d <= columns),
+            span=span,
             v_first=bool(geometry.attr.get("state_v_first")),
-            direct=direct,
         )
+
+
+@schedule("chunk", "x86-avx512")
+class ChunkAvx512(ChunkX86):
+    """The same with the 32 registers of AVX-512: 4 x 64 accumulators, and chunks of 32 tokens, which take fewer operations."""
+
+    columns, chunk = 64, 32

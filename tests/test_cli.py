@@ -77,6 +77,31 @@ def test_version_and_help_without_heavy_imports():
         assert f"    {command} " in done.stdout
 
 
+COMMAND = "import sys; sys.argv = ['/usr/bin/tvm_gdn', *sys.argv[1:]]; from tvm_gdn.cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("start", [("-c", COMMAND), ("-m", "tvm_gdn")], ids=["script", "module"])
+@pytest.mark.parametrize(("argv", "status"), [(("--version",), 0), (("--help",), 0), (("fly",), 2), ((), 2), (("--fly",), 2)])
+def test_help_version_and_usage_errors_do_not_wait_for_torch(start, argv, status):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *start, *argv], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == status
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "tvm_gdn.cli" in imported
+    assert not {"torch", "tvm", "numpy", "tvm_ffi"} & imported
+
+
+def test_a_command_line_with_work_to_do_has_the_operators():
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "list", "--json", "--op", GATING], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert GATING in done.stdout
+    code = "import sys; sys.argv = ['tvm_gdn']; import tvm_gdn; print(hasattr(tvm_gdn, 'OPS')); tvm_gdn.load_api(); print(tvm_gdn.OPS)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith("False") and GATING in done.stdout
+
+
 def test_module_runs_as_a_command():
     done = subprocess.run(
         [sys.executable, "-m", "tvm_gdn", "build", "--target", "x87", "--op", GATING, "--dims", "dtype=float32"],

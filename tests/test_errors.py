@@ -19,6 +19,7 @@ from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops import OPS
 
 POOLED = {"B": 3, "T": 4, "H": 2, "HV": 4, "K": 64, "V": 32, "S": 6, "with": POOL}
+MANY = {**POOLED, "B": 40, "S": 50}
 VARLEN = {
     "lengths": (5, 0, 3, 1), "H": 2, "HV": 4, "K": 32, "V": 64, "S": 9, "with": (*POOL, "cu_seqlens"),
     "index_dtype": "int32",
@@ -58,6 +59,15 @@ def bounds(*values):
 
 def slots(*values):
     return give(initial_state_indices=tensor(values))
+
+
+def shared(first, second):
+    def change(a):
+        indices = a["initial_state_indices"].clone()
+        indices[second] = indices[first]
+        return {"initial_state_indices": indices}
+
+    return change
 
 
 def step_slots(*values):
@@ -146,6 +156,9 @@ WRONG_VALUE = {
     "g-rank": ((UPDATE,), POOLED, on("g", lambda x: x[..., None]), "g", "3, [B, T, HV]"),
     "a-without-batch": ((SIGMOID,), POOLED, on("a", lambda x: x[0]), "a", "B = 3"),
     "pool-rank": (BOTH, POOLED, on(STATES, lambda x: x[0]), STATES, "4, [S, HV, K, V]"),
+    "slots-shared": (BOTH, POOLED, slots(5, -1, 5), "initial_state_indices[0] and initial_state_indices[2] are both 5", "-1"),
+    "slots-shared-by-many": (BOTH, MANY, shared(3, 39), "initial_state_indices[3] and initial_state_indices[39] are both", "-1"),
+    "step-slots-shared": (BOTH, VERIFY, step_slots(1, 1), STEP_SLOTS + "[0] and " + STEP_SLOTS + "[1] are both 1", "-1"),
     "slots-rank": (BOTH, POOLED, on(SLOTS, lambda x: x[:, None]), SLOTS, "1, [N]"),
     "k-tokens": (BOTH, POOLED, on("k", lambda x: x[:, :3]), "k", "T = 4"),
     "k-batch": (BOTH, POOLED, on("k", lambda x: x[:2]), "k", "B = 3"),
@@ -208,7 +221,6 @@ WRONG_VALUE = {
     "slots-strided": (BOTH, POOLED, give(initial_state_indices=tensor([0, 9, 1, 9, 2, 9])[::2]), SLOTS, "contiguous()"),
     "pool-requires-grad": (BOTH, POOLED, on(STATES, lambda x: x.requires_grad_()), STATES, ".detach()"),
     # the other operators
-    "final-and-slots": ((RECURRENT,), SEPARATE, slots(0, 1), "output_final_state", SLOTS),
     "states-count": ((RECURRENT,), SEPARATE, on("initial_state", lambda x: x[:1]), "initial_state", "2 sequences"),
     "states-count-packed": ((RECURRENT,), SEPARATE_VARLEN, on("initial_state", lambda x: x[:2]), "", "N = 2"),
     "states-layout": ((RECURRENT,), SEPARATE, give(state_v_first=True), "initial_state", "V = 128"),

@@ -60,18 +60,13 @@ def sabotaged(call):
     if {kind!r} == "hang" and index == 5:
         time.sleep(1000)
     if {kind!r} == "number" and not call.broken:
-        name = call.op
-        original = getattr(tvm_gdn, name)
+        original = call._call
 
-        def wrong(**arguments):
-            result = original(**arguments)
+        def wrong():
+            result = original()
             return (result[0] * 1.01, *result[1:]) if isinstance(result, tuple) else result * 1.01
 
-        setattr(tvm_gdn, name, wrong)
-        try:
-            return judge(call)
-        finally:
-            setattr(tvm_gdn, name, original)
+        call._call = wrong
     return judge(call)
 
 fuzz_calls.Call.judge = sabotaged

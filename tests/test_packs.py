@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 
 from tvm_gdn import build, cases, check, dispatch, kernel_cache, load, pack, parity
-from tvm_gdn.errors import PackError
+from tvm_gdn.errors import BuildError, PackError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import named, resolve
 
@@ -100,7 +100,9 @@ def test_foreign_pack_is_refused_with_what_differs(small_pack, tmp_path, changes
         pack.read(folder)
 
 
-FIELDS = ("target", "target_digest", "rank", "device", "machine", "image", "requires", "tvm_ffi", "kernels")
+FIELDS = (
+    "target", "target_digest", "rank", "device", "machine", "image", "arch", "serves", "driver", "requires", "tvm_ffi", "kernels",
+)  # fmt: skip
 KERNEL_FIELDS = ("op", "geometry", "symbol", "file", "sha256", "schedule", "knobs", "source")
 
 
@@ -143,7 +145,7 @@ def test_hostile_kernel_entry_is_refused(small_pack, tmp_path, field, value):
         pack.read(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"format": 1, "launcher": "x"}', "\udcff"])
+@pytest.mark.parametrize("text", ["", "[]", "null", "[" * 100_000, '{"format": 2, "launcher": "x"}', "\udcff"])
 def test_manifest_that_is_no_table_is_refused(tmp_path, text):
     (tmp_path / pack.MANIFEST).write_text(text, errors="surrogateescape")
     with pytest.raises(PackError, match="damaged"):
@@ -380,3 +382,30 @@ def test_kernel_survives_its_folder(small_pack, tmp_path, monkeypatch):
     assert parity.rms_ratio(got["o"], want["o"]) < 1e-5
     assert torch.count_nonzero(got["o"])
     dispatch.reset()
+
+
+def test_batches_hand_over_what_they_compiled(monkeypatch, tmp_path):
+    """A batch that dies or takes too long loses no other batch's kernels, and is halved until the culprit stands alone."""
+    monkeypatch.setenv("TVM_GDN_CACHE_DIR", str(tmp_path))
+    spec = OPS["fused_gdn_gating"]
+    cases_ = [
+        {**case, "dtypes": {"A_log": a_log, "dt_bias": bias}} for case in spec.cases[:3] for a_log in DTYPES for bias in DTYPES
+    ]
+    wanted = [(spec, check.geometry_of(spec, cases.draw(spec, case))) for case in cases_]
+    wanted = list({geometry.key: (spec, geometry) for spec, geometry in wanted}.values())
+    culprit, seen = wanted[5][1].key, []
+
+    def compile_each(share, target):
+        seen.append(len(share))
+        if any(request.geometry.key == culprit for request in share.values()):
+            raise BuildError("took too long")
+        return {}
+
+    monkeypatch.setattr(kernel_cache, "compile_each", compile_each)
+    failed = kernel_cache.prebuild(wanted, resolve(), jobs=1)
+    assert len(wanted) > 16 and max(seen) == 16 and seen.count(1) >= 1
+    assert len(failed) == 1 and "took too long" in failed[0]
+    assert kernel_cache.prebuild([], resolve()) == []
+
+
+DTYPES = ("float32", "bfloat16", "float16")

@@ -15,6 +15,7 @@ from calls import (
     call,
     check,
     draw,
+    function,
     same_bits,
 )
 from torch import tensor
@@ -108,6 +109,32 @@ def test_pool_and_padding(op, v_first, variant):
     # Padding starts from a zero state: the same numbers as a call without a pool's history.
     zero = {**a, "initial_state_source": torch.zeros_like(before), "initial_state_indices": tensor([4, 0, 1])}
     assert same_bits(call(op, zero)["o"][1], got["o"][1])
+
+
+@pytest.mark.parametrize("count", [2, 22, 23, 40, 300])
+@each_pool_op
+def test_slots_of_many_sequences(op, count):
+    """Few slots are compared with each other, many are ticked off in a table: both let any order pass, and no shared slot."""
+    a = draw(op, {**POOLED, "B": count, "T": 1, "S": count + 7})
+    slots = a["initial_state_indices"]
+    slots[torch.randperm(count)[: count // 3]] = -1
+    check(op, {**a, "initial_state_source": a["initial_state_source"].clone()})
+    slots = torch.randperm(count + 7)[:count]
+    before = a["initial_state_source"].clone()
+    for first, second in ((0, count - 1), (count - 2, count - 1), (count // 2 - 1, count // 2)):
+        shared = slots.clone()
+        shared[second] = shared[first]
+        with pytest.raises(ValueError, match=rf"\[{first}\] and initial_state_indices\[{second}\] are both {shared[first]};"):
+            function(op)(**{**a, "initial_state_indices": shared})
+        # Verification reads only: any number of sequences may start from one state.
+        call(op, {**a, "initial_state_indices": shared, "disable_state_update": True})
+    assert same_bits(a["initial_state_source"], before)
+
+
+def test_padding_alone_needs_no_slots():
+    for count in (2, 40):
+        a = draw(UPDATE, {**POOLED, "B": count, "S": count}, initial_state_indices=torch.full((count,), -1))
+        check(UPDATE, {**a, "initial_state_source": a["initial_state_source"][:0]})
 
 
 @each_layout

@@ -6,12 +6,23 @@ import torch
 import tvm_gdn
 from tvm_gdn import cases, reference
 from tvm_gdn.ops import OPS
-from tvm_gdn.parity import rms_ratio
+from tvm_gdn.parity import limit, rms_ratio
 
 H, HV, K, V = 2, 4, 64, 32
 STATE = ("initial_state",)
 SHAPE = {"H": H, "HV": HV, "K": K, "V": V, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
 CHUNK = "chunk_gated_delta_rule"
+FAMILY = [f"{form}_{rule}" for rule in ("gated_delta_rule", "kda", "delta_rule") for form in ("chunk", "fused_recurrent")]
+LAYOUTS = [(False, "float32"), (True, "bfloat16")]
+
+
+def pooled_case(v_first, dtype):
+    pool = ("initial_state_source", "initial_state_indices", "cu_seqlens", "final_state")
+    return {
+        "lengths": (63, 0, 1, 7), **SHAPE, "S": 9, "state_v_first": v_first, "dtype": dtype, "state_dtype": dtype, "with": pool,
+    }  # fmt: skip
+
+
 KERNELS = [
     (CHUNK, {"B": 1, "T": 4, **SHAPE, "with": STATE}),
     (CHUNK, {"B": 1, "T": 4, **SHAPE, "with": ()}),
@@ -27,6 +38,7 @@ KERNELS = [
     ),
     ("chunk_kda", {"B": 1, "T": 4, **SHAPE, "with": ()}),
     ("chunk_delta_rule", {"B": 1, "T": 4, **SHAPE, "with": ()}),
+    *((f"{op}_update", pooled_case(v, dtype)) for op in FAMILY for v, dtype in LAYOUTS),
 ]
 
 
@@ -148,3 +160,59 @@ def test_backward_is_an_error_not_silence():
     o, _ = chunk(tensors)
     with pytest.raises(NotImplementedError, match="chunk_gated_delta_rule has no backward yet"):
         o.sum().backward()
+
+
+@pytest.mark.parametrize(("v_first", "dtype"), LAYOUTS)
+@pytest.mark.parametrize("op", FAMILY)
+def test_final_states_beside_a_pool(op, v_first, dtype):
+    """The pool is updated in place and the final states come back as well, those of padding sequences too."""
+    spec = OPS[f"{op}_update"]
+    a = cases.draw(spec, pooled_case(v_first, dtype))
+    tensors = [a[name] for name in ("q", "k", "v", "g", "beta") if name in a]
+    slots, pool = torch.tensor([4, -1, 7, -1]), a["initial_state_source"]
+    before = pool.clone()
+    options = {"cu_seqlens": a["cu_seqlens"], "initial_state_indices": slots, "state_v_first": v_first}
+    options |= {"use_qk_l2norm_in_kernel": True, "output_final_state": True}
+    wanted_pool = before.double()
+    want_o, want = getattr(reference, op)(*tensors, initial_state=wanted_pool, **options, exact=True)
+    o, final = getattr(tvm_gdn, op)(*tensors, initial_state=pool, **options)
+    assert (final.shape, final.dtype) == ((4, *pool.shape[1:]), pool.dtype)
+    assert rms_ratio(o, want_o) <= limit(spec, "o", o.dtype)
+    for got, wanted in ((final, want), (pool, wanted_pool)):
+        assert rms_ratio(got, wanted) <= limit(spec, "final_state", got.dtype)
+    assert torch.equal(pool[[4, 7]], final[[0, 2]])
+    assert torch.equal(pool[[0, 1, 2, 3, 5, 6, 8]], before[[0, 1, 2, 3, 5, 6, 8]])
+    assert torch.equal(final[1], torch.zeros_like(final[1])) and final[3].abs().max() > 0
+    with pytest.raises(ValueError, match=r"initial_state_indices\[0\] and initial_state_indices\[2\] are both 4"):
+        getattr(tvm_gdn, op)(*tensors, initial_state=pool, **{**options, "initial_state_indices": torch.tensor([4, -1, 4, 0])})
+
+
+def test_final_states_beside_a_pool_when_compiled_and_in_one_token_batches():
+    a = cases.draw(OPS[CHUNK + "_update"], {**pooled_case(False, "float32"), "lengths": (1,) * 4})
+    tensors = [a[name].transpose(0, 1) for name in ("q", "k", "v", "g", "beta")]
+    pool = a["initial_state_source"].clone()
+
+    def layer(pool):
+        return chunk(tensors, pool, cu_seqlens=a["cu_seqlens"], initial_state_indices=torch.tensor([2, -1, 0, 5]))
+
+    o, final = layer(pool)
+    assert o.shape == (4, 1, HV, V)
+    torch._dynamo.reset()
+    other = a["initial_state_source"].clone()
+    compiled_o, compiled_final = torch.compile(layer, fullgraph=True, backend="aot_eager")(other)
+    for left, right in ((o, compiled_o), (final, compiled_final), (pool, other)):
+        assert torch.equal(left, right)
+
+
+def test_malformed_pools_are_named_where_final_states_are_asked_for():
+    tensors = drawn(4, B=2)
+    slots = torch.tensor([0, 1])
+    for pool, indices, named in (
+        (None, slots, "initial_state_source"),
+        (torch.zeros(3, K, V), slots, "initial_state_source"),
+        (torch.zeros(3, HV, K, V), slots[:, None], "initial_state_indices"),
+        (torch.zeros(3, HV, K, V), torch.tensor([0, 1, 2]), "initial_state_indices"),
+        (torch.zeros(3, HV, K, V), torch.tensor([0, 3]), "initial_state_indices"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            chunk(tensors, pool, initial_state_indices=indices)

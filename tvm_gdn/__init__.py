@@ -5,6 +5,8 @@ Importing the package registers ``torch.ops.tvm_gdn.*`` and imports neither tvm 
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from pathlib import Path
 
 # In a checkout that is not installed, `schedules` and `targets` lie beside this folder; setuptools maps them into it.
@@ -12,48 +14,22 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "targets" / "native.toml").is_file() and (_CHECKOUT / "pyproject.toml").is_file():
     __path__.append(str(_CHECKOUT))
 
-from tvm_gdn import logs, torch_ops  # noqa: E402
-from tvm_gdn.ops import OPS  # noqa: E402
-from tvm_gdn.ops.gating import fused_gdn_gating  # noqa: E402
-from tvm_gdn.ops.moe import expert_stats, moe_route, moe_sort  # noqa: E402
-from tvm_gdn.ops.moe_experts import fused_experts, shared_expert  # noqa: E402
-from tvm_gdn.ops.recurrent import (  # noqa: E402
-    fused_recurrent_gated_delta_rule_update,
-    fused_sigmoid_gating_delta_rule_update,
-    packed_decode_gated_delta_rule,
-)
-from tvm_gdn.ops.sequence import (  # noqa: E402
-    chunk_delta_rule,
-    chunk_gated_delta_rule,
-    chunk_kda,
-    fused_recurrent_delta_rule,
-    fused_recurrent_gated_delta_rule,
-    fused_recurrent_kda,
-)
-from tvm_gdn.packed_experts import PackedExperts, pack_experts  # noqa: E402
-
 __version__ = "0.1.0"
-__all__ = [
-    "OPS",
-    "PackedExperts",
-    "chunk_delta_rule",
-    "chunk_gated_delta_rule",
-    "chunk_kda",
-    "expert_stats",
-    "fused_experts",
-    "fused_gdn_gating",
-    "fused_recurrent_delta_rule",
-    "fused_recurrent_gated_delta_rule",
-    "fused_recurrent_gated_delta_rule_update",
-    "fused_recurrent_kda",
-    "fused_sigmoid_gating_delta_rule_update",
-    "moe_route",
-    "moe_sort",
-    "pack_experts",
-    "packed_decode_gated_delta_rule",
-    "shared_expert",
-]
 
-logs.configure()
-for _spec in OPS.values():
-    torch_ops.register(_spec)
+
+def _is_command_line() -> bool:
+    """Whether this process is the command ``tvm_gdn`` or ``python -m tvm_gdn``."""
+    as_module = sys.argv[:1] == ["-m"] and ["-m", "tvm_gdn"] in (sys.orig_argv[i : i + 2] for i in range(len(sys.orig_argv)))
+    return as_module or Path(next(iter(sys.argv), "")).name == "tvm_gdn"
+
+
+def load_api() -> None:
+    """Make the public functions and ``torch.ops.tvm_gdn.*`` available; everywhere but in the command line they are already."""
+    api = import_module("tvm_gdn.api")
+    globals().update({name: getattr(api, name) for name in api.__all__})
+
+
+# The command line answers --help and --version without waiting for torch; it calls `load_api` once it has work to do.
+if not _is_command_line():
+    from tvm_gdn.api import *  # noqa: F403
+    from tvm_gdn.api import __all__ as __all__

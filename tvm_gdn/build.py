@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +21,21 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
+from tvm_gdn import env, images
 from tvm_gdn.digest import source_digest
 from tvm_gdn.errors import BuildError
-from tvm_gdn.pack import LAUNCHER, BuiltKernel
+from tvm_gdn.pack import BuiltKernel
 from tvm_gdn.records import algorithm_digest
 from tvm_gdn.spec import Geometry, OpSpec
-from tvm_gdn.target import TargetSpec, host_features, resolve
+from tvm_gdn.target import HOST, TargetSpec, host_isa, resolve
 
 #: C compilers that are looked for, first match first.
 COMPILERS = ("cc", "gcc", "clang")
 _LAUNCHER_FLAGS = ("-O2", "-fPIC", "-shared", "-ldl", "-lpthread")
+#: Lines of a failed compilation that an error shows, and whole outputs that the cache keeps.
+_SHOWN, _KEPT_LOGS = 12, 50
+#: What the seam between generated code and the machine is made of, by whether code runs on a device.
+_LAUNCHERS = {False: "omp_launcher.c", True: "device_launcher.c"}
 
 
 @dataclass(frozen=True)
@@ -81,17 +87,14 @@ def tvm_target(target: TargetSpec) -> Any:
     import tvm
 
     options = dict(target.codegen)
-    if options.get("mcpu") == "host":
+    if options.get("mcpu") == HOST:
         options["mcpu"] = tvm.target.codegen.llvm_get_system_cpu()
     return tvm.target.Target(options)
 
 
 def required_features(target: TargetSpec) -> list[str]:
-    """CPU flags that a pack must demand: those of the descriptor, or for a host build all vector features of this CPU."""
-    if dict(target.codegen).get("mcpu") != "host":
-        return list(target.requires)
-    prefixes = ("sse", "avx", "fma", "f16c", "amx", "bmi")
-    return sorted(flag for flag in host_features() if flag.startswith(prefixes))
+    """CPU flags that a pack must demand: those of the descriptor, or for a host build all instructions that this CPU has."""
+    return list(target.requires) if dict(target.codegen).get("mcpu") != HOST else host_isa()
 
 
 def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltKernel:
@@ -118,9 +121,13 @@ def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltK
     function = prim_func(request.spec, request.geometry, choice.tiles(request.geometry))
     symbol = symbol_of(request.spec, request.geometry)
     path = folder / f"{symbol}.so"
-    with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config)):
-        library = tvm.compile(function, target=tvm_target(target))
-    library.export_library(str(path))
+    device: dict[str, Any] = {}
+    if target.image == "elf-so":
+        with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config)):
+            tvm.compile(function, target=tvm_target(target)).export_library(str(path))
+    else:
+        code = images.compile_function(function, target, folder, symbol)
+        path, device = code.library, {"image": code.image, "table": code.table}
     return BuiltKernel(
         spec=request.spec,
         geometry=request.geometry,
@@ -129,13 +136,18 @@ def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltK
         schedule=choice.origin,
         knobs=choice.knobs,
         source=kernel_digest(request.spec, target),
+        **device,
     )
 
 
 def kernel_digest(spec: OpSpec, target: TargetSpec) -> str:
     """Digest of everything that decides what a kernel computes and how it is called."""
-    launcher = (resources.files("tvm_gdn") / "csrc" / "omp_launcher.c").read_text(encoding="utf-8")
-    parts = algorithm_digest(spec, target), source_digest("tvm_gdn.build"), launcher
+    names = [_LAUNCHERS[target.image != "elf-so"]]
+    if target.image != "elf-so":
+        names += [images.FUNCTIONS, *([images.EMULATION] if target.image == "emulation" else [])]
+    seam = "".join((resources.files("tvm_gdn") / "csrc" / name).read_text(encoding="utf-8") for name in names)
+    compilers = ("tvm_gdn.build",) if target.image == "elf-so" else ("tvm_gdn.build", "tvm_gdn.images")
+    parts = algorithm_digest(spec, target), source_digest(*compilers), seam
     return f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}-{spec_digest(spec)}"
 
 
@@ -146,8 +158,8 @@ def spec_digest(spec: OpSpec) -> str:
     return hashlib.sha256((interface + source_digest(f"tvm_gdn.ops.tir.{spec.algorithm}")).encode()).hexdigest()[:16]
 
 
-def build_launcher(folder: Path) -> Path:
-    """Compile the thread launcher with the C compiler of this machine.
+def build_launcher(folder: Path, target: TargetSpec) -> Path:
+    """Compile what runs a target's kernels (on threads, or on a device) with the C compiler of this machine.
 
     Raises
     ------
@@ -157,13 +169,14 @@ def build_launcher(folder: Path) -> Path:
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     if compiler is None:
         raise BuildError(f"no C compiler found ({', '.join(COMPILERS)}): it links kernels; install one, or use a prebuilt pack")
-    path = folder / LAUNCHER
-    with resources.as_file(resources.files("tvm_gdn") / "csrc" / "omp_launcher.c") as source:
+    name = _LAUNCHERS[target.image != "elf-so"]
+    path = folder / "launcher.so"
+    with resources.as_file(resources.files("tvm_gdn") / "csrc" / name) as source:
         done = subprocess.run(
             [compiler, str(source), "-o", str(path), *_LAUNCHER_FLAGS], capture_output=True, text=True, check=False
         )
     if done.returncode:
-        raise BuildError(f"{compiler} cannot compile the thread launcher:\n{done.stderr}")
+        raise BuildError(f"{compiler} cannot compile {name}:\n{done.stderr}")
     return path
 
 
@@ -216,9 +229,9 @@ def run_builder(
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"compiling {len(requests)} kernel(s) for {target.name} took over {timeout:.0f} s") from error
     if done.returncode:
-        raise BuildError(f"compiling for {target.name} died (exit status {done.returncode}):\n{_tail(done.stderr)}")
+        raise BuildError(f"compiling for {target.name} died (exit status {done.returncode}):\n{_told(done.stderr)}")
     return [
-        BuildError(f"compiling for {target.name} failed:\n{entry['error']}")
+        BuildError(f"compiling for {target.name} failed:\n{_told(entry['error'])}")
         if "error" in entry
         else BuiltKernel(
             spec=OPS[entry["op"]],
@@ -228,15 +241,25 @@ def run_builder(
             schedule=entry["schedule"],
             knobs=entry["knobs"],
             source=entry["source"],
+            image=Path(entry["image"]) if entry["image"] else None,
+            table=tuple(entry["table"]),
         )
         for entry in json.loads(done.stdout.splitlines()[-1])
     ]
 
 
-def _tail(text: str) -> str:
-    """End of a compiler's output; a TVMScript diagnostic ends with a line of carets that says nothing."""
+def _told(text: str) -> str:
+    """End of a compiler's output, and the file that has the whole; a TVMScript diagnostic ends with a line of carets alone."""
     lines = [line for line in text.strip().splitlines() if line.strip(" |^")]
-    return "\n".join(lines[-12:])
+    if len(lines) <= _SHOWN:
+        return "\n".join(lines)
+    logs = env.cache_dir() / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=logs, prefix="build-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(text)
+    for old in sorted(logs.glob("build-*.log"), key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:
+        old.unlink(missing_ok=True)
+    return "\n".join([f"(the whole output: {file.name})", *lines[-_SHOWN:]])
 
 
 def builder_environment() -> dict[str, str]:
@@ -255,7 +278,7 @@ def _main() -> None:
         try:
             kernel = compile_kernel(request, target, folder)
         except Exception:
-            built.append({"error": _tail(traceback.format_exc())})
+            built.append({"error": traceback.format_exc()})
             continue
         built.append(
             {
@@ -266,6 +289,8 @@ def _main() -> None:
                 "schedule": kernel.schedule,
                 "knobs": kernel.knobs,
                 "source": kernel.source,
+                "image": None if kernel.image is None else str(kernel.image),
+                "table": list(kernel.table),
             }
         )
     sys.stdout.write("\n" + json.dumps(built) + "\n")

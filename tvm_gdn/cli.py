@@ -1,7 +1,7 @@
 """The command line: one table of subcommands; each is a module with ``add_arguments(parser)`` and ``main(args)``.
 
 Results go to stdout, logs, progress and errors to stderr. Exit status: 0 done, 1 a check or comparison failed, 2 the
-command could not be carried out. Only the module of the subcommand that was asked for is imported.
+command could not be carried out. Only the module of the subcommand that was asked for is imported, and torch only with it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
+import tvm_gdn
 from tvm_gdn import env
 from tvm_gdn.errors import TvmGdnError
 
@@ -72,18 +73,29 @@ COMMANDS = {
         "Measure operators on the shapes of Qwen3-Next: correctness first, then medians in interleaved rounds, so that "
         "other load on the machine falls on all candidates alike.",
     ),
+    "export": _Command(
+        "export.command",
+        "export an operator as C99, ONNX, a torch program or GPU source",
+        "Export an operator for programs without torch and for vendors' compilers. What is exported is run and held against "
+        "the float64 reference first; if that fails, nothing is written and the exit status is 1.",
+    ),
     "parity": _Command(
         "commands.parity",
         "hold every operator against the float64 reference",
         "Compile every operator for a target, run all its cases, and compare with the float64 reference. Exit status 1 "
         "if a case fails.",
     ),
+    "report": _Command(
+        "commands.report",
+        "one HTML page from recorded benchmarks and parity runs",
+        "Write one self-contained HTML page from the JSON of `tvm_gdn bench --json` and `tvm_gdn parity --json`: what works "
+        "on which target, errors against tolerances, times against the floor and peers, and regressions against earlier "
+        "benchmarks. Exit status 1 if --fail-on-regression is given and a shape regressed.",
+    ),
 }
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    import tvm_gdn
-
     parser = argparse.ArgumentParser(
         prog="tvm_gdn",
         description="Compiled operators for hybrid language models (gated delta rule), for the CPU that this runs on.",
@@ -118,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args = _parser(argv).parse_args(argv)
+        tvm_gdn.load_api()
         return int(args.main(args))
     except (TvmGdnError, OSError) as error:
         if isinstance(error, BrokenPipeError):

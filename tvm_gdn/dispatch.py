@@ -2,12 +2,14 @@
 
 A kernel is looked for in the packs (`TVM_GDN_PACK_PATH`, then the cache's ``packs``), then among the kernels compiled earlier,
 and is compiled at last, under a file lock, so that two first calls compile once. What was found holds until `reset`. Only with
-the target ``auto`` may the torch reference stand in, with one log line; an explicit target that cannot be served raises.
+the target ``auto`` may the torch reference stand in, with one log line; an explicit target that cannot be served raises. An
+explicit target speaks for calls on its own device type; on others ``auto`` holds.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import shlex
@@ -21,9 +23,10 @@ from typing import Any
 from tvm_gdn import build, env, kernel_cache, load, records
 from tvm_gdn import pack as packs
 from tvm_gdn.digest import version_of
-from tvm_gdn.errors import BuildError, PackError, TargetError, TvmGdnError
+from tvm_gdn.errors import BuildError, PackError, TvmGdnError
+from tvm_gdn.manifest import Entry
 from tvm_gdn.spec import Geometry, OpSpec
-from tvm_gdn.target import TargetSpec, resolve, runnable
+from tvm_gdn.target import TargetSpec, named, resolve, runnable, target_names
 
 _log = logging.getLogger("tvm_gdn")
 
@@ -125,10 +128,10 @@ def lookup(spec: OpSpec, geometry: Geometry, device: str) -> Served:
 
 def _lookup(spec: OpSpec, geometry: Geometry, device: str) -> Served:
     name = env.target_name()
+    if name != "auto" and resolve(name).device != device:
+        name = "auto"
     try:
-        target = runnable(resolve(name))
-        if target.device != device:
-            raise TargetError(f"target {target.name} runs on {target.device}, the tensors are on {device}")
+        target = runnable(resolve(name, device))
         served, refused = _from_packs(spec, geometry, target, explicit=name != "auto")
         return served or _from_cache_or_compiler(spec, geometry, target, refused)
     except TvmGdnError as error:
@@ -184,11 +187,26 @@ def _from_packs(spec: OpSpec, geometry: Geometry, target: TargetSpec, *, explici
                     f"pack {pack.folder}: {entry.symbol} was built from another version of {spec.name}; rebuild it with "
                     "`tvm_gdn build`"
                 )
-            return Served(load.load_kernel(pack, entry), manifest.target, entry.schedule), refused
+            packs.check_device(pack)
+            served = Served(load.load_kernel(pack, entry), manifest.target, entry.schedule)
+            _compare_record(pack, entry, spec, geometry)
+            return served, refused
         except PackError as error:
             _log.warning("%s", error)
             refused.append(str(error))
     return None, refused
+
+
+def _compare_record(pack: packs.Pack, entry: Entry, spec: OpSpec, geometry: Geometry) -> None:
+    """Say so where a schedule was tuned after the pack was built: the pack wins, because it was put there on purpose."""
+    if pack.manifest.target not in target_names():
+        return
+    record = records.lookup(spec, geometry, named(pack.manifest.target))
+    if record is not None and dict(entry.knobs) != record["knobs"]:
+        _log.warning(
+            "pack %s has %s with knobs %s; a tuned record says %s: rebuild the pack with `tvm_gdn build` to use it",
+            pack.folder, entry.symbol, json.dumps(dict(entry.knobs)), json.dumps(record["knobs"]),
+        )  # fmt: skip
 
 
 def _from_cache_or_compiler(spec: OpSpec, geometry: Geometry, target: TargetSpec, refused: list[str]) -> Served:

@@ -23,6 +23,9 @@ from tvm_gdn.errors import BuildError, PackError
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec
 
+#: Kernels per compiling process: a death, a timeout or an interrupt costs what one process has not handed over yet.
+_BATCH = 16
+
 
 def folder_of(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> Path:
     """Where the cache has, or would have, a kernel."""
@@ -93,13 +96,12 @@ def compile_pack(folder: Path, requests: list[build.Request], target: TargetSpec
 @contextlib.contextmanager
 def _compiled(
     parent: Path, requests: list[build.Request], target: TargetSpec
-) -> Iterator[tuple[list[packs.BuiltKernel | BuildError], Path | None]]:
+) -> Iterator[tuple[list[packs.BuiltKernel | BuildError], Path]]:
     """Compile into a scratch folder beside the place where the result will stand."""
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=".build-") as scratch:
-        built = build.run_builder(requests, target, Path(scratch))
-        launcher = build.build_launcher(Path(scratch)) if target.device == "cpu" else None
-        yield built, launcher
+        built = build.run_builder(requests, target, Path(scratch), timeout=max(600.0, 60.0 * len(requests)))
+        yield built, build.build_launcher(Path(scratch), target)
 
 
 def prebuild(wanted: Iterable[tuple[OpSpec, Geometry]], target: TargetSpec, jobs: int = 0) -> list[str]:
@@ -122,10 +124,9 @@ def prebuild(wanted: Iterable[tuple[OpSpec, Geometry]], target: TargetSpec, jobs
     folders = {folder_of(spec, geometry, target): (spec, geometry) for spec, geometry in wanted}
     missing = [folder for folder in folders if not is_whole(folder)]
     jobs = max(1, min(jobs or min(os.cpu_count() or 1, 8), len(missing)))
+    size = min(_BATCH, -(-len(missing) // jobs))
 
     def compile_share(share: list[Path]) -> list[str]:
-        if not share:
-            return []
         try:
             failures = compile_each({folder: build.Request(*folders[folder]) for folder in share}, target)
         except BuildError as error:
@@ -137,7 +138,8 @@ def prebuild(wanted: Iterable[tuple[OpSpec, Geometry]], target: TargetSpec, jobs
         return [f"{folders[folder][0].name} [{folders[folder][1]}]: {error}" for folder, error in failures.items()]
 
     with ThreadPoolExecutor(jobs) as pool:
-        return [line for lines in pool.map(compile_share, (missing[job::jobs] for job in range(jobs))) for line in lines]
+        shares = [missing[first : first + size] for first in range(0, len(missing), max(size, 1))]
+        return [line for lines in pool.map(compile_share, shares) for line in lines]
 
 
 def is_whole(folder: Path) -> bool:

@@ -12,41 +12,53 @@ from typing import Any
 import tvm_ffi
 
 from tvm_gdn.errors import PackError
-from tvm_gdn.manifest import Entry, File
+from tvm_gdn.manifest import Entry, File, Image
 from tvm_gdn.pack import Pack
 
 _log = logging.getLogger("tvm_gdn")
 _lock = threading.Lock()
-#: Thread launchers by sha256: packs made by different versions may hold different ones, and each kernel gets its own pack's.
+#: Launchers by sha256: packs made by different versions may hold different ones, and each kernel gets its own pack's.
 _launchers: dict[str, ctypes.CDLL] = {}
 _forked = False
 #: Libraries stay loaded as long as the process: torch may still hold functions from them.
 _modules: list[Any] = []
-_RUNTIME_SYMBOLS = {
+#: Function pointers of a kernel library that a launcher fills, and what with.
+_THREADS = {
     "__TVMBackendParallelLaunch": "tvm_gdn_parallel_launch",
     "__TVMBackendAllocWorkspace": "tvm_gdn_alloc_workspace",
     "__TVMBackendFreeWorkspace": "tvm_gdn_free_workspace",
 }
+_DEVICE = {
+    "__TVMFFIEnvModLookupFromImports": "tvm_gdn_device_lookup",
+    "__TVMFFIFunctionCall": "TVMFFIFunctionCall",
+    "__TVMFFIHandleInitOnce": "TVMFFIHandleInitOnce",
+}
 
 
 def _load_launcher(pack: Pack, stored: File) -> ctypes.CDLL:
-    """A pack's thread launcher, loaded once per content, with torch's OpenMP runtime found."""
+    """A pack's launcher, loaded once per content."""
     with _lock:
         if stored.sha256 not in _launchers:
             library = ctypes.CDLL(str(pack.file(stored)))
-            library.tvm_gdn_launcher_init.restype = ctypes.c_char_p
-            library.tvm_gdn_launcher_init()
-            if _forked:
-                # The child of a process whose OpenMP threads ran would wait for them for ever, and nobody can tell if they did.
-                library.tvm_gdn_launcher_forked()
-                _log.info("kernels run on one thread in a forked process; start it with spawn to use more")
+            if hasattr(library, "tvm_gdn_launcher_init"):
+                _find_threads(library)
             _launchers[stored.sha256] = library
         return _launchers[stored.sha256]
 
 
+def _find_threads(library: ctypes.CDLL) -> None:
+    """Let a thread launcher find torch's OpenMP runtime."""
+    library.tvm_gdn_launcher_init.restype = ctypes.c_char_p
+    library.tvm_gdn_launcher_init()
+    if _forked:
+        # The child of a process whose OpenMP threads ran would wait for them for ever, and nobody can tell if they did.
+        library.tvm_gdn_launcher_forked()
+        _log.info("kernels run on one thread in a forked process; start it with spawn to use more")
+
+
 def openmp_library() -> str | None:
     """Path of the OpenMP runtime that kernels run on; ``""`` if none was found, None before any kernel was loaded."""
-    launcher = next(iter(_launchers.values()), None)
+    launcher = next((found for found in _launchers.values() if hasattr(found, "tvm_gdn_launcher_init")), None)
     return None if launcher is None else launcher.tvm_gdn_launcher_init().decode()
 
 
@@ -74,20 +86,40 @@ def load_kernel(pack: Pack, entry: Entry) -> Callable[..., Any]:
     launcher = pack.manifest.launcher
     try:
         module = tvm_ffi.load_module(str(path))
-        function = module[entry.symbol]
+        function: Callable[..., Any] = module[entry.symbol]
         if launcher is not None:
-            library = ctypes.CDLL(str(path))
-            runtime = _load_launcher(pack, launcher)
-            for symbol, ours in _RUNTIME_SYMBOLS.items():
+            library, runtime = ctypes.CDLL(str(path)), _load_launcher(pack, launcher)
+            if entry.image is not None:
+                _open_image(pack, entry.image, library, runtime)
+            for symbol, ours in (_DEVICE if entry.image is not None else _THREADS).items():
                 # A library only has the symbols that its code uses. Setting them here, and not in tvm_ffi's process-wide
                 # registry, keeps them ours even where apache-tvm is imported and registers its own pool.
                 if hasattr(library, symbol):
-                    address = ctypes.cast(getattr(runtime, ours), ctypes.c_void_p).value
+                    # tvm_ffi's own functions are visible to all libraries; nobody but TVM's runtime would set them here.
+                    owner = runtime if hasattr(runtime, ours) else ctypes.CDLL(None)
+                    address = ctypes.cast(getattr(owner, ours), ctypes.c_void_p).value
                     ctypes.c_void_p.in_dll(library, symbol).value = address
     except (OSError, RuntimeError, AttributeError, KeyError) as error:
         raise PackError(f"pack {pack.folder}: {entry.file} cannot be loaded: {error}") from error
     _modules.append(module)
+    if pack.manifest.image == "emulation":
+        from tvm_gdn.emulation import on_cpu_tensors
+
+        return on_cpu_tensors(function)
     return function
+
+
+def _open_image(pack: Pack, image: Image, library: ctypes.CDLL, launcher: ctypes.CDLL) -> None:
+    """Tell a device launcher which image a library's kernels are in, and which driver runs it."""
+    path = pack.file(image)
+    data, driver = path.read_bytes(), pack.manifest.driver
+    texts = [driver[name].format(image=path).encode() for name in ("library", "prefix", "launch", "error")]
+    launcher.tvm_gdn_device_open.restype = ctypes.c_char_p
+    launcher.tvm_gdn_device_open.argtypes = (ctypes.c_void_p, *(ctypes.c_char_p,) * 5, ctypes.c_uint64, ctypes.c_char_p)
+    context = ctypes.c_void_p.in_dll(library, "__tvm_ffi__library_ctx").value
+    wrong = launcher.tvm_gdn_device_open(context, *texts, data, len(data), "\n".join(image.kernels).encode())
+    if wrong:
+        raise RuntimeError(wrong.decode())
 
 
 def _after_fork() -> None:

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 from tvm_gdn.errors import PackError
 from tvm_gdn.spec import Geometry
 
-FORMAT = 1
+FORMAT = 2
 
 T = TypeVar("T")
 # A file lies in the pack itself: a path would lead out of it.
 _FILE = re.compile(r"\w[\w.+-]*", re.ASCII)
 _SYMBOL = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_KERNEL = re.compile(r"[A-Za-z_]\w{0,254} ([plisbfd]{1,128}|-) [0-6]{0,7}", re.ASCII)
 _SOURCE = re.compile(r"\w+-\w+", re.ASCII)
 _KINDS = {str: "text", int: "a whole number", list: "a list", dict: "a table"}
 
@@ -33,8 +34,15 @@ class File:
 
 
 @dataclass(frozen=True)
+class Image(File):
+    """Device code: a file, and a line of the launcher's table (`images.DeviceCode`) for each kernel in it."""
+
+    kernels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Entry(File):
-    """A kernel: the function `symbol` of a library serves `geometry` of the operator `op`."""
+    """A kernel: the function `symbol` of a library serves `geometry` of the operator `op`; its device code is `image`."""
 
     op: str
     geometry: Geometry
@@ -42,6 +50,7 @@ class Entry(File):
     schedule: str
     knobs: Mapping[str, Any]
     source: str
+    image: Image | None
 
     @property
     def spec_digest(self) -> str:
@@ -51,7 +60,7 @@ class Entry(File):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A pack's target, what it needs, and its kernels; `launcher` is None where kernels have no CPU-parallel regions."""
+    """A pack's target, what it needs, and its kernels; `launcher` runs them on threads or on a device."""
 
     target: str
     target_digest: str
@@ -59,10 +68,19 @@ class Manifest:
     device: str
     machine: str
     image: str
+    arch: str
+    serves: tuple[str, ...]
+    driver: Mapping[str, str]
     requires: tuple[str, ...]
     tvm_ffi: str
     kernels: tuple[Entry, ...]
     launcher: File | None
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Everything that it names."""
+        images = (entry.image for entry in self.kernels)
+        return (*self.kernels, *(image for image in images if image is not None), *([self.launcher] if self.launcher else []))
 
     @cached_property
     def index(self) -> dict[tuple[str, str], Entry]:
@@ -95,7 +113,10 @@ def parse(text: str | bytes) -> Manifest:
         device=_field(data, "device", str),
         machine=_field(data, "machine", str),
         image=_field(data, "image", str),
-        requires=tuple(_is(flag, str, f"requires[{n}]") for n, flag in enumerate(_field(data, "requires", list))),
+        arch=_field(data, "arch", str),
+        serves=_texts(data, "serves"),
+        driver={name: _is(value, str, f"driver.{name}") for name, value in _field(data, "driver", dict).items()},
+        requires=_texts(data, "requires"),
         tvm_ffi=_field(data, "tvm_ffi", str),
         kernels=tuple(_entry(entry, f"kernels[{n}]") for n, entry in enumerate(_field(data, "kernels", list))),
         launcher=None if launcher is None else File(**_file(_is(launcher, dict, "launcher"), "launcher.")),
@@ -113,7 +134,20 @@ def _entry(value: Any, where: str) -> Entry:
         schedule=_field(data, "schedule", str, where),
         knobs=_field(data, "knobs", dict, where),
         source=_text(data, "source", _SOURCE, "two digests as A-B", where),
+        image=_image(_is(data["image"], dict, f"{where}image"), f"{where}image.") if data.get("image") is not None else None,
     )
+
+
+def _image(data: Mapping[str, Any], where: str) -> Image:
+    lines = _texts(data, "kernels", where)
+    for number, line in enumerate(lines):
+        if not _KERNEL.fullmatch(line):
+            raise _damaged(f"{where}kernels[{number}]", "a kernel's name, parameter letters and launch dimensions", line)
+    return Image(**_file(data, where), kernels=lines)
+
+
+def _texts(data: Mapping[str, Any], name: str, where: str = "") -> tuple[str, ...]:
+    return tuple(_is(item, str, f"{where}{name}[{n}]") for n, item in enumerate(_field(data, name, list, where)))
 
 
 def _file(data: Mapping[str, Any], where: str) -> dict[str, str]:

@@ -2,9 +2,12 @@
 
 ::
 
-    PACK/manifest.json     format, target, CPU features, versions, and per kernel: operator, geometry, file, sha256, schedule
-    PACK/*.so              one library per kernel
-    PACK/launcher.so       runs parallel regions on torch's OpenMP threads
+    PACK/manifest.json      format, target, CPU features, devices, versions; per kernel: operator, geometry, files, schedule
+    PACK/NAME-HASH.so       one library per kernel
+    PACK/NAME-HASH.cubin    its device code, for accelerators (or .hsaco ...)
+    PACK/launcher-HASH.so   runs parallel regions on torch's OpenMP threads, or kernels on a device
+
+Files are named after their content: the dynamic loader takes a file of a known path for a library that it has already.
 
 A pack is written to a temporary folder and renamed, so it is never half there. Reading one checks every field of the manifest
 (`manifest.py`), the ABI, the CPU features and, when a kernel is loaded, the file's hash; whatever differs is named. Kernels made
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tvm_gdn import device, images
 from tvm_gdn.digest import abi_of, file_digest, version_of
 from tvm_gdn.errors import PackError
 from tvm_gdn.manifest import FORMAT, File, Manifest, parse
@@ -31,13 +35,13 @@ from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, host_features
 
 MANIFEST = "manifest.json"
-LAUNCHER = "launcher.so"
-_IMAGE = "elf-so"
+#: Formats of code that `load.py` can run.
+_IMAGES = ("elf-so", "cubin", "hsaco", "emulation")
 
 
 @dataclass(frozen=True)
 class BuiltKernel:
-    """A compiled library and what it is."""
+    """A compiled library and what it is; on accelerators also the image of its device code, and that image's kernels."""
 
     spec: OpSpec
     geometry: Geometry
@@ -46,6 +50,8 @@ class BuiltKernel:
     schedule: str
     knobs: dict[str, Any]
     source: str
+    image: Path | None = None
+    table: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,27 +97,26 @@ def write(folder: Path, target: TargetSpec, requires: Iterable[str], kernels: li
     kernels : list of BuiltKernel
         At least one.
     launcher : Path or None
-        The thread launcher; None for targets whose kernels have no CPU-parallel regions.
+        What runs the kernels on threads or on a device.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         entries = []
         for kernel in kernels:
-            name = f"{kernel.symbol}.so"
-            shutil.copyfile(kernel.file, temporary / name)
-            entries.append(
-                {
-                    "op": kernel.spec.name,
-                    "geometry": kernel.geometry.to_json(),
-                    "symbol": kernel.symbol,
-                    "file": name,
-                    "sha256": file_digest(temporary / name),
-                    "schedule": kernel.schedule,
-                    "knobs": kernel.knobs,
-                    "source": kernel.source,
-                }
-            )
+            entry: dict[str, Any] = {
+                "op": kernel.spec.name,
+                "geometry": kernel.geometry.to_json(),
+                "symbol": kernel.symbol,
+                **_store(kernel.file, temporary, kernel.symbol),
+                "schedule": kernel.schedule,
+                "knobs": kernel.knobs,
+                "source": kernel.source,
+            }
+            if kernel.image is not None:
+                images.check(kernel.image, target.image)
+                entry["image"] = {**_store(kernel.image, temporary, kernel.symbol), "kernels": list(kernel.table)}
+            entries.append(entry)
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "target": target.name,
@@ -120,20 +125,30 @@ def write(folder: Path, target: TargetSpec, requires: Iterable[str], kernels: li
             "device": target.device,
             "machine": platform.machine(),
             "requires": sorted(requires),
-            "image": _IMAGE,
+            "image": target.image,
+            "arch": target.arch,
+            "serves": list(target.serves),
+            "driver": dict(target.driver),
             "tvm": version_of("apache-tvm"),
             "tvm_ffi": version_of("apache-tvm-ffi"),
             "kernels": entries,
         }
         if launcher is not None:
-            shutil.copyfile(launcher, temporary / LAUNCHER)
-            manifest["launcher"] = {"file": LAUNCHER, "sha256": file_digest(temporary / LAUNCHER)}
+            manifest["launcher"] = _store(launcher, temporary, "launcher")
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         temporary.chmod(0o755)
         _install(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _store(source: Path, folder: Path, name: str) -> dict[str, str]:
+    """Copy a file into a pack under a name with its hash; its entry in the manifest."""
+    digest = file_digest(source)
+    stored = f"{name}-{digest[:12]}{source.suffix}"
+    shutil.copyfile(source, folder / stored)
+    return {"file": stored, "sha256": digest}
 
 
 def _install(finished: Path, folder: Path) -> None:
@@ -177,7 +192,7 @@ def read_whole(folder: Path) -> Pack:
         Names what is missing or damaged.
     """
     pack = read_any(folder)
-    for stored in (*pack.manifest.kernels, *filter(None, [pack.manifest.launcher])):
+    for stored in pack.manifest.files:
         pack.file(stored)
     return pack
 
@@ -201,11 +216,11 @@ def read(folder: Path) -> Pack:
     """
     pack = read_any(folder)
     manifest = pack.manifest
-    differences = [
-        f"{name} is {found!r}, this software needs {expected!r}"
-        for name, found, expected in (("machine", manifest.machine, platform.machine()), ("image", manifest.image, _IMAGE))
-        if found != expected
-    ]
+    differences = []
+    if manifest.machine != platform.machine():
+        differences.append(f"machine is {manifest.machine!r}, this software needs {platform.machine()!r}")
+    if manifest.image not in _IMAGES:
+        differences.append(f"image is {manifest.image!r}, this software needs one of {', '.join(_IMAGES)}")
     missing = sorted(set(manifest.requires) - host_features())
     if missing:
         differences.append(f"it needs CPU features that this machine lacks: {', '.join(missing)}")
@@ -217,3 +232,24 @@ def read(folder: Path) -> Pack:
     if differences:
         raise PackError(f"pack {folder} is refused: {'; '.join(differences)}")
     return pack
+
+
+def check_device(pack: Pack) -> None:
+    """Check that the device that is present runs a pack's code; not part of `read`, which must not wake a device up.
+
+    Raises
+    ------
+    PackError
+        Says which devices it serves and which is present.
+    """
+    manifest = pack.manifest
+    if manifest.device == "cpu":
+        return
+    present = device.architecture(manifest.device)
+    if present is None:
+        raise PackError(f"pack {pack.folder} is refused: it needs a {manifest.device} device, and none is present")
+    if manifest.serves and present not in manifest.serves:
+        raise PackError(
+            f"pack {pack.folder} is refused: its code is for {manifest.arch} ({manifest.device} devices of architecture "
+            f"{', '.join(manifest.serves)}), the device that is present has {present}; build one with `tvm_gdn build`"
+        )

@@ -31,10 +31,10 @@ _told: set[tuple[str, str]] = set()
 
 
 def tuning_key(spec: OpSpec, geometry: Geometry) -> str:
-    """Part of a geometry that a schedule's speed depends on: static axes, storage dtypes of data and states, attributes."""
+    """Part of a geometry that a schedule's speed depends on: static axes, dtypes of data, states and weights, attributes."""
     dtypes: dict[str, str] = {}
     for tensor in spec.tensors:
-        if tensor.name in geometry.dtype and tensor.dtype_role in {"data", "state"}:
+        if tensor.name in geometry.dtype and tensor.dtype_role in {"data", "state", "weight"}:
             dtypes.setdefault(tensor.dtype_role, geometry.dtype[tensor.name])
     parts = {"axes": geometry.axis, "dtypes": dtypes, "attrs": geometry.attr}
     return json.dumps(parts, sort_keys=True, separators=(",", ":"))
@@ -46,7 +46,7 @@ def algorithm_digest(spec: OpSpec, target: TargetSpec) -> str:
     Schedule modules are found by their ``@schedule("algorithm", "target")`` lines: importing them would need tvm.
     """
     serving = re.compile(
-        rf'^@schedule\("{spec.algorithm}", "({"|".join((*target.lineage, f"generic-{target.device}"))})"\)', re.M
+        rf'^@schedule\("{spec.algorithm}", "({"|".join((*target.lineage, f"generic-{target.family}"))})"\)', re.M
     )
     folder = resources.files("tvm_gdn.schedules")
     modules = [f"tvm_gdn.ops.tir.{spec.algorithm}"]

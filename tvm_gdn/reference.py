@@ -37,6 +37,8 @@ from tvm_gdn.reference_moe import (
 )
 
 __all__ = [
+    "causal_conv1d_fn",
+    "causal_conv1d_update",
     "expert_stats",
     "fused_experts",
     "fused_experts_packed",
@@ -48,6 +50,7 @@ __all__ = [
     "moe_route",
     "moe_sort",
     "packed_decode_gated_delta_rule",
+    "rms_norm_gated",
 ]
 
 _L2NORM_EPS = 1e-6
@@ -322,6 +325,7 @@ def fused_recurrent_gated_delta_rule_update(
     retrieve_parent_token: Tensor | None = None,
     *,
     state_v_first: bool = False,
+    final_state: Tensor | None = None,
     exact: bool = False,
 ) -> Tensor:
     """Gated delta rule on a pool of states updated in place, with the buffers of speculative verification.
@@ -345,13 +349,15 @@ def fused_recurrent_gated_delta_rule_update(
     retrieve_parent_token : Tensor, optional
         ``[N, T]``: step t > 0 starts from the state stored in the buffer for its parent step (zeros if the sequence
         stores nothing), from the initial state if the parent is -1. Step 0 starts from the initial state.
+    final_state : Tensor, optional
+        ``[N, HV, K, V]``, gets the states after the last tokens, those of padding sequences included.
 
     Returns
     -------
     Tensor
         o ``[B, T, HV, V]``, the dtype of v.
     """
-    return _run(
+    o, finals = _run(
         (q, k, v, g, beta),
         scale,
         initial_state_source,
@@ -359,13 +365,16 @@ def fused_recurrent_gated_delta_rule_update(
         cu_seqlens,
         use_qk_l2norm_in_kernel,
         write_pool=not disable_state_update,
-        want_final=False,
+        want_final=final_state is not None,
         state_v_first=state_v_first,
         exact=exact,
         buffer=intermediate_states_buffer,
         buffer_slots=intermediate_state_indices,
         parents=retrieve_parent_token,
-    )[0]
+    )
+    if final_state is not None and finals is not None:
+        final_state.copy_(finals)
+    return o
 
 
 def fused_sigmoid_gating_delta_rule_update(
@@ -473,6 +482,98 @@ def fused_recurrent_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *a
 def fused_recurrent_delta_rule_update(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Delta rule without decay on a pool: `fused_recurrent_gated_delta_rule_update` with g = 0."""
     return fused_recurrent_gated_delta_rule_update(q, k, v, torch.zeros_like(beta, dtype=torch.float32), beta, *args, **kwargs)
+
+
+def _activate(x: Tensor, activation: str | None) -> Tensor:
+    if activation in {"silu", "swish"}:
+        return x * torch.sigmoid(x)
+    return torch.sigmoid(x) if activation == "sigmoid" else x
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    conv_states: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
+    cache_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    activation: str | None = "silu",
+    pad_slot_id: int = -1,
+    *,
+    exact: bool = False,
+) -> Tensor:
+    """Causal depthwise convolution, sequence by sequence; conv_states ``[slots, dim, length]`` is updated in place.
+
+    x is ``[dim, total]`` with ``query_start_loc``, else ``[B, dim, T]``. Sequence n continues from the state in slot
+    ``cache_indices[n]`` where ``has_initial_state[n]``, else from zeros; a slot ``pad_slot_id`` reads zeros and writes nothing.
+    """
+    dtype = _compute_dtype(exact)
+    if query_start_loc is None:
+        pieces = list(x.to(dtype))
+    else:
+        pieces = [x[:, begin:end].to(dtype) for begin, end in pairwise(query_start_loc.tolist())]
+    slots = list(range(len(pieces))) if cache_indices is None else cache_indices.tolist()
+    flags = [False] * len(pieces) if has_initial_state is None else has_initial_state.tolist()
+    dim, width = weight.shape
+    length = width - 1 if conv_states is None else conv_states.shape[2]
+    outputs = []
+    for piece, slot, flag in zip(pieces, slots, flags, strict=True):
+        state = piece.new_zeros(dim, length)
+        real = conv_states is not None and slot != pad_slot_id
+        if conv_states is not None and real and flag:
+            state = conv_states[slot].to(dtype)
+        inputs = torch.cat([state, piece], 1)
+        taps = [inputs[:, length - (width - 1) + k :][:, : piece.shape[1]] * weight.to(dtype)[:, k, None] for k in range(width)]
+        out = torch.stack(taps).sum(0)
+        outputs.append(_activate(out if bias is None else out + bias.to(dtype)[:, None], activation))
+        if conv_states is not None and real and piece.shape[1]:
+            conv_states[slot] = inputs[:, inputs.shape[1] - length :].detach().to(conv_states.dtype)
+    if not outputs:
+        out = torch.empty_like(x, dtype=dtype)
+    else:
+        out = torch.stack(outputs) if query_start_loc is None else torch.cat(outputs, 1)
+    # Shape, and order of strides, of x.
+    return torch.empty_like(x, dtype=dtype if exact else x.dtype).copy_(out)
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    conv_state_indices: Tensor | None = None,
+    pad_slot_id: int = -1,
+    *,
+    exact: bool = False,
+) -> Tensor:
+    """:func:`causal_conv1d_fn` on ``[B, dim]`` or ``[B, dim, T]``, every sequence continuing from its state."""
+    tokens = x[..., None] if x.ndim == 2 else x
+    flags = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    args = (conv_state, None, conv_state_indices, flags, activation, pad_slot_id)
+    return causal_conv1d_fn(tokens, weight, bias, *args, exact=exact).reshape(x.shape)
+
+
+def rms_norm_gated(
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    norm_before_gate: bool = True,
+    activation: str = "silu",
+    *,
+    exact: bool = False,
+) -> Tensor:
+    """Norm over the last axis and gate: ``norm(x) * act(z)``, or ``norm(x * act(z))``; no gate without z."""
+    dtype = _compute_dtype(exact)
+    y, gate = x.to(dtype), None if z is None else _activate(z.to(dtype), activation)
+    if gate is not None and not norm_before_gate:
+        y = y * gate
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
+    if gate is not None and norm_before_gate:
+        y = y * gate
+    return y if exact else y.to(x.dtype)
 
 
 # Chunking is a way to compute, not another function; a gate per channel is told by the shape of g.

@@ -88,10 +88,10 @@ def _load_spaces() -> None:
 def find_space(algorithm: str, target: TargetSpec) -> tuple[Any, str]:
     """The nearest design space of a target for an algorithm, and the name it is registered under."""
     _load_spaces()
-    for name in (*target.lineage, f"{GENERIC}{target.device}"):
+    for name in (*target.lineage, f"{GENERIC}{target.family}"):
         if (algorithm, name) in _SPACES:
             return _SPACES[algorithm, name], name
-    raise TargetError(f"no schedule of {algorithm!r} for {target.name}, and no generic one for {target.device}")
+    raise TargetError(f"no schedule of {algorithm!r} for {target.name}, and no generic one for {target.family}")
 
 
 def choose(spec: OpSpec, geometry: Geometry, target: TargetSpec, knobs: Mapping[str, Any] | None = None) -> Choice:

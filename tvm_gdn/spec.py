@@ -404,7 +404,7 @@ class OpSpec:
                 kind = f"Tensor({next(marks)}!){optional}" if arg.mutated else f"Tensor{optional}"
                 default = "=None" if arg.optional else ""
             else:
-                kind = arg.type + ("?" if arg.default is None else "")
+                kind = arg.type + ("?" if None in (arg.default, *(given for given, _ in arg.choices)) else "")
                 value = json.dumps(arg.default) if isinstance(arg.default, str) else arg.default
                 default = "" if arg.default is ... else f"={value}"
             parts.append(f"{kind} {arg.name}{default}")

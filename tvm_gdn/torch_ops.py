@@ -18,10 +18,9 @@ import torch
 from tvm_gdn import check, dispatch, env, reference
 from tvm_gdn.errors import KernelError, TvmGdnError
 from tvm_gdn.spec import Axis, OpSpec, Output, Scalar, Tensor
+from tvm_gdn.target import dispatch_keys
 
 _LIBRARY = torch.library.Library("tvm_gdn", "DEF")
-#: torch device types that kernels may be registered for, with their dispatch keys.
-_DEVICE_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
 
 
 def _parameters(spec: OpSpec) -> str:
@@ -193,7 +192,7 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
     arguments = ", ".join(names)
     # A kernel cannot see that a pool requires grad; the host part of a CPU kernel sees everything else.
     suspicious = [f"{t.name} is not None and {t.name}.requires_grad" for t in spec.tensors if t.mutated]
-    suspicious += [] if device == "cpu" else ["checks_enabled()"]
+    suspicious += [] if device == "cpu" else ["checks"]
     before = f"        if {' or '.join(suspicious)}: checked(({arguments},))\n" if suspicious else ""
     source = (
         f"def implementation({_parameters(spec)}):\n"
@@ -205,14 +204,22 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
         f"        explain(error, ({arguments},))\n"
     )
     table: dict[tuple[Any, ...], Callable[..., Any]] = {}
-    dispatch.on_reset(table.clear)
-    namespace = {"table": table, "resolve": resolve, "explain": explain, "checked": checked, "checks_enabled": env.checks_enabled}
+    # Reading the environment costs as much as allocating an output, so what it says holds until the next reset.
+    checks: list[bool] = []
+
+    def reset() -> None:
+        table.clear()
+        checks[:] = [True] if env.checks_enabled() else []
+
+    reset()
+    dispatch.on_reset(reset)
+    namespace = {"table": table, "resolve": resolve, "explain": explain, "checked": checked, "checks": checks}
     return _define(source, "implementation", namespace)
 
 
 def register(spec: OpSpec) -> None:
     """Define ``torch.ops.tvm_gdn.<name>`` with its fake kernel and one implementation per device type."""
     _LIBRARY.define(spec.schema(), tags=(torch.Tag.pt2_compliant_tag,))
-    for device, key in _DEVICE_KEYS.items():
+    for device, key in dispatch_keys().items():
         _LIBRARY.impl(spec.name, _implementation(spec, device), key)
     torch.library.register_fake(f"tvm_gdn::{spec.name}", fake_function(spec), lib=_LIBRARY)

@@ -70,19 +70,21 @@ _FIRST_CALL = """
 import json, sys, time
 import tvm_gdn
 start = time.perf_counter()
-from tvm_gdn import cases, dispatch, kernel_cache
+from tvm_gdn import cases, device, dispatch
 from tvm_gdn.bench import contenders
 spec = tvm_gdn.OPS[sys.argv[1]]
-call = contenders.public_call(spec, cases.draw(spec, json.loads(sys.argv[2])))
+call = contenders.public_call(spec, cases.draw(spec, json.loads(sys.argv[2]), device=sys.argv[3]))
+device.synchronize(sys.argv[3])
 ready = time.perf_counter()
 call()
+device.synchronize(sys.argv[3])
 end = time.perf_counter()
 milliseconds = {"from_import_ms": 1e3 * (end - start), "call_ms": 1e3 * (end - ready)}
 print(json.dumps({**milliseconds, "served_by": dispatch.served_by(spec.name)}))
 """
 
 
-def first_calls() -> dict[str, Any]:
+def first_calls(kind: str = "cpu") -> dict[str, Any]:
     """Time of the first call in a fresh process, with its kernel in a pack, and with nothing but the compiler.
 
     Returns
@@ -93,14 +95,14 @@ def first_calls() -> dict[str, Any]:
     """
     spec = OPS[_FIRST]
     case = arguments.small_case(spec, spec.bench[0])
-    target = runnable(resolve(env.target_name()))
+    target = runnable(resolve(env.target_name(), kind))
     geometry = arguments.geometry_of_case(spec, case)
     dispatch.lookup(spec, geometry, target.device)
     # A kernel of the cache is a pack of one; where a pack served the call above, that pack serves again.
     single = kernel_cache.folder_of(spec, geometry, target)
     path = os.pathsep.join(map(str, [*env.pack_path(), *([single] if single.is_dir() else [])]))
     found: dict[str, Any] = {"op": spec.name, "geometry": str(geometry)}
-    found["pack"] = _first_call(spec, case, {"TVM_GDN_PACK_PATH": path, "TVM_GDN_DISABLE_JIT": "1"})
+    found["pack"] = _first_call(spec, case, kind, {"TVM_GDN_PACK_PATH": path, "TVM_GDN_DISABLE_JIT": "1"})
     found["compiler"] = None
     if version_of("apache-tvm") != "none":
         with tempfile.TemporaryDirectory(prefix="tvm_gdn-bench-") as empty:
@@ -110,13 +112,13 @@ def first_calls() -> dict[str, Any]:
                 "TVM_GDN_DISABLE_JIT": "0",
                 "TVM_GDN_LOG": "INFO",
             }
-            found["compiler"] = _first_call(spec, case, changes)
+            found["compiler"] = _first_call(spec, case, kind, changes)
     return found
 
 
-def _first_call(spec: OpSpec, case: Case, changes: Mapping[str, str]) -> dict[str, Any]:
+def _first_call(spec: OpSpec, case: Case, kind: str, changes: Mapping[str, str]) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **changes}
-    command = [sys.executable, "-c", _FIRST_CALL, spec.name, json.dumps(case)]
+    command = [sys.executable, "-c", _FIRST_CALL, spec.name, json.dumps(case), kind]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise KernelError(f"the first call in a fresh process failed:\n{done.stderr.strip()}")

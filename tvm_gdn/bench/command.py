@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from tvm_gdn import cases, dispatch, env, models, parity
+from tvm_gdn import cases, device, dispatch, env, models, parity
 from tvm_gdn.bench import calls as bench_calls
 from tvm_gdn.bench import contenders, machine
+from tvm_gdn.bench import device as bench_device
 from tvm_gdn.bench import text as bench_text
-from tvm_gdn.bench.timing import interleaved, ratio
+from tvm_gdn.bench.timing import Timing, interleaved, ratio
 from tvm_gdn.check import geometry_of
 from tvm_gdn.commands import aot, arguments
 from tvm_gdn.commands.text import checked_destination, deliver
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="also transformers' function and, on one-token shapes, torch.compile of the reference (slow to compile)",
+        help="also transformers', onnxruntime's (fp32 prefill) and torch.compile of the reference (one token; slow to compile)",
     )
     parser.add_argument("--no-calls", action="store_true", help="leave out the call overhead and the first call")
     parser.add_argument("--json", metavar="FILE", help="also write everything to FILE as JSON; - prints it instead of the tables")
@@ -57,22 +58,23 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     target = resolve(args.target) if args.target == "auto" else arguments.use_target(args.target)
     runnable(target)
+    kind = target.device
     chosen = list(_chosen(args))
     if not chosen:
         raise ArgumentError("no benchmark shape is left: --op, --model and --case exclude all of them")
     tiny = (
         []
-        if args.no_calls
+        if args.no_calls or kind != "cpu"
         else [(OPS[name], bench_calls.tiny_case(OPS[name])) for name in dict.fromkeys(spec.name for spec, _ in chosen)]
     )
     _compile_together([*chosen, *tiny])
     bar = tqdm(chosen, desc="measuring", unit="shape", disable=None)
-    measured = [measure(spec, case, args.seconds, peers=args.peers) for spec, case in bar]
+    measured = [measure(spec, case, args.seconds, peers=args.peers, kind=kind) for spec, case in bar]
     report = {
-        "format": 1, **machine.stamp(), "target": target.name, "threads": torch.get_num_threads(),
+        "format": 1, **machine.stamp(), "device": device.name(kind), "target": target.name, "threads": torch.get_num_threads(),
         "seconds": args.seconds, "peers": args.peers, "cases": measured,
         "calls": [bench_calls.call_cost(spec, case, args.seconds) for spec, case in tiny],
-        "first_call": None if args.no_calls else bench_calls.first_calls(),
+        "first_call": None if args.no_calls else bench_calls.first_calls(kind),
     }  # fmt: skip
     deliver(report, bench_text.render(report), args.json)
     return 0 if all(row["passed"] for row in measured) else 1
@@ -98,7 +100,7 @@ def _compile_together(wanted: list[tuple[OpSpec, Case]]) -> None:
         aot.compile_all(lacking, resolve(env.target_name()))
 
 
-def measure(spec: OpSpec, case: Case, seconds: float, *, peers: bool) -> dict[str, Any]:
+def measure(spec: OpSpec, case: Case, seconds: float, *, peers: bool, kind: str = "cpu") -> dict[str, Any]:
     """Check one shape, then time every contender on it.
 
     Parameters
@@ -110,7 +112,9 @@ def measure(spec: OpSpec, case: Case, seconds: float, *, peers: bool) -> dict[st
     seconds : float
         Time for each contender.
     peers : bool
-        Whether torch.compile and transformers take part.
+        Whether torch.compile, transformers and onnxruntime take part.
+    kind : str
+        Torch device type. On accelerators ``us`` is the time of a captured graph, and ``eager_us`` that of calls from Python.
 
     Returns
     -------
@@ -118,45 +122,51 @@ def measure(spec: OpSpec, case: Case, seconds: float, *, peers: bool) -> dict[st
         Ready for JSON: ``errors`` and ``limits`` (RMS ratio to the float64 reference) by tensor, ``bytes`` and
         ``flops`` (the floor), ``us`` by contender, and ratios: above 1 means that this package is faster.
     """
-    result = parity.check_case(spec, case)
-    peer_errors, peer_notes = _peer_errors(spec, case) if peers else ({}, {})
-    inputs = contenders.steady(spec, case)
+    result = parity.check_case(spec, case, device=kind)
+    peer_errors, peer_notes = _peer_errors(spec, case, kind) if peers else ({}, {})
+    inputs = contenders.steady(spec, case, kind)
     served, kernel = contenders.kernel_call(spec, inputs)
     calls: dict[str, Callable[[], object]] = {"tvm_gdn": contenders.public_call(spec, inputs)}
     if kernel is not None:
         calls["kernel"] = kernel
     moved, flops = spec.cost(cases.sizes_of(spec, case), geometry_of(spec, inputs)) if spec.cost else (0, 0)
     if moved:
-        calls["copy"] = contenders.copy_call(moved)
-    calls["reference"] = contenders.reference_call(spec, inputs)
+        calls["copy"] = contenders.copy_call(moved, kind)
+    if kind == "cpu":
+        # Token by token in torch: on an accelerator it is thousands of launches, and nobody's alternative.
+        calls["reference"] = contenders.reference_call(spec, inputs)
     for name in peer_errors:
         call = contenders.PEERS[name](spec, inputs)
         assert call is not None  # it has an error, so it ran
         calls[name] = call
-    times = interleaved(calls, seconds)
+    eager: dict[str, Timing] = {}
+    notes: dict[str, str] = {}
+    if kind == "cpu":
+        times = interleaved(calls, seconds)
+    else:
+        times, notes = bench_device.graphs(calls, seconds)
+        eager = bench_device.eager({name: call for name, call in calls.items() if name != "copy"}, seconds)
     ours = times["tvm_gdn"]
     return {
         "op": spec.name, "case": cases.label(case), "served_by": str(served), "passed": result.passed,
-        "errors": result.errors, "limits": result.limits, "peer_errors": peer_errors, "peer_notes": peer_notes,
+        "errors": result.errors, "limits": result.limits, "peer_errors": peer_errors, "peer_notes": peer_notes | notes,
         "bytes": moved, "flops": flops, "us": {name: timing.to_json() for name, timing in times.items()},
+        "eager_us": {name: timing.to_json() for name, timing in eager.items()},
         "gb_per_s": moved / ours.us / 1e3, "gflop_per_s": flops / ours.us / 1e3,
         "share_of_copy": ratio(times["copy"], ours) if moved else None,
         "times_faster": {name: ratio(times[name], ours) for name in times if name not in {"tvm_gdn", "kernel", "copy"}},
     }  # fmt: skip
 
 
-def _peer_errors(spec: OpSpec, case: Case) -> tuple[dict[str, float], dict[str, str]]:
+def _peer_errors(spec: OpSpec, case: Case, kind: str = "cpu") -> tuple[dict[str, float], dict[str, str]]:
     """Error of every peer's first output, and why other peers do not take part."""
     inputs = cases.draw(spec, case)
     want = next(iter(parity.expected(spec, inputs).values()))
     errors: dict[str, float] = {}
     notes: dict[str, str] = {}
     for name, make in contenders.PEERS.items():
-        if name == "torch_compile" and case.get("T", 1) != 1:
-            # It unrolls the loop over the tokens: with hundreds of them it compiles for hours.
-            continue
         try:
-            call = make(spec, cases.clone(inputs))
+            call = make(spec, {n: v.to(kind) if isinstance(v, torch.Tensor) else v for n, v in cases.clone(inputs).items()})
             if call is None:
                 continue
             got: Any = call()

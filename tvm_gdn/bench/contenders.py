@@ -13,16 +13,20 @@ from typing import Any
 import torch
 
 from tvm_gdn import cases, dispatch, reference, torch_ops
+from tvm_gdn.bench import peers
 from tvm_gdn.check import geometry_of, scalar_value
 from tvm_gdn.errors import TvmGdnError
 from tvm_gdn.spec import OpSpec, Scalar
 
 Call = Callable[[], object]
 
+#: Transformers' functions of the delta rule, by algorithm.
+_RECURRENCES = {"recurrent": "torch_recurrent_gated_delta_rule", "chunk": "torch_chunk_gated_delta_rule"}
 
-def steady(spec: OpSpec, case: Mapping[str, Any]) -> dict[str, Any]:
+
+def steady(spec: OpSpec, case: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:
     """Arguments of a case on which thousands of calls stay in the range that models have."""
-    arguments = cases.draw(spec, case)
+    arguments = cases.draw(spec, case, device=device)
     if spec.steady is not None and any(tensor.mutated for tensor in spec.tensors):
         spec.steady(arguments)
     return arguments
@@ -48,7 +52,7 @@ def public_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
 def kernel_call(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[dispatch.Served, Call | None]:
     """What serves the case, and its kernel on outputs that exist already (None where the reference serves it)."""
     geometry = geometry_of(spec, arguments)
-    served = dispatch.lookup(spec, geometry, "cpu")
+    served = dispatch.lookup(spec, geometry, device_of(arguments))
     if served.kernel is None:
         return served, None
     values = []
@@ -61,6 +65,11 @@ def kernel_call(spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[dispatch.Se
     outputs = allocated if isinstance(allocated, tuple) else (allocated,)
     values += [value for o, value in zip(spec.outputs, outputs, strict=True) if not o.when or arguments[o.when]]
     return served, functools.partial(served.kernel, *values)
+
+
+def device_of(arguments: Mapping[str, Any]) -> str:
+    """Torch device type of a call's tensors."""
+    return next(value.device.type for value in arguments.values() if isinstance(value, torch.Tensor))
 
 
 def operator_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
@@ -78,14 +87,19 @@ def reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
     return functools.partial(getattr(reference, spec.name), **spec.for_reference(arguments))
 
 
-def copy_call(moved: int) -> Call:
+def copy_call(moved: int, device: str = "cpu") -> Call:
     """A plain torch copy that moves as many bytes: half of them read, half of them written."""
-    source = torch.ones(max(1, moved // 8), dtype=torch.float32)
+    source = torch.ones(max(1, moved // 8), dtype=torch.float32, device=device)
     return functools.partial(torch.empty_like(source).copy_, source)
 
 
-def compiled_reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
-    """`torch.compile` of the reference; the first call compiles."""
+def compiled_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None:
+    """`torch.compile` of transformers' function or of the reference; the first call compiles."""
+    if spec.algorithm in peers.FUNCTIONS:
+        return peers.compiled_call(spec, arguments)
+    if arguments.get("q") is not None and arguments["q"].shape[1] != 1:
+        # It unrolls the loop over the tokens: with hundreds of them it compiles for hours.
+        return None
     torch.compiler.reset()
     compiled = torch.compile(getattr(reference, spec.name), dynamic=False)
     return functools.partial(compiled, **spec.for_reference(arguments))
@@ -102,15 +116,12 @@ def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None
     TvmGdnError
         transformers is not installed.
     """
-    functions = {"recurrent": "torch_recurrent_gated_delta_rule", "chunk": "torch_chunk_gated_delta_rule"}
-    if spec.algorithm not in functions or "kda" in spec.name or not {"g", "a"} & set(arguments):
+    if spec.algorithm in peers.FUNCTIONS:
+        return peers.transformers_call(spec, arguments)
+    if spec.algorithm not in _RECURRENCES or "kda" in spec.name or not {"g", "a"} & set(arguments):
         return None
-    try:
-        from transformers.models.qwen3_next import modeling_qwen3_next
-    except ImportError as error:
-        raise TvmGdnError(f"--peers needs transformers ({error}): pip install 'tvm_gdn[bench]'") from error
     # Without its wrapper, which would hand the call to another package where one is installed.
-    function = inspect.unwrap(getattr(modeling_qwen3_next, functions[spec.algorithm]))
+    function = inspect.unwrap(getattr(peers.modeling(), _RECURRENCES[spec.algorithm]))
     pool = arguments.get("initial_state_source")
     if pool is None:
         state = arguments.get("initial_state")
@@ -149,8 +160,57 @@ def _gates(arguments: Mapping[str, Any], lead: torch.Size) -> tuple[torch.Tensor
     return g.view(*lead, -1), beta.view(*lead, -1)
 
 
+def onnxruntime_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None:
+    """`com.microsoft.LinearAttention` of onnxruntime on the same tensors; None where it has no counterpart.
+
+    It computes in fp32, for dense batches, from q and k that are normalized already: that is done before the clock starts. It
+    runs on threads of its own, as many as torch has.
+
+    Raises
+    ------
+    TvmGdnError
+        onnx or onnxruntime is not installed.
+    """
+    dense = arguments.get("cu_seqlens") is None and not arguments.get("state_v_first")
+    if spec.algorithm != "chunk" or not dense or "initial_state" not in arguments or arguments["q"].dtype != torch.float32:
+        return None
+    try:
+        import onnxruntime
+        from onnx import TensorProto, helper
+    except ImportError as error:
+        raise TvmGdnError(f"--peers needs onnxruntime ({error}): pip install onnx onnxruntime") from error
+    q, k, v, beta = (arguments[name] for name in ("q", "k", "v", "beta"))
+    g = arguments.get("g")
+    if arguments["use_qk_l2norm_in_kernel"]:
+        q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    values = {"q": q, "k": k, "v": v, "state": arguments.get("initial_state"), "g": g, "beta": beta}
+    feeds = {n: (x if n == "state" else x.flatten(2)).contiguous().numpy() for n, x in values.items() if x is not None}
+    node = helper.make_node(
+        "LinearAttention", [name if name in feeds else "" for name in values], ["o", "final"], domain="com.microsoft",
+        q_num_heads=q.shape[2], kv_num_heads=v.shape[2], update_rule="delta" if g is None else "gated_delta",
+        scale=arguments["scale"] or q.shape[-1] ** -0.5,
+    )  # fmt: skip
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in feeds.items()]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("o", "final")]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "peer", inputs, outputs), opset_imports=opsets, ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its idle threads would otherwise spin on the cores of the next contender.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    shape = v.shape
+
+    def call() -> tuple[torch.Tensor, torch.Tensor]:
+        o, final = session.run(None, feeds)
+        return torch.from_numpy(o).view(shape), torch.from_numpy(final)
+
+    return call
+
+
 #: Others that compute the same, for `tvm_gdn bench --peers`.
 PEERS: dict[str, Callable[[OpSpec, Mapping[str, Any]], Call | None]] = {
-    "torch_compile": compiled_reference_call,
+    "torch_compile": compiled_call,
     "transformers": transformers_call,
+    "onnxruntime": onnxruntime_call,
 }

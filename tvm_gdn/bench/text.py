@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tvm_gdn.bench import machine
-from tvm_gdn.commands.text import table
+from tvm_gdn.commands.text import split_common, table
 
-_PEER_NAMES = {"torch_compile": "torch.compile", "transformers": "transformers"}
+_PEER_NAMES = {"torch_compile": "torch.compile", "transformers": "transformers", "onnxruntime": "onnxruntime"}
 
 _NOTES = """\
 us: median of interleaved rounds (quartiles). kernel: the bare compiled function on outputs that exist. GB/s: the least
@@ -16,6 +16,8 @@ bytes that the operator must move (states, data and outputs once) per time. of c
 many bytes, half read and half written, over ours; above 100 % means faster than the copy, which needs twice the cache
 of an update in place. error: the worst RMS ratio to the float64 reference (its limit). x: how many times faster than
 the contender we are, median over the rounds."""
+_DEVICE_NOTE = """\
+On an accelerator us is the time of a call in a captured graph, and eager the time of a call from Python, launch included."""
 _PEER_NOTE = """\
 transformers runs on tensors that are prepared before the clock starts (gates, split, slots), and as its users get it,
 with the system's default malloc: much of its time at large batches is page faults on fresh result tensors, which a
@@ -38,10 +40,11 @@ def render(report: Mapping[str, Any]) -> str:
     -------
     str
     """
-    parts = [f"target {report['target']}, {report['threads']} threads; {machine.line()}; {report['date']}"]
+    where = f"on {report['device']}" if report.get("device") else f"{report['threads']} threads"
+    parts = [f"target {report['target']}, {where}; {machine.line()}; {report['date']}"]
     for op in dict.fromkeys(row["op"] for row in report["cases"]):
         parts.append("\n".join(_operator(op, [row for row in report["cases"] if row["op"] == op])))
-    parts.append(_NOTES + (f"\n{_PEER_NOTE}" if report["peers"] else ""))
+    parts.append(_NOTES + (f"\n{_DEVICE_NOTE}" if report.get("device") else "") + (f"\n{_PEER_NOTE}" if report["peers"] else ""))
     if report["calls"]:
         parts.append(_calls(report["calls"]))
     if report["first_call"]:
@@ -50,19 +53,20 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _operator(op: str, rows: list[dict[str, Any]]) -> Iterator[str]:
-    words = [row["case"].split() for row in rows]
-    common = [word for word in words[0] if len(rows) > 1 and all(word in other for other in words)]
-    yield f"{op}  {' '.join(common)}".rstrip()
+    common, labels = split_common([row["case"] for row in rows])
+    yield f"{op}  {common}".rstrip()
     others = [name for name in ("reference", *_PEER_NAMES) if any(name in row["us"] for row in rows)]
-    header = ["shape", "us", "", "kernel", "GB/s", "of copy", "error"]
+    eager = any(row["eager_us"] for row in rows)
+    header = ["shape", "us", "", "eager" if eager else "kernel", "GB/s", "of copy", "error"]
     for name in others:
         header += [_PEER_NAMES.get(name, name), "x"]
     lines = []
-    for row, text in zip(rows, words, strict=True):
+    for row, label in zip(rows, labels, strict=True):
         ours, times = row["us"]["tvm_gdn"], row["us"]
-        kernel = f"{times['kernel']['median']:.1f}" if "kernel" in times else "-"
+        beside = row["eager_us"].get("tvm_gdn") if eager else times.get("kernel")
+        kernel = "-" if beside is None else f"{beside['median']:.1f}"
         line = [
-            " ".join(word for word in text if word not in common),
+            label,
             f"{ours['median']:.1f}",
             f"({ours['q1']:.1f}-{ours['q3']:.1f})",
             kernel,

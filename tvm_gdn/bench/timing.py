@@ -56,7 +56,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, round
     for _ in range(rounds):
         for name, call in calls.items():
             samples[name].append(_samples(call, inner[name], seconds / rounds))
-    return {name: _summary(taken) for name, taken in samples.items()}
+    return {name: summary(taken) for name, taken in samples.items()}
 
 
 def _calls_per_sample(call: Callable[[], object]) -> int:
@@ -80,7 +80,8 @@ def _samples(call: Callable[[], object], inner: int, seconds: float) -> list[flo
             return taken
 
 
-def _summary(taken: list[list[float]]) -> Timing:
+def summary(taken: list[list[float]]) -> Timing:
+    """Median and quartiles of samples, which are given by round."""
     everything = [sample for part in taken for sample in part]
     q1, middle, q3 = quantiles(everything, n=4, method="inclusive") if len(everything) > 1 else everything * 3
     return Timing(us=middle, q1=q1, q3=q3, rounds=tuple(median(part) for part in taken))

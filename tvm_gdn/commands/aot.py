@@ -20,7 +20,7 @@ from tvm_gdn.digest import version_of
 from tvm_gdn.errors import ArgumentError, BuildError, PackError
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import Geometry, OpSpec
-from tvm_gdn.target import TargetSpec, resolve
+from tvm_gdn.target import TargetSpec, concrete, resolve
 
 _log = logging.getLogger("tvm_gdn")
 #: Kernels per compiling process at most: importing tvm takes seconds, a kernel less than one.
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the subcommand."""
-    target = resolve(args.target)
+    target = concrete(resolve(args.target))
     wanted, name = selection(args)
     inside_cache = args.output is None
     folder = env.cache_dir() / "packs" / f"{name}-{target.name}" if inside_cache else args.output.resolve()
@@ -162,6 +162,7 @@ def build_pack(wanted: Iterable[Wanted], target: TargetSpec, folder: Path, jobs:
             packs.BuiltKernel(
                 spec=spec, geometry=geometry, file=pack.file(entry), symbol=entry.symbol, schedule=entry.schedule,
                 knobs=dict(entry.knobs), source=entry.source,
+                image=pack.file(entry.image) if entry.image else None, table=entry.image.kernels if entry.image else (),
             )
         )  # fmt: skip
         if pack.manifest.launcher is not None:

@@ -25,8 +25,9 @@ def add_target(parser: argparse.ArgumentParser) -> None:
         "--target",
         metavar="NAME",
         default=env.target_name(),
-        help=f"auto (the best that this CPU runs; default), or one of: {', '.join(target_names())}; or a JSON object "
-        "with the fields of a file in targets/",
+        help=f"auto (the best that this CPU runs; default), or one of: {', '.join(target_names())} (cuda, rocm and musa mean "
+        "the device that is present); emulated:NAME runs a device's code on the CPU; or a JSON object with the fields of a "
+        "file in targets/",
     )
 
 

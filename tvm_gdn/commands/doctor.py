@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from tvm_gdn import build, dispatch, env, load
+from tvm_gdn import build, device, dispatch, env, images, load
 from tvm_gdn import pack as packs
 from tvm_gdn.bench import machine
 from tvm_gdn.commands.text import as_json, emit, size_text
 from tvm_gdn.errors import PackError, TvmGdnError
 from tvm_gdn.ops import OPS
-from tvm_gdn.target import host_cpu, host_features, named, resolve, runnable, target_names
+from tvm_gdn.target import dispatch_keys, host_cpu, host_features, named, resolve, runnable, target_names
 
 _VARIABLES = (
     "TVM_GDN_TARGET", "TVM_GDN_CACHE_DIR", "TVM_GDN_PACK_PATH", "TVM_GDN_DISABLE_JIT", "TVM_GDN_CHECKS", "TVM_GDN_LOG",
@@ -67,7 +67,7 @@ def examine() -> list[Check]:
         A check that itself breaks is one that failed.
     """
     found: list[Check] = []
-    for part in (_software, _cpu, _compiler, _cache, _packs, _threads, _openmp, _environment):
+    for part in (_software, _cpu, _devices, _compiler, _cache, _packs, _threads, _openmp, _environment):
         try:
             found += part()
         except Exception as error:
@@ -108,8 +108,8 @@ def _cpu() -> Iterator[Check]:
         "cpu", "ok" if known else "warn", f"{host_cpu()}; {' '.join(features) or 'features unknown'}",
         "" if known else "this system has no /proc/cpuinfo; only targets without required features can run",
     )  # fmt: skip
-    targets = [named(name) for name in target_names()]
-    able = [target.name for target in targets if not target.missing()]
+    targets = [target for target in map(named, target_names()) if target.device == "cpu"]
+    able = [target.name for target in targets if target.concrete and not target.missing()]
     unable = [f"{target.name} lacks {', '.join(target.missing())}" for target in targets if target.missing()]
     try:
         chosen = runnable(resolve(env.target_name())).name
@@ -117,6 +117,29 @@ def _cpu() -> Iterator[Check]:
         yield Check("targets", "ok", "; ".join(text))
     except TvmGdnError as error:
         yield Check("targets", "fail", str(error), f"set TVM_GDN_TARGET to auto or one of: {', '.join(able)}")
+
+
+def _devices() -> Iterator[Check]:
+    """What accelerators are there, which target serves each, and whether code for it can be compiled here."""
+    for kind in sorted(set(dispatch_keys()) - {"cpu"}):
+        present = device.architecture(kind)
+        if present is None:
+            if torch.version.cuda or torch.version.hip or kind != "cuda":
+                yield Check(f"{kind} device", "ok", "none is present; CPU calls need none")
+            else:
+                yield Check(f"{kind} device", "ok", "none: this torch is built without support for one")
+            continue
+        found = f"{device.name(kind)}, architecture {present}"
+        try:
+            target = resolve("auto", kind)
+        except TvmGdnError as error:
+            yield Check(f"{kind} device", "warn", f"{found}; {error}", "calls on it run on the torch reference")
+            continue
+        tools = images.tools(target)
+        yield Check(
+            f"{kind} device", "ok" if tools else "warn", f"{found}; calls use {target.name}, compiled with {tools or 'nothing'}",
+            "" if tools else f"packs run without it; to compile install {images.wanted_tool(target)}",
+        )  # fmt: skip
 
 
 def _compiler() -> Iterator[Check]:

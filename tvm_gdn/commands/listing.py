@@ -80,7 +80,7 @@ def _auto() -> str | None:
 def _target(target: TargetSpec) -> dict[str, Any]:
     missing = target.missing()
     if missing:
-        reason = f"not runnable here: this CPU lacks {', '.join(missing)}"
+        reason = f"not runnable here: this machine lacks {', '.join(missing)}"
     elif not target.rank:
         reason = "runnable here when named; auto never takes it"
     else:

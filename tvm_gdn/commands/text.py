@@ -44,6 +44,26 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
     return "\n".join(lines)
 
 
+def split_common(labels: Sequence[str]) -> tuple[str, list[str]]:
+    """The words that all labels have, and each label without them.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        Labels of cases, words separated by blanks.
+
+    Returns
+    -------
+    common : str
+        Empty where there is only one label.
+    rest : list of str
+        ``-`` where nothing is left.
+    """
+    words = [label.split() for label in labels]
+    common = [word for word in words[0] if len(words) > 1 and all(word in other for other in words)]
+    return " ".join(common), [" ".join(word for word in text if word not in common) or "-" for text in words]
+
+
 def as_json(data: Any) -> str:
     """JSON text of a report."""
     return json.dumps(data, indent=1)

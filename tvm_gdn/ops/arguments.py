@@ -95,6 +95,18 @@ INITIAL = Tensor(
     usual="float32",
 )
 OUTPUT_FINAL = Scalar("output_final_state", "bool", False, static=True, passed=False)
+#: Where an operator on a pool puts the final states as well. An argument and not an output: the empty tensor that stands for an
+#: output nobody asked for would cost a decode step a sixth of its call.
+FINAL_TOO = Tensor(
+    "final_state",
+    "N HV K V",
+    axes_if=("state_v_first", "N HV V K"),
+    role="state",
+    optional=True,
+    mutated=True,
+    strides="dense",
+    values=draws.unset,
+)
 FINAL = Output("final_state", "N HV K V", axes_if=("state_v_first", "N HV V K"), like="state", when="output_final_state")
 
 #: What every operator of the family has in its SPEC.

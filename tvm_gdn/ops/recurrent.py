@@ -18,6 +18,7 @@ from tvm_gdn.ops.arguments import (
     CU_SEQLENS,
     DT_BIAS,
     FAMILY,
+    FINAL_TOO,
     GATE,
     KEY,
     L2NORM,
@@ -115,7 +116,7 @@ FUSED_RECURRENT_UPDATE = OpSpec(
     name="fused_recurrent_gated_delta_rule_update",
     summary="token-recurrent gated delta rule on a state pool; decode and speculative verification",
     algorithm="recurrent",
-    inputs=(QUERY, KEY, VALUE, GATE, BETA, SCALE, POOL, SLOTS, CU_SEQLENS, L2NORM, *VERIFY, V_FIRST),
+    inputs=(QUERY, KEY, VALUE, GATE, BETA, SCALE, POOL, SLOTS, CU_SEQLENS, L2NORM, *VERIFY, V_FIRST, FINAL_TOO),
     outputs=(OUT,),
     static_axes=("K", "V"),
     cases=_pooled_cases(),
@@ -225,6 +226,7 @@ def fused_recurrent_gated_delta_rule_update(
     retrieve_parent_token: torch.Tensor | None = None,
     *,
     state_v_first: bool = False,
+    final_state: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Gated delta rule on a state pool, token by token: decode, and verification of speculated tokens.
 
@@ -247,6 +249,8 @@ def fused_recurrent_gated_delta_rule_update(
         Number of steps of the buffer; must equal its axis 1.
     retrieve_parent_token : torch.Tensor, optional
         ``[N, T]``, int32 or int64: a step t > 0 starts from the stored state of this earlier step; -1 means the initial state.
+    final_state : torch.Tensor, optional
+        ``[N, HV, K, V]``, contiguous, dtype of the pool: gets the state after every sequence, padding included.
 
     Returns
     -------
@@ -276,6 +280,7 @@ def fused_recurrent_gated_delta_rule_update(
         cache_steps,
         retrieve_parent_token,
         state_v_first,
+        final_state,
     )
     if is_one_token_batch(q, cu_seqlens):
         return tokens_first(

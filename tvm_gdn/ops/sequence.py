@@ -7,19 +7,19 @@ Six functions of one signature; each has two torch operators: functional (initia
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from tvm_gdn.autograd import forward_only
-from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import draws
 from tvm_gdn.ops.arguments import (
     BETA,
     CU_SEQLENS,
     FAMILY,
     FINAL,
+    FINAL_TOO,
     GATE,
     INITIAL,
     KEY,
@@ -44,29 +44,36 @@ _TEXT = {"gated_delta_rule": "gated delta rule", "kda": "Kimi delta attention (g
 
 def _cases(pool: bool) -> tuple[Mapping[str, Any], ...]:
     state = ("initial_state_source", "initial_state_indices") if pool else ("initial_state",)
+    final = ("final_state",) if pool else ()
     more: dict[str, Any] = {} if pool else {"output_final_state": True}
-    cases: tuple[dict[str, Any], ...] = (
-        {"B": 2, "T": 65, "H": 2, "HV": 4, "K": 64, "V": 128, "S": 3, "with": state, **more},
-        {"B": 1, "T": 500, "H": 1, "HV": 2, "K": 128, "V": 32, "with": (), "use_qk_l2norm_in_kernel": True, **more},
+    shapes: tuple[dict[str, Any], ...] = (
+        {"B": 2, "T": 65, "H": 2, "HV": 4, "K": 64, "V": 128, "S": 3, "with": (*state, *final), **more},
         {"B": 2, "T": 4, "H": 2, "HV": 2, "K": 8, "V": 8, "with": state, "S": 2},
-        {"lengths": (63, 0, 1, 7, 129), "H": 2, "HV": 2, "K": 32, "V": 256, "S": 6, "with": (*state, "cu_seqlens"), **more},
-    )
+        {"lengths": (63, 0, 1, 7, 129), "H": 2, "HV": 2, "K": 32, "V": 256, "S": 6, "with": (*state, *final, "cu_seqlens"),
+         "padding": pool, **more},
+    )  # fmt: skip
+    stateless = {"B": 1, "T": 500, "H": 1, "HV": 2, "K": 128, "V": 32, "with": (), "use_qk_l2norm_in_kernel": True, **more}
+    storage = (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16"))
     variants = [
         {"dtype": dtype, "state_dtype": state_dtype, "state_v_first": v_first}
+        for dtype, state_dtype in storage
         for v_first in (False, True)
-        for dtype, state_dtype in (("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16"))
     ]
-    # Two variants per shape, another two for the next shape: all six occur, at a third of the kernels to compile.
-    return tuple({**case, **variants[(2 * i + n) % len(variants)]} for i, case in enumerate(cases) for n in (0, 1))
+    # Three variants per shape, the next three for the next shape: all eight occur, at a third of the kernels to compile.
+    drawn = [{**shape, **variants[(3 * i + n) % len(variants)]} for i, shape in enumerate(shapes) for n in range(3)]
+    return (*drawn, {**stateless, **variants[2]})
 
 
-def _bench(lengths: tuple[int, ...]) -> tuple[Mapping[str, Any], ...]:
-    model = {"B": 1, "K": 128, "V": 128, "with": ("initial_state",), "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+def _bench(lengths: tuple[int, ...], packed: tuple[int, ...] = ()) -> tuple[Mapping[str, Any], ...]:
+    heads = {"K": 128, "V": 128, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    dense, packs = {"B": 1, **heads, "with": ("initial_state",)}, {**heads, "with": ("initial_state", "cu_seqlens")}
     return tuple(
-        {"T": tokens, "H": 16, "HV": heads, **model, "dtype": dtype}
+        case
         for dtype in ("bfloat16", "float32")
-        for tokens in lengths
-        for heads in (32, 16)
+        for case in (
+            *({"T": tokens, "H": 16, "HV": count, **dense, "dtype": dtype} for tokens in lengths for count in (32, 16)),
+            *({"lengths": (length,) * 8, "H": 16, "HV": 32, **packs, "dtype": dtype} for length in packed),
+        )
     )
 
 
@@ -78,16 +85,17 @@ def _bench_pool(form: str) -> tuple[Mapping[str, Any], ...]:
 
 def _spec(form: str, rule: str, pool: bool) -> OpSpec:
     states = (POOL, SLOTS) if pool else (INITIAL, OUTPUT_FINAL)
+    final = (FINAL_TOO,) if pool else ()
     return OpSpec(
         name=f"{form}_{rule}{'_update' if pool else ''}",
         summary=f"{_TEXT[rule]}, {'chunked' if form == 'chunk' else 'token by token'}, {'state pool' if pool else 'states'}",
         algorithm="chunk" if form == "chunk" else "recurrent",
-        inputs=(QUERY, KEY, VALUE, *_GATES[rule], BETA, SCALE, *states, CU_SEQLENS, L2NORM, V_FIRST),
+        inputs=(QUERY, KEY, VALUE, *_GATES[rule], BETA, SCALE, *states, CU_SEQLENS, L2NORM, V_FIRST, *final),
         outputs=(OUT,) if pool else (OUT, FINAL),
         static_axes=("K", "V"),
         traits=(("channel_gate", True),) if rule == "kda" else (),
         cases=_cases(pool),
-        bench=_bench_pool(form) if pool else _bench((512, 4096) if form == "chunk" else (64,)),
+        bench=_bench_pool(form) if pool else _bench((512, 4096), (64,)) if form == "chunk" else _bench((64,)),
         **FAMILY,
     )
 
@@ -100,6 +108,12 @@ SPECS = tuple(
     for pool in (False, True)
     if (form, rule, pool) != ("fused_recurrent", "gated_delta_rule", True)
 )
+
+
+def _empty_states(pool: Any, indices: Any) -> torch.Tensor | None:
+    """Memory for one state per index; None where the operator will refuse the pool or the indices."""
+    sound = isinstance(pool, torch.Tensor) and isinstance(indices, torch.Tensor) and pool.ndim == 4 and indices.ndim == 1
+    return pool.new_empty((indices.shape[0], *pool.shape[1:])) if sound else None
 
 
 def _call(
@@ -121,17 +135,93 @@ def _call(
         operator = getattr(torch.ops.tvm_gdn, name)
         o, final = operator(*tensors, scale, initial_state, output_final_state, cu_seqlens, l2norm, state_v_first)
     else:
-        if output_final_state:
-            raise ArgumentError(
-                f"{name}: output_final_state with initial_state_indices; the pool is updated in place: read the final states "
-                "from initial_state[initial_state_indices]"
-            )
+        final = _empty_states(initial_state, indices) if output_final_state else None
         operator = getattr(torch.ops.tvm_gdn, f"{name}_update")
-        o = operator(*tensors, scale, initial_state, indices, cu_seqlens, l2norm, state_v_first=state_v_first)
+        o = operator(*tensors, scale, initial_state, indices, cu_seqlens, l2norm, state_v_first=state_v_first, final_state=final)
     return tokens_first(o) if one_token else o, final if output_final_state else None
 
 
+_PARAMETERS = """
+Parameters
+----------
+q, k : torch.Tensor
+    ``[B, T, H, K]``, fp32, bf16 or fp16; the last axis contiguous, other axes may be strided. With `cu_seqlens` B is 1, or
+    ``[N, 1, H, K]`` for N one-token sequences.
+v : torch.Tensor
+    ``[B, T, HV, V]``, dtype of `q`; HV a multiple of H, value head hv reads q/k head ``hv // (HV // H)``.{gate}
+beta : torch.Tensor
+    ``[B, T, HV]``, write strength, fp32, bf16 or fp16, any strides.
+scale : float, optional
+    Factor on q; default ``K ** -0.5``.
+initial_state : torch.Tensor, optional
+    ``[N, HV, K, V]``, fp32, bf16 or fp16, read only; with `initial_state_indices` a pool ``[slots, HV, K, V]`` that is
+    updated in place. Default: zeros.
+output_final_state : bool
+    Whether to return the final states, from a pool as well.
+cu_seqlens : torch.Tensor, optional
+    ``[N + 1]``, int32 or int64, bounds of packed sequences: first 0, last T, never decreasing.
+use_qk_l2norm_in_kernel : bool
+    Normalize q and k per token and head: ``x / sqrt(sum(x^2) + 1e-6)``.
+initial_state_indices : torch.Tensor, optional
+    ``[N]``, int32 or int64: pool slot of each sequence, each used once; -1 is padding (zero state read, nothing written; output
+    and final state are computed).
+state_v_first : bool
+    States are ``[..., HV, V, K]``.
+
+Returns
+-------
+o : torch.Tensor
+    ``[B, T, HV, V]``, dtype of `v`.
+final_state : torch.Tensor or None
+    ``[N, HV, K, V]``, dtype of `initial_state`, fp32 without one.
+
+Raises
+------
+ArgumentError
+    A shape, stride, bound or slot that is not allowed; nothing has been written then.
+ArgumentTypeError
+    A dtype or device that is not allowed.
+
+Notes
+-----
+Per token, in fp32: ``{decay}u = (v - S^T k) * beta; S += k u^T; o = S^T q``{chunked}.
+Source: {source}; signature of flash-linear-attention.
+"""
+_GATE_TEXT = {
+    "gated_delta_rule": """
+g : torch.Tensor or None
+    ``[B, T, HV]``, log-decay (natural logarithm), fp32, bf16 or fp16, any strides; None: no decay.""",
+    "kda": """
+g : torch.Tensor
+    ``[B, T, HV, K]``, log-decay per channel of the key, fp32, bf16 or fp16; the last axis contiguous.""",
+    "delta_rule": "",
+}
+_SOURCES = {
+    "gated_delta_rule": "Gated Delta Networks (arXiv:2412.06464)",
+    "kda": "Kimi Linear (arXiv:2510.26692)",
+    "delta_rule": "Parallelizing Linear Transformers with the Delta Rule (arXiv:2406.06484)",
+}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _documented(function: F) -> F:
+    """Append to a function's docstring what the six share: one text for all of them, complete in each."""
+    form, rule = next(
+        (form, rule) for form in ("chunk", "fused_recurrent") for rule in _GATES if function.__name__ == f"{form}_{rule}"
+    )
+    text = _PARAMETERS.format(
+        gate=_GATE_TEXT[rule],
+        decay="" if rule == "delta_rule" else "S *= exp(g); ",
+        chunked="; chunks of tokens are computed with matrix products" if form == "chunk" else "",
+        source=_SOURCES[rule],
+    )
+    function.__doc__ = f"{function.__doc__}\n{text}"
+    return function
+
+
 @forward_only
+@_documented
 def chunk_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -147,68 +237,14 @@ def chunk_gated_delta_rule(
     initial_state_indices: torch.Tensor | None = None,
     state_v_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gated delta rule over whole sequences, in chunks: prefill.
-
-    Parameters
-    ----------
-    q, k : torch.Tensor
-        ``[B, T, H, K]``, fp32, bf16 or fp16; the last axis contiguous, other axes may be strided. With `cu_seqlens` B is 1, or
-        ``[N, 1, H, K]`` for N one-token sequences.
-    v : torch.Tensor
-        ``[B, T, HV, V]``, dtype of `q`; HV a multiple of H, value head hv reads q/k head ``hv // (HV // H)``.
-    g : torch.Tensor or None
-        ``[B, T, HV]``, log-decay (natural logarithm), fp32, bf16 or fp16, any strides; None: no decay.
-    beta : torch.Tensor
-        ``[B, T, HV]``, write strength, fp32, bf16 or fp16, any strides.
-    scale : float, optional
-        Factor on q; default ``K ** -0.5``.
-    initial_state : torch.Tensor, optional
-        ``[N, HV, K, V]``, fp32, bf16 or fp16, read only; with `initial_state_indices` a pool ``[slots, HV, K, V]`` that is
-        updated in place. Default: zeros.
-    output_final_state : bool
-        Whether to return the final states.
-    cu_seqlens : torch.Tensor, optional
-        ``[N + 1]``, int32 or int64, bounds of packed sequences: first 0, last T, never decreasing.
-    use_qk_l2norm_in_kernel : bool
-        Normalize q and k per token and head: ``x / sqrt(sum(x^2) + 1e-6)``.
-    initial_state_indices : torch.Tensor, optional
-        ``[N]``, int32 or int64: pool slot of each sequence; -1 is padding (zero state read, nothing written).
-    state_v_first : bool
-        States are ``[..., HV, V, K]``.
-
-    Returns
-    -------
-    o : torch.Tensor
-        ``[B, T, HV, V]``, dtype of `v`.
-    final_state : torch.Tensor or None
-        ``[N, HV, K, V]``, dtype of `initial_state`, fp32 without one.
-
-    Raises
-    ------
-    ArgumentError
-        A shape, stride, bound or slot that is not allowed.
-    ArgumentTypeError
-        A dtype or device that is not allowed.
-
-    Notes
-    -----
-    Per token, in fp32: ``S *= exp(g); u = (v - S^T k) * beta; S += k u^T; o = S^T q``; chunks of tokens are computed with
-    matrix products. Source: Gated Delta Networks (arXiv:2412.06464); signature of flash-linear-attention.
-    """
-    return _call(
-        "chunk_gated_delta_rule" if g is not None else "chunk_delta_rule",
-        (q, k, v, g, beta) if g is not None else (q, k, v, beta),
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        use_qk_l2norm_in_kernel,
-        initial_state_indices,
-        state_v_first,
-    )
+    """Gated delta rule over whole sequences, in chunks: prefill."""
+    name, gates = ("chunk_gated_delta_rule", (g, beta)) if g is not None else ("chunk_delta_rule", (beta,))
+    options = scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, initial_state_indices, state_v_first
+    return _call(name, (q, k, v, *gates), *options)
 
 
 @forward_only
+@_documented
 def fused_recurrent_gated_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -224,46 +260,14 @@ def fused_recurrent_gated_delta_rule(
     initial_state_indices: torch.Tensor | None = None,
     state_v_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_gated_delta_rule`, token by token: for a few tokens per sequence.
-
-    Parameters
-    ----------
-    q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, initial_state_indices, \
-state_v_first
-        As in `chunk_gated_delta_rule`.
-
-    Returns
-    -------
-    o : torch.Tensor
-        ``[B, T, HV, V]``, dtype of `v`.
-    final_state : torch.Tensor or None
-        ``[N, HV, K, V]``, dtype of `initial_state`, fp32 without one.
-
-    Raises
-    ------
-    ArgumentError
-        A shape, stride, bound or slot that is not allowed.
-    ArgumentTypeError
-        A dtype or device that is not allowed.
-
-    Notes
-    -----
-    Source: Gated Delta Networks (arXiv:2412.06464); signature of flash-linear-attention.
-    """
-    return _call(
-        "fused_recurrent_gated_delta_rule" if g is not None else "fused_recurrent_delta_rule",
-        (q, k, v, g, beta) if g is not None else (q, k, v, beta),
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        use_qk_l2norm_in_kernel,
-        initial_state_indices,
-        state_v_first,
-    )
+    """`chunk_gated_delta_rule`, token by token: for a few tokens per sequence."""
+    name, gates = ("fused_recurrent_gated_delta_rule", (g, beta)) if g is not None else ("fused_recurrent_delta_rule", (beta,))
+    options = scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, initial_state_indices, state_v_first
+    return _call(name, (q, k, v, *gates), *options)
 
 
 @forward_only
+@_documented
 def chunk_kda(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -279,48 +283,13 @@ def chunk_kda(
     initial_state_indices: torch.Tensor | None = None,
     state_v_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Kimi delta attention over whole sequences, in chunks: a gate per key channel.
-
-    Parameters
-    ----------
-    g : torch.Tensor
-        ``[B, T, HV, K]``, log-decay per channel of the key, fp32, bf16 or fp16; the last axis contiguous.
-    q, k, v, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, initial_state_indices, \
-state_v_first
-        As in `chunk_gated_delta_rule`.
-
-    Returns
-    -------
-    o : torch.Tensor
-        ``[B, T, HV, V]``, dtype of `v`.
-    final_state : torch.Tensor or None
-        ``[N, HV, K, V]``, dtype of `initial_state`, fp32 without one.
-
-    Raises
-    ------
-    ArgumentError
-        A shape, stride, bound or slot that is not allowed.
-    ArgumentTypeError
-        A dtype or device that is not allowed.
-
-    Notes
-    -----
-    Source: Kimi Linear (arXiv:2510.26692); signature of flash-linear-attention.
-    """
-    return _call(
-        "chunk_kda",
-        (q, k, v, g, beta),
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        use_qk_l2norm_in_kernel,
-        initial_state_indices,
-        state_v_first,
-    )
+    """Kimi delta attention over whole sequences, in chunks: a gate per key channel."""
+    options = scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, initial_state_indices, state_v_first
+    return _call("chunk_kda", (q, k, v, g, beta), *options)
 
 
 @forward_only
+@_documented
 def fused_recurrent_kda(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -336,48 +305,13 @@ def fused_recurrent_kda(
     initial_state_indices: torch.Tensor | None = None,
     state_v_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_kda`, token by token: for a few tokens per sequence.
-
-    Parameters
-    ----------
-    g : torch.Tensor
-        ``[B, T, HV, K]``, log-decay per channel of the key, fp32, bf16 or fp16; the last axis contiguous.
-    q, k, v, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, initial_state_indices, \
-state_v_first
-        As in `chunk_gated_delta_rule`.
-
-    Returns
-    -------
-    o : torch.Tensor
-        ``[B, T, HV, V]``, dtype of `v`.
-    final_state : torch.Tensor or None
-        ``[N, HV, K, V]``, dtype of `initial_state`, fp32 without one.
-
-    Raises
-    ------
-    ArgumentError
-        A shape, stride, bound or slot that is not allowed.
-    ArgumentTypeError
-        A dtype or device that is not allowed.
-
-    Notes
-    -----
-    Source: Kimi Linear (arXiv:2510.26692); signature of flash-linear-attention.
-    """
-    return _call(
-        "fused_recurrent_kda",
-        (q, k, v, g, beta),
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        use_qk_l2norm_in_kernel,
-        initial_state_indices,
-        state_v_first,
-    )
+    """`chunk_kda`, token by token: for a few tokens per sequence."""
+    options = scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, initial_state_indices, state_v_first
+    return _call("fused_recurrent_kda", (q, k, v, g, beta), *options)
 
 
 @forward_only
+@_documented
 def chunk_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -392,46 +326,13 @@ def chunk_delta_rule(
     initial_state_indices: torch.Tensor | None = None,
     state_v_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Delta rule without decay over whole sequences, in chunks.
-
-    Parameters
-    ----------
-    q, k, v, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, initial_state_indices, \
-state_v_first
-        As in `chunk_gated_delta_rule`.
-
-    Returns
-    -------
-    o : torch.Tensor
-        ``[B, T, HV, V]``, dtype of `v`.
-    final_state : torch.Tensor or None
-        ``[N, HV, K, V]``, dtype of `initial_state`, fp32 without one.
-
-    Raises
-    ------
-    ArgumentError
-        A shape, stride, bound or slot that is not allowed.
-    ArgumentTypeError
-        A dtype or device that is not allowed.
-
-    Notes
-    -----
-    Source: Parallelizing Linear Transformers with the Delta Rule (arXiv:2406.06484); signature of flash-linear-attention.
-    """
-    return _call(
-        "chunk_delta_rule",
-        (q, k, v, beta),
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        use_qk_l2norm_in_kernel,
-        initial_state_indices,
-        state_v_first,
-    )
+    """Delta rule without decay over whole sequences, in chunks."""
+    options = scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, initial_state_indices, state_v_first
+    return _call("chunk_delta_rule", (q, k, v, beta), *options)
 
 
 @forward_only
+@_documented
 def fused_recurrent_delta_rule(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -446,40 +347,6 @@ def fused_recurrent_delta_rule(
     initial_state_indices: torch.Tensor | None = None,
     state_v_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`chunk_delta_rule`, token by token: for a few tokens per sequence.
-
-    Parameters
-    ----------
-    q, k, v, beta, scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, initial_state_indices, \
-state_v_first
-        As in `chunk_gated_delta_rule`.
-
-    Returns
-    -------
-    o : torch.Tensor
-        ``[B, T, HV, V]``, dtype of `v`.
-    final_state : torch.Tensor or None
-        ``[N, HV, K, V]``, dtype of `initial_state`, fp32 without one.
-
-    Raises
-    ------
-    ArgumentError
-        A shape, stride, bound or slot that is not allowed.
-    ArgumentTypeError
-        A dtype or device that is not allowed.
-
-    Notes
-    -----
-    Source: Parallelizing Linear Transformers with the Delta Rule (arXiv:2406.06484); signature of flash-linear-attention.
-    """
-    return _call(
-        "fused_recurrent_delta_rule",
-        (q, k, v, beta),
-        scale,
-        initial_state,
-        output_final_state,
-        cu_seqlens,
-        use_qk_l2norm_in_kernel,
-        initial_state_indices,
-        state_v_first,
-    )
+    """`chunk_delta_rule`, token by token: for a few tokens per sequence."""
+    options = scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel, initial_state_indices, state_v_first
+    return _call("fused_recurrent_delta_rule", (q, k, v, beta), *options)

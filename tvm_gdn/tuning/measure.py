@@ -23,10 +23,11 @@ import torch
 from tvm_gdn import build, cases, load, parity, records, schedule, torch_ops
 from tvm_gdn import pack as packs
 from tvm_gdn.bench import contenders, timing
+from tvm_gdn.bench import device as bench_device
 from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import Geometry, OpSpec
-from tvm_gdn.target import resolve
+from tvm_gdn.target import TargetSpec, resolve
 from tvm_gdn.tuning.worker import TrialError
 
 
@@ -58,7 +59,7 @@ class Bench:
         self.timed = [self._case(case) for case in timed]
         self.checked = [self._case(case) for case in checked] + self.timed
         self.others = others
-        self.inputs = [contenders.steady(self.spec, case) for case in timed]
+        self.inputs = [contenders.steady(self.spec, case, self.target.device) for case in timed]
         self._functions: dict[tuple[str, str], Callable[..., Any]] = {}
         self._right: set[str] = set()
 
@@ -93,7 +94,11 @@ class Bench:
 
     def _check(self, case: _Case, knobs: Mapping[str, Any]) -> None:
         function = self._function(case.geometry, knobs)
-        got = parity.run(self.spec, cases.clone(case.arguments), function)
+        arguments = {
+            name: value.to(self.target.device) if isinstance(value, torch.Tensor) else value
+            for name, value in cases.clone(case.arguments).items()
+        }
+        got = parity.run(self.spec, arguments, function)
         errors, limits = parity.compare(self.spec, got, case.expected)
         wrong = [f"{name} error {errors[name]:.1e} > {limits[name]:.1e}" for name in limits if not errors[name] <= limits[name]]
         if wrong:
@@ -124,7 +129,12 @@ class Bench:
             for index, (case, inputs) in enumerate(zip(self.timed, self.inputs, strict=True))
             for number, knobs in enumerate(candidates)
         }
-        taken = timing.interleaved(calls, seconds, rounds)
+        if self.target.device == "cpu":
+            taken = timing.interleaved(calls, seconds, rounds)
+        else:
+            taken, refused = bench_device.graphs(calls, seconds, rounds)
+            if refused:
+                raise TrialError(f"cannot be captured as a graph: {next(iter(refused.values()))}")
         rows = [[taken[f"{number} {index}"] for index in range(len(self.timed))] for number in range(len(candidates))]
         return {
             "us": [[round(one.us, 3) for one in row] for row in rows],
@@ -137,7 +147,9 @@ class Bench:
         if name not in self._functions:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             built = build.compile_kernel(build.Request(self.spec, geometry, knobs), self.target, folder)
-            packs.write(folder / "pack", self.target, build.required_features(self.target), [built], _launcher(self.folder))
+            packs.write(
+                folder / "pack", self.target, build.required_features(self.target), [built], _launcher(self.folder, self.target)
+            )
             pack = packs.read(folder / "pack")
             kernel = load.load_kernel(pack, pack.manifest.kernels[0])
             present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
@@ -146,8 +158,8 @@ class Bench:
 
 
 @functools.cache
-def _launcher(folder: Path) -> Path:
-    return build.build_launcher(folder)
+def _launcher(folder: Path, target: TargetSpec) -> Path:
+    return build.build_launcher(folder, target)
 
 
 def select_cases(spec: OpSpec, key: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:

@@ -1,153 +1,288 @@
-"""The chunked gated delta rule in TensorIR (WY / UT-transform form): one definition over tile operations.
+"""The chunked delta rules in TensorIR (WY / UT-transform form): one definition over the tile operations of `tiles.py`.
 
 A chunk of C tokens, in fp32, with G the cumulated log-decays within the chunk, S the state before it, rows of K, Q, V the
-tokens::
+tokens, n and r the rows' factors from l2 normalization and scale (products run on K and Q as they are stored)::
 
-    A = strictly_lower(beta_i * exp(G_i - G_j) * k_i.k_j)            tiles.gram, tiles.decay
-    P = lower(exp(G_i - G_j) * q_i.k_j)
-    R = beta * (V - exp(G) * (K S))                                  tiles.gemm
-    U = (I + A)^-1 R                                                 tiles.solve
-    O = exp(G) * (Q S) + P U                                         tiles.gemm, tiles.gemm_lower
-    S = exp(G_C) * S + (exp(G_C - G) * K)^T U                        tiles.gemm_update
+    A = strictly_lower(beta_i n_i n_j exp(G_i - G_j) k_i.k_j)
+    P = lower(r_i n_j exp(G_i - G_j) q_i.k_j)
+    R = beta (V - n exp(G) (K S))
+    U = (I + A)^-1 R
+    O = r exp(G) (Q S) + P U
+    S = exp(G_C) S + K^T (n exp(G_C - G) U)
 
 which equals the token recurrence in exact arithmetic. Only differences of cumulated gates are exponentiated, each between a
-token and an earlier one (or the chunk's start): decays of any size give factors of at most one, never an overflow.
-Source of the maths: Yang et al., Parallelizing Linear Transformers with the Delta Rule (arXiv:2406.06484) and Gated Delta
-Networks (arXiv:2412.06464).
+token and an earlier one (or the chunk's start): decays of any size give factors of at most one, never an overflow. With a gate
+per channel (KDA) the exponentials stand inside the products; see `_channel_products`.
+Source of the maths: Yang et al., Parallelizing Linear Transformers with the Delta Rule (arXiv:2406.06484), Gated Delta Networks
+(arXiv:2412.06464); gate per channel: Kimi Linear (arXiv:2510.26692).
 
-How a target plugs in. Its tiles object states the chunk size (`chunk`) and a worker's value columns (`v_tile`), allocates the
-tiles wherever it likes (stack, shared memory, registers) and supplies, for a chunk with `m` valid tokens:
-
-- `k_rows()`, `k_columns()`, `v_rows()`, `square()`, `per_token()`: tiles ``[C, K]``, its transpose, ``[C, v_tile]``, ``[C, C]``
-  and ``[C]``, all fp32 or what the target multiplies in; tokens from m on are zero in the K tiles;
-- `load_rows(dst, src, row, t0, h, m, scale, l2norm)`: dst[i, :] = scale * src[row, t0 + i, h, :], l2-normalized if asked;
-  `transpose(dst, src, m)`;
-- `gram(C, A, Bt, m)`: lower triangle of C = A Bt; `decay(C, G, b, m, strict)`: C[i, j] *= b_i exp(G_i - G_j) below the diagonal,
-  zero above it (and on it, if strict);
-- `gemm(C, A, B, m)`: C = A B; `gemm_lower(C, P, U, m)`: C += P U for lower-triangular P;
-  `gemm_update(S, d, A, U, m)`: S = d S + A^T U;
-- `solve(A, R, m)`: R = (I + A)^-1 R for strictly lower-triangular A, by substitution or by an explicit inverse;
-- `exp(x)` and the loops `tokens(m)` and `cols(n)`.
+The functions below are Python that runs while the kernel is parsed; `with T.serial(...)` is a loop of the kernel.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.tir.delta_rule import delta_rule
+from tvm_gdn.ops.tir.delta_rule import NORM_EPS, delta_rule
+from tvm_gdn.ops.tir.tiles import GRANULE, ChunkTiles, Expr, Operand, Tile, keep
 from tvm_gdn.spec import Geometry
 
+#: Diagonal blocks that are inverted by substitution; larger ones are merged by products.
+BLOCK = 16
 
-def chunk(geometry: Geometry, tiles: Any) -> Any:
+
+def chunk(geometry: Geometry, tiles: ChunkTiles) -> Any:
     """Build the chunked kernel of one geometry.
 
     Parameters
     ----------
     geometry : Geometry
         Static axes K and V, dtypes of the tensors present, ``state_v_first`` and ``output_final_state``.
-    tiles : object
+    tiles : ChunkTiles
         The target's tile operations.
 
     Returns
     -------
     tvm.tirx.PrimFunc
     """
-    return delta_rule(geometry, tiles, _chunks(geometry, tiles))
+
+    def advance(*arguments: Any) -> None:
+        gate = "channel" if geometry.attr.get("channel_gate") else "head" if "g" in geometry.dtype else "none"
+        _Chunks(tiles, geometry.axis["K"], gate, geometry.dtype["k"]).run(_Work(*arguments))
+
+    return delta_rule(geometry, tiles, advance)
 
 
-def _chunks(geometry: Geometry, tiles: Any) -> Any:
-    K, VT, C = geometry.axis["K"], tiles.v_tile, tiles.chunk
-    data = geometry.dtype["v"]
-    gated = "g" in geometry.dtype
-    channel_gate = bool(geometry.attr.get("channel_gate", False))
+@dataclass(frozen=True)
+class _Work:
+    """What a worker does: `count` value heads from `hv`, of q/k head `h`, columns from `j0`, tokens from `first` of a row."""
 
-    @T.inline
-    def chunks(S, q, k, v, g, beta, o, row, first, length, h, hv, j0, scale, l2norm):
-        kr, kc, qr = tiles.k_rows(), tiles.k_columns(), tiles.k_rows()
-        A, P = tiles.square(), tiles.square()
-        R, out = tiles.v_rows(), tiles.v_rows()
-        b, end = tiles.per_token(), tiles.per_channel()
-        if channel_gate:
-            G, kg = tiles.k_rows(), tiles.k_rows()
+    q: Any
+    k: Any
+    v: Any
+    g: Any
+    beta: Any
+    o: Any
+    row: Expr
+    first: Expr
+    length: Expr
+    h: Expr
+    hv: Expr
+    count: Expr
+    j0: Expr
+    scale: Expr
+    l2norm: Expr
+
+
+class _Chunks:
+    """Tiles of a worker, and the steps over them."""
+
+    def __init__(self, tiles: ChunkTiles, K: int, gate: str, data: str) -> None:
+        self.tiles, self.K, self.C, self.VT, self.gate = tiles, K, tiles.chunk, tiles.v_tile, gate
+        C, VT, tile, operand = self.C, self.VT, tiles.tile, tiles.operand
+        self.k, self.q = tile(C, K, dtype=data), tile(C, K, dtype=data)
+        self.k_factor, self.q_factor = tile(C, 1), tile(C, 1)
+        self.beta, self.k_start, self.q_start, self.k_end = tile(C, 1), tile(C, 1), tile(C, 1), tile(C, 1)
+        self.kk, self.qk = tile(C, C), tile(C, C)
+        # One value head overwrites the products of q and k with its own A and P; several need them again.
+        self.A, self.P = (self.kk, self.qk) if tiles.span == 1 or gate == "channel" else (tile(C, C), tile(C, C))
+        self.inverse, self.merge = tile(C, C), tile(C, C)
+        self.R, self.U, self.out = tile(C, VT, "register"), tile(C, VT, "register"), tile(C, VT, "register")
+        self.R_right, self.U_right = operand(self.R, "right"), operand(self.U, "right")
+        self.P_left, self.inverse_left = operand(self.P, "left"), operand(self.inverse, "left")
+        if gate == "channel":
+            self.G = tile(C, K)
+            self.near, self.far = tile(BLOCK, K), tile(C, K)
+            self.near_left, self.far_right = operand(self.near, "left"), operand(self.far, "right", transpose=True)
+            self.decayed = tile(C, K)
+            self.decayed_left = operand(self.decayed, "left")
+            self.decayed_t_left = operand(self.decayed, "left", transpose=True)
+            self.end = tile(1, K)
         else:
-            G, eg, w = tiles.per_token(), tiles.per_token(), tiles.per_token()
-        total = tiles.scalars(1)
+            self.G, self.D = tile(C, 1), tile(C, C)
+            self.k_left, self.q_left = operand(self.k, "left"), operand(self.q, "left")
+            self.k_right, self.k_t_left = operand(self.k, "right", transpose=True), operand(self.k, "left", transpose=True)
+            self.end = tile(1, 1)
 
-        @T.inline
-        def load(t0, m):
-            """Tokens from m on neither decay nor write."""
-            tiles.load_rows(kr, k, row, t0, h, m, T.float32(1), l2norm)
-            tiles.load_rows(qr, q, row, t0, h, m, scale, l2norm)
-            for i in T.serial(T.int64(C)):
-                b[i] = T.float32(0)
-                if i < m:
-                    b[i] = T.Cast("float32", beta[row, t0 + i, hv])
-
-        @T.inline
-        def head_gate(t0, m):
-            total[0] = T.float32(0)
-            for i in T.serial(T.int64(C)):
-                if gated:
-                    if i < m:
-                        total[0] = total[0] + T.Cast("float32", g[row, t0 + i, hv])
-                G[i] = total[0]
-            for i in tiles.cols(C):
-                eg[i] = tiles.exp(G[i])
-                w[i] = tiles.exp(total[0] - G[i])
-            for kk in tiles.cols(K):
-                end[kk] = eg[C - 1]
-            tiles.transpose(kc, kr, m)
-            tiles.gram(A, kr, kc, m)
-            tiles.gram(P, qr, kc, m)
-            tiles.decay(A, G, b, m, True)
-            tiles.decay(P, G, b, m, False)
-            tiles.gemm(R, kr, S, m)
-            tiles.gemm(out, qr, S, m)
-            tiles.scale_rows(R, eg, m)
-            tiles.scale_rows(out, eg, m)
-            tiles.scale_rows(kr, w, m)
-
-        @T.inline
-        def channel_gates(t0, m):
-            for kk in tiles.cols(K):
-                end[kk] = T.float32(0)
-            for i in T.serial(T.int64(C)):
-                if i < m:
-                    for kk in tiles.cols(K):
-                        end[kk] = end[kk] + T.Cast("float32", g[row, t0 + i, hv, kk])
-                for kk in tiles.cols(K):
-                    G[i, kk] = end[kk]
-            tiles.gram_channel(A, P, kr, qr, kc, G, m)
-            tiles.mask(A, b, m)
-            for i in T.serial(m):
-                for kk in tiles.cols(K):
-                    kg[i, kk] = kr[i, kk] * tiles.exp(G[i, kk])
-                    qr[i, kk] = qr[i, kk] * tiles.exp(G[i, kk])
-                    kr[i, kk] = kr[i, kk] * tiles.exp(end[kk] - G[i, kk])
-            tiles.gemm(R, kg, S, m)
-            tiles.gemm(out, qr, S, m)
-            for kk in tiles.cols(K):
-                end[kk] = tiles.exp(end[kk])
-
-        for c in T.serial((length + C - 1) // C):
-            t0: T.let[T.int64] = first + c * C
-            m: T.let[T.int64] = T.min(T.int64(C), length - c * C)
-            load(t0, m)
-            if channel_gate:
-                channel_gates(t0, m)
+    def run(self, work: _Work) -> None:
+        """Advance the worker's states over all tokens of its sequence."""
+        C = self.C
+        self.tiles.zero(self.inverse)  # above the diagonal blocks it stays so
+        with T.serial((work.length + C - 1) // C) as c:
+            start = T.Bind(work.first + c * C)
+            m = T.Bind(T.min(T.int64(C), work.length - c * C))
+            self._keys(work, start, m)
+            if self.tiles.span == 1:
+                self._value_head(work, start, m, T.int64(0))
             else:
-                head_gate(t0, m)
-            # Here A, P are decayed and masked, R = K S and out = Q S decayed, kr = K decayed to the chunk's end.
-            for i in T.serial(m):
-                for j in tiles.cols(VT):
-                    R[i, j] = b[i] * (T.Cast("float32", v[row, t0 + i, hv, j0 + tiles.col(j)]) - R[i, j])
-            tiles.solve(A, R, m)
-            tiles.gemm_lower(out, P, R, m)
-            for i in T.serial(m):
-                for j in tiles.cols(VT):
-                    o[row, t0 + i, hv, j0 + tiles.col(j)] = T.Cast(data, out[i, j])
-            tiles.gemm_update(S, end, kr, R, m)
+                with T.serial(work.count) as index:
+                    self._value_head(work, start, m, index)
 
-    return chunks
+    def _rows(self, buffer: Any, work: _Work, start: Expr, head: Expr, cols: int, col: Expr | int = 0) -> Tile:
+        """Tokens of the chunk in a tensor [B, T, heads, columns]."""
+        s = buffer.strides
+        offset = work.row * s[0] + start * s[1] + head * s[2] + col
+        return self.tiles.window(buffer, offset, self.C, cols, (s[1], 1))
+
+    def _keys(self, work: _Work, start: Expr, m: Expr) -> None:
+        """What all value heads of a q/k head share: K, Q, their factors, K K^T and Q K^T."""
+        tiles, one = self.tiles, T.float32(1)
+        tiles.sync()
+        tiles.load(self.k, self._rows(work.k, work, start, work.h, self.K), rows=m)
+        tiles.load(self.q, self._rows(work.q, work, start, work.h, self.K), rows=m)
+        tiles.sync()
+        for tile, factor, scale in ((self.k, self.k_factor, one), (self.q, self.q_factor, work.scale)):
+            with T.If(work.l2norm != 0):
+                with T.Then():
+                    tiles.row_sum(factor, lambda _i, _j, x: x * x, tile)
+                    tiles.sync()
+                    tiles.map(factor, lambda _i, _j, s, a=scale: a / T.sqrt(s + T.float32(NORM_EPS)), factor)
+                with T.Else():
+                    tiles.map(factor, lambda _i, _j, a=scale: a)
+        if self.gate != "channel":
+            tiles.pack(self.k_left, self.k_right, self.k_t_left, rows=m)
+            tiles.pack(self.q_left, rows=m)
+            tiles.sync()
+            tiles.mma(self.kk, self.k_left, self.k_right, rows=m, cols=m, lower="result")
+            tiles.mma(self.qk, self.q_left, self.k_right, rows=m, cols=m, lower="result")
+
+    def _value_head(self, work: _Work, start: Expr, m: Expr, index: Expr) -> None:
+        tiles = self.tiles
+        hv = T.Bind(work.hv + index)
+        S = tiles.state(index)
+        S_right = tiles.operand(S, "right")
+        tiles.sync()
+        tiles.load(self.beta, self._rows(work.beta, work, start, hv, 1), rows=m)
+        tiles.load(self.R, self._rows(work.v, work, start, hv, self.VT, work.j0), rows=m)
+        if self.gate == "none":
+            tiles.zero(self.G)
+        else:
+            tiles.scan(self.G, self._rows(work.g, work, start, hv, self.G.cols), m)
+        tiles.pack(S_right)
+        tiles.sync()
+        if self.gate == "channel":
+            self._channel_products(m, S_right)
+        else:
+            self._head_products(m, S_right)
+        # Here R = beta (V - n exp(G) (K S)), out = r exp(G) (Q S), A and P are decayed and masked.
+        self._invert(m)
+        tiles.sync()
+        tiles.pack(self.inverse_left, rows=m, lower=True)
+        tiles.pack(self.P_left, rows=m, lower=True)
+        tiles.pack(self.R_right, rows=m)
+        tiles.sync()
+        tiles.mma(self.U, self.inverse_left, self.R_right, rows=m, depth=m, lower="left")
+        tiles.pack(self.U_right, rows=m)
+        tiles.sync()
+        tiles.mma(self.out, self.P_left, self.U_right, rows=m, depth=m, lower="left", start=keep)
+        tiles.store(self._rows(work.o, work, start, hv, self.VT, work.j0), self.out, rows=m)
+        tiles.sync()
+        tiles.map(self.U, lambda _i, _j, u, w: u * w, self.U, self.k_end, rows=m)
+        tiles.pack(self.U_right, rows=m)
+        tiles.sync()
+        update: Operand = self.decayed_t_left if self.gate == "channel" else self.k_t_left
+        tiles.mma(
+            S, update, self.U_right, depth=m, start=lambda _i, _j, s, d: s * d, sources=(tiles.turn(self.end),)
+        )  # fmt: skip
+
+    def _head_products(self, m: Expr, S_right: Operand) -> None:
+        """One gate per head, or none: factors of rows and columns around the products of K and Q."""
+        tiles, exp, zero = self.tiles, self.tiles.exp, T.float32(0)
+        G, n, r, beta, D = self.G, self.k_factor, self.q_factor, self.beta, self.D
+        last = tiles.block(G, self.C - 1, 0, 1, 1)
+        tiles.map(self.k_start, lambda _i, _j, x, a, b: x * a * exp(b), beta, n, G)
+        tiles.map(self.q_start, lambda _i, _j, a, b: a * exp(b), r, G)
+        tiles.map(self.k_end, lambda _i, _j, a, b, e: a * exp(e - b), n, G, last)
+        tiles.map(self.end, lambda _i, _j, e: exp(e), last)
+        tiles.map(
+            D, lambda i, j, a, b, f: T.Select(j <= i, f * exp(a - b), zero), G, tiles.turn(G), tiles.turn(n), rows=m, lower=True
+        )
+        tiles.sync()
+        tiles.map(self.P, lambda _i, _j, x, d, f: x * d * f, self.qk, D, r, rows=m, lower=True)
+        tiles.map(self.A, lambda i, j, x, d, f, b: T.Select(j < i, x * d * f * b, zero), self.kk, D, n, beta, rows=m, lower=True)
+        tiles.mma(
+            self.R, self.k_left, S_right, rows=m, finish=lambda _i, _j, x, v, b, d: b * v - d * x,
+            sources=(self.R, beta, self.k_start),
+        )  # fmt: skip
+        tiles.mma(self.out, self.q_left, S_right, rows=m, finish=lambda _i, _j, x, d: x * d, sources=(self.q_start,))
+
+    def _channel_products(self, m: Expr, S_right: Operand) -> None:
+        """A gate per channel c: exp(G_ic - G_jc) stands inside the sums over c.
+
+        Off the diagonal blocks both factors are taken relative to the gate at the first token of the row block, which lies
+        between the two tokens: neither exponent exceeds zero for decaying gates. Inside a diagonal block no such reference
+        exists, and every pair of tokens gets its own exponent.
+        """
+        tiles, exp, zero = self.tiles, self.tiles.exp, T.float32(0)
+        G, K, C, n, r, beta = self.G, self.K, self.C, self.k_factor, self.q_factor, self.beta
+        last = tiles.block(G, C - 1, 0, 1, K)
+        with T.serial((m + BLOCK - 1) // BLOCK) as b:
+            row = b * BLOCK
+            reference = tiles.block(G, row, 0, 1, K)
+            tiles.sync()
+            tiles.map(self.far, lambda _i, _j, x, a, e: x * exp(e - a), self.k, G, reference, rows=row)
+            tiles.pack(self.far_right, rows=row)
+            for tile, product in ((self.k, self.kk), (self.q, self.qk)):
+                source, gates = tiles.block(tile, row, 0, BLOCK, K), tiles.block(G, row, 0, BLOCK, K)
+                tiles.sync()
+                tiles.map(self.near, lambda _i, _j, x, a, e: x * exp(a - e), source, gates, reference)
+                tiles.pack(self.near_left)
+                tiles.sync()
+                tiles.mma(tiles.block(product, row, 0, BLOCK, C), self.near_left, self.far_right, cols=row)
+        tiles.pair_sum(self.kk, lambda x, a, y, b: x * y * exp(a - b), (self.k, G), (self.k, G), m)
+        tiles.pair_sum(self.qk, lambda x, a, y, b: x * y * exp(a - b), (self.q, G), (self.k, G), m)
+        tiles.map(self.k_end, lambda _i, _j, f: f, n)
+        tiles.map(self.end, lambda _i, _j, e: exp(e), last)
+        tiles.sync()
+        tiles.map(self.P, lambda i, j, x, f, h: T.Select(j <= i, x * f * h, zero), self.qk, r, tiles.turn(n), rows=m, lower=True)
+        tiles.map(
+            self.A, lambda i, j, x, f, h, b: T.Select(j < i, x * f * h * b, zero), self.kk, n, tiles.turn(n), beta,
+            rows=m, lower=True,
+        )  # fmt: skip
+        decayed = self.decayed
+        tiles.map(decayed, lambda _i, _j, x, a: x * exp(a), self.k, G, rows=m)
+        tiles.pack(self.decayed_left, rows=m)
+        tiles.sync()
+        tiles.mma(
+            self.R, self.decayed_left, S_right, rows=m, finish=lambda _i, _j, x, v, b, f: b * (v - f * x),
+            sources=(self.R, beta, n),
+        )  # fmt: skip
+        tiles.sync()
+        tiles.map(decayed, lambda _i, _j, x, a: x * exp(a), self.q, G, rows=m)
+        tiles.pack(self.decayed_left, rows=m)
+        tiles.sync()
+        tiles.mma(self.out, self.decayed_left, S_right, rows=m, finish=lambda _i, _j, x, f: x * f, sources=(r,))
+        tiles.sync()
+        tiles.map(decayed, lambda _i, _j, x, a, e: x * exp(e - a), self.k, G, last, rows=m)
+        tiles.pack(self.decayed_t_left, rows=m)
+
+    def _invert(self, m: Expr) -> None:
+        """Inverse of I + A: diagonal blocks by substitution, then pairs of blocks, [[X, 0], [-Y A' X, Y]], by doubling."""
+        tiles, T_, A, merge = self.tiles, self.inverse, self.A, self.merge
+        wanted = T.Bind(T.min(T.int64(self.C), (m + GRANULE - 1) // GRANULE * GRANULE))
+        tiles.sync()
+        tiles.invert_diagonal(T_, A, wanted)
+        size = BLOCK
+        while size < self.C:
+            with T.serial((wanted + size - 1) // (2 * size)) as pair:
+                low = pair * (2 * size)
+                high = low + size
+                upper = tiles.operand(tiles.block(T_, low, low, size, size), "right")
+                lower = tiles.operand(tiles.block(T_, high, high, size, size), "left")
+                below = tiles.operand(tiles.block(A, high, low, size, size), "left")
+                product = tiles.block(merge, 0, 0, size, size)
+                product_right = tiles.operand(product, "right")
+                tiles.sync()
+                tiles.pack(upper)
+                tiles.pack(lower)
+                tiles.pack(below)
+                tiles.sync()
+                tiles.mma(product, below, upper)
+                tiles.sync()
+                tiles.pack(product_right)
+                tiles.sync()
+                tiles.mma(tiles.block(T_, high, low, size, size), lower, product_right, finish=lambda _i, _j, x: -x)
+            size *= 2

@@ -27,9 +27,11 @@ from tvm_gdn.ops.tir.gates import gate_macros
 from tvm_gdn.spec import Geometry
 
 NORM_EPS = 1e-6
+#: What a table of slots costs beside its bytes, in comparisons of two slots (0.15 us).
+TABLE_COST = 512
 
 
-def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
+def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     """Build the kernel of one geometry.
 
     Parameters
@@ -38,8 +40,8 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
         Static axes K and V, dtypes of the tensors present, ``state_v_first`` and ``output_final_state``.
     tiles : object
         The target's tile operations.
-    chunks : macro, optional
-        Advances a state over all tokens of a sequence at once (`chunk.py`); by default the state steps token by token.
+    advance : function, optional
+        Emits code that advances a worker's states over a whole sequence (`chunk.py`); by default they step token by token.
 
     Returns
     -------
@@ -64,19 +66,22 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
     pool = "initial_state_source" in has
     slots_given = "initial_state_indices" in has
     separate = "initial_state" in has
-    final = bool(geometry.attr.get("output_final_state", False))
+    final = bool(geometry.attr.get("output_final_state", False)) or "final_state" in has
     buffered = "intermediate_states_buffer" in has
     buffer_slots_given = "intermediate_state_indices" in has
     tree = "retrieve_parent_token" in has
     data = dtype_of("mixed_qkv" if packed else "q")
     pool_dtype = dtype_of("initial_state_source")
     initial_dtype = dtype_of("initial_state")
+    final_dtype = dtype_of("final_state", initial_dtype)
     buffer_dtype = dtype_of("intermediate_states_buffer")
     # A low-precision state must not be rounded between the tokens of one call, so only one-token calls may use it in place.
-    direct_pool = tiles.direct and pool and not tree
+    chunked = advance is not None
+    direct_pool = not chunked and tiles.direct and pool and not tree and not final
     direct_any_length = pool_dtype == "float32"
     checks = tiles.host_checks
-    chunked = chunks is not None
+    # Value heads of one q/k head that a worker takes; a token step has nothing to share between them.
+    span = tiles.span if chunked else 1
 
     def gate_dims(batch: Any, token: Any, head: Any) -> tuple[Any, ...]:
         """The packed decode step has one token and so no token axis on a and b."""
@@ -103,6 +108,28 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
         return T.Cast("float32", buffer[gate_dims(batch, token, head)])
 
     log_decay, sigmoid = gate_macros(tiles, 1)
+
+    @T.inline
+    def find_shared(found, slots, count, size):
+        """Set found[0] if two sequences name one slot; slots are in range already, -1 is nobody's.
+
+        A few are compared with each other, many are ticked off in a table with a byte for every slot of the pool.
+        """
+        found[0] = T.float32(0)
+        if count * count <= size + TABLE_COST:
+            for n in T.serial(count):
+                for other in T.serial(n):
+                    if slots[n] >= 0 and slots[n] == slots[other]:
+                        found[0] = T.float32(1)
+        else:
+            taken = T.alloc_buffer((size,), "int8")
+            for slot in T.serial(size):
+                taken[slot] = T.int8(0)
+            for n in T.serial(count):
+                if slots[n] >= 0:
+                    if taken[slots[n]] != 0:
+                        found[0] = T.float32(1)
+                    taken[slots[n]] = T.int8(1)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -159,7 +186,7 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
         initial_state_source = T.match_buffer(source_, (S, HV, *state_shape), pool_dtype, strides=(s0, *head_strides), align=2)
         initial_state_indices = T.match_buffer(slots_, (NI,), dtype_of("initial_state_indices", "int64"), align=4)
         initial_state = T.match_buffer(initial_, (NS, HV, *state_shape), initial_dtype, strides=(i0, *head_strides), align=2)
-        final_state = T.match_buffer(final_, (NF, HV, *state_shape), initial_dtype, align=2)
+        final_state = T.match_buffer(final_, (NF, HV, *state_shape), final_dtype, align=2)
         intermediate_states_buffer = T.match_buffer(
             buffer_, (C, P, HV, *state_shape), buffer_dtype, strides=(c0, c1, *head_strides), align=2
         )
@@ -196,6 +223,10 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                             "ValueError",
                             ["initial_state_indices: slot"],
                         )
+                    shared_slots = tiles.scalars(1)
+                    if disable_state_update == 0:
+                        find_shared(shared_slots, initial_state_indices, n_seq, S)
+                        assert shared_slots[0] == T.float32(0), ("ValueError", ["initial_state_indices: shared slot"])
                 else:
                     assert S >= n_seq, ("ValueError", ["initial_state_source: fewer slots than sequences"])
             if separate:
@@ -218,6 +249,9 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                             "ValueError",
                             ["intermediate_state_indices: slot"],
                         )
+                    shared_steps = tiles.scalars(1)
+                    find_shared(shared_steps, intermediate_state_indices, n_seq, C)
+                    assert shared_steps[0] == T.float32(0), ("ValueError", ["intermediate_state_indices: shared slot"])
                 else:
                     assert C >= n_seq, ("ValueError", ["intermediate_states_buffer: fewer slots than sequences"])
                 for n in T.serial(n_seq):
@@ -238,14 +272,20 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                             ["retrieve_parent_token: parent"],
                         )
 
-        for w in tiles.workers(n_seq * HV * NV):
+        # Workers of a sequence: one per v tile of every `span` value heads (the last of a q/k head may have fewer).
+        shared: T.let[T.int64] = pick(span > 1, HV // T.max(heads, T.int64(1)), T.int64(1))
+        per_head: T.let[T.int64] = (shared + span - 1) // span
+        units: T.let[T.int64] = pick(span > 1, heads * per_head, HV)
+        for w in tiles.workers(n_seq * units * NV):
             for lane in tiles.lanes():
                 tiles.enter(lane)
                 # Workers fit in 32 bits, where a division is several times cheaper than in 64, above all on GPUs.
-                n: T.let[T.int64] = div(w, HV * NV)
-                hv: T.let[T.int64] = mod(div(w, NV), HV)
+                n: T.let[T.int64] = div(w, units * NV)
+                place: T.let[T.int64] = mod(div(w, NV), units)
                 j0: T.let[T.int64] = mod(w, NV) * VT
-                h: T.let[T.int64] = div(hv, div(HV, heads))
+                h: T.let[T.int64] = pick(span > 1, div(place, per_head), div(place, div(HV, heads)))
+                hv: T.let[T.int64] = pick(span > 1, h * shared + mod(place, per_head) * span, place)
+                count: T.let[T.int64] = pick(span > 1, T.min(T.int64(span), (h + 1) * shared - hv), T.int64(1))
                 row: T.let[T.int64] = pick(varlen, T.int64(0), n)
                 first: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n), T.int64(0))
                 length: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)
@@ -320,7 +360,7 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                         o[row, first + t, hv, j0 + tiles.col(j)] = T.Cast(data, z[j])
 
                 @T.inline
-                def load_initial(W):
+                def load_initial(W, hv):
                     if pool:
                         if slot >= 0 and slot < S:
                             tiles.load(W, tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
@@ -336,18 +376,11 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                     """The state after the parent's step; the initial state where there is no parent."""
                     parent: T.let[T.int64] = int64(retrieve_parent_token, n, t)
                     if parent < 0:
-                        load_initial(W)
+                        load_initial(W, hv)
                     elif buffer_slot >= 0 and buffer_slot < C and parent < P:
                         tiles.load(W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0))
                     else:
                         tiles.zero(W)
-
-                @T.inline
-                def tokens(W):
-                    if chunked:
-                        chunks(W, q, k, v, g, beta, o, row, first, length, h, hv, j0, scale, use_qk_l2norm_in_kernel)
-                    else:
-                        steps(W)
 
                 @T.inline
                 def steps(W):
@@ -363,19 +396,31 @@ def delta_rule(geometry: Geometry, tiles: Any, chunks: Any = None) -> Any:
                                 )
 
                 @T.inline
-                def through_local():
-                    local = tiles.state()
-                    load_initial(local)
-                    tokens(local)
+                def store_final(W, hv):
                     if pool:
                         if slot >= 0 and slot < S and disable_state_update == 0:
-                            tiles.store(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), local)
+                            tiles.store(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), W)
                     if final:
-                        tiles.store(tiles.view(final_state, (n * HV + hv) * (K * V), j0), local)
+                        tiles.store(tiles.view(final_state, (n * HV + hv) * (K * V), j0), W)
 
-                if direct_pool:
+                @T.inline
+                def through_local():
+                    local = tiles.state()
+                    load_initial(local, hv)
+                    steps(local)
+                    store_final(local, hv)
+
+                if chunked:
+                    for i in T.serial(count):
+                        load_initial(tiles.state(i), hv + i)
+                    advance(q, k, v, g, beta, o, row, first, length, h, hv, count, j0, scale, use_qk_l2norm_in_kernel)
+                    tiles.sync()
+                    for i in T.serial(count):
+                        store_final(tiles.state(i), hv + i)
+                    tiles.leave()
+                elif direct_pool:
                     if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
-                        tokens(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
+                        steps(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
                     else:
                         through_local()
                 else:

@@ -13,7 +13,7 @@ def gate_macros(tiles: Any, lanes: int) -> tuple[Any, Any]:
     Parameters
     ----------
     tiles : object
-        Supplies ``exp`` and ``log``.
+        Supplies ``exp``, ``log`` and the macro `sigmoid`.
     lanes : int
         Elements computed at once.
 
@@ -48,9 +48,4 @@ def gate_macros(tiles: Any, lanes: int) -> tuple[Any, Any]:
         for lane in T.vectorized(lanes):
             x[lane] = T.float32(0) - A[lane] * x[lane]
 
-    @T.inline
-    def sigmoid(x):
-        for lane in T.vectorized(lanes):
-            x[lane] = one / (one + tiles.exp(T.float32(0) - x[lane]))
-
-    return log_decay, sigmoid
+    return log_decay, tiles.sigmoid(lanes)

@@ -18,7 +18,8 @@ def gating(geometry: Geometry, tiles: Any) -> Any:
     geometry : Geometry
         Dtypes of A_log, a, b and dt_bias.
     tiles : object
-        The target's loops: `workers` over row blocks of `rows_per_worker`, `vector` heads at once.
+        The target's loops: `workers` over row blocks of `rows_per_worker`, `lanes` that share a block's heads, `vector` heads
+        at once.
 
     Returns
     -------
@@ -26,7 +27,7 @@ def gating(geometry: Geometry, tiles: Any) -> Any:
     """
     dtype = geometry.dtype
     data = dtype["a"]
-    block, lanes = tiles.rows_per_worker, tiles.vector
+    block, lanes, threads = tiles.rows_per_worker, tiles.vector, tiles.warp
     macros = {width: gate_macros(tiles, width) for width in (1, lanes)}
 
     @T.prim_func(s_tir=True)
@@ -72,17 +73,20 @@ def gating(geometry: Geometry, tiles: Any) -> Any:
                     beta[w * block + r, first + lane] = T.Cast(data, x[lane])
 
         @T.inline
-        def rows(a_in, b_in, w):
-            for h in T.serial(HV // lanes):
-                heads(a_in, b_in, w, h * lanes, lanes, macros[lanes][0], macros[lanes][1])
-            for h in T.serial(HV % lanes):
-                heads(a_in, b_in, w, HV // lanes * lanes + h, 1, macros[1][0], macros[1][1])
+        def rows(a_in, b_in, w, lane):
+            for part in T.serial((HV // lanes + threads - 1) // threads):
+                if part * threads + lane < HV // lanes:
+                    heads(a_in, b_in, w, (part * threads + lane) * lanes, lanes, macros[lanes][0], macros[lanes][1])
+            if lane == 0:
+                for h in T.serial(HV % lanes):
+                    heads(a_in, b_in, w, HV // lanes * lanes + h, 1, macros[1][0], macros[1][1])
 
         for w in tiles.workers((M + block - 1) // block):
-            # Vector loads where the heads are contiguous; element by element where they are strided.
-            if a1 == 1 and b1 == 1:
-                rows(a_rows, b_rows, w)
-            else:
-                rows(a, b, w)
+            for lane in tiles.lanes():
+                # Vector loads where the heads are contiguous; element by element where they are strided.
+                if a1 == 1 and b1 == 1:
+                    rows(a_rows, b_rows, w, lane)
+                else:
+                    rows(a, b, w, lane)
 
     return kernel

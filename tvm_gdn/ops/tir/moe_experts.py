@@ -34,6 +34,13 @@ from tvm_gdn.spec import Geometry
 SLACK = 32
 #: Elements of a row that are converted at once.
 LANES = 16
+#: Bits of infinity; those of NaN are larger.
+INFINITE = 0x7F800000
+
+
+def _magnitude(x: Any) -> Any:
+    """The bits of |x|, which order numbers as |x| does, with infinity and then NaN as the largest."""
+    return T.bitwise_and(T.reinterpret("int32", x), T.int32(0x7FFFFFFF))
 
 
 def moe_experts(geometry: Geometry, tiles: Any) -> Any:
@@ -147,33 +154,31 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
         @T.inline
         def quantize(dst, scale, sums, r, src, used, padded, groups):
             """Row r of src in steps of its largest element / 127, and `zero` times the sum of every group of the result."""
-            part, bad, number = tiles.scalars(LANES), tiles.scalars(LANES), tiles.scalars(3)
-            count = tiles.integers(1)
+            part, count, number = tiles.integers(LANES), tiles.integers(1), tiles.scalars(2)
             for lane in T.vectorized(LANES):
-                part[lane] = T.float32(0)
-                bad[lane] = T.float32(0)
+                part[lane] = 0
             for c in T.serial(used // LANES):
                 for lane in T.vectorized(LANES):
-                    part[lane] = T.max(part[lane], T.fabs(T.Cast("float32", src[r, c * LANES + lane])))
-                for lane in T.vectorized(LANES):
-                    bad[lane] = bad[lane] + T.Cast("float32", src[r, c * LANES + lane]) * T.float32(0)
+                    part[lane] = T.max(part[lane], _magnitude(T.Cast("float32", src[r, c * LANES + lane])))
             for c in T.serial(used % LANES):
-                part[0] = T.max(part[0], T.fabs(T.Cast("float32", src[r, used // LANES * LANES + c])))
-                bad[0] = bad[0] + T.Cast("float32", src[r, used // LANES * LANES + c]) * T.float32(0)
-            number[0] = part[0]
-            number[1] = bad[0]
+                part[0] = T.max(part[0], _magnitude(T.Cast("float32", src[r, used // LANES * LANES + c])))
+            count[0] = part[0]
             for lane in T.serial(LANES - 1):
-                number[0] = T.max(number[0], part[lane + 1])
-                number[1] = number[1] + bad[lane + 1]
-            number[2] = T.Select(number[0] > T.float32(1e-30), T.float32(127) / number[0], T.float32(0))
+                count[0] = T.max(count[0], part[lane + 1])
+            number[0] = T.reinterpret("float32", count[0])
+            number[1] = T.Select(number[0] > T.float32(1e-30), T.float32(127) / number[0], T.float32(0))
             # A row with NaN or an infinity has no scale: NaN reaches its output.
-            scale[r] = T.Select(number[0] > T.float32(1e-30), number[0] / T.float32(127), T.float32(0)) + number[1]
+            scale[r] = T.Select(
+                count[0] >= INFINITE,
+                T.float32(float("nan")),
+                T.Select(number[0] > T.float32(1e-30), number[0] / T.float32(127), T.float32(0)),
+            )
             for c in T.serial(used // LANES):
                 for lane in T.vectorized(LANES):
-                    dst[r, c * LANES + lane] = tiles.to_int8(T.Cast("float32", src[r, c * LANES + lane]) * number[2])
+                    dst[r, c * LANES + lane] = tiles.to_int8(T.Cast("float32", src[r, c * LANES + lane]) * number[1])
             for c in T.serial(used % LANES):
                 dst[r, used // LANES * LANES + c] = tiles.to_int8(
-                    T.Cast("float32", src[r, used // LANES * LANES + c]) * number[2]
+                    T.Cast("float32", src[r, used // LANES * LANES + c]) * number[1]
                 )
             for c in T.serial(padded - used):
                 dst[r, used + c] = T.int8(0)

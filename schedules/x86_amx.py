@@ -1,0 +1,379 @@
+"""Tile operations of the chunked delta rules on x86 matrix units (AMX): products of bf16 operands with fp32 sums.
+
+Numbers that are not exact in bf16 are split into two of them, ``x = high + low + O(2^-17 x)``, and a product of split operands is
+three products (low times low is below the error): with bf16 data, whose K and Q need no splitting, results stay within the fp32
+tolerance. Everything that is no product runs as in `cpu_chunk.py`.
+
+Layouts are made of blocks of 1 KiB, one tile register each: left operands ``[parts, rows / 16, depth / 32, 16, 16]``, right
+ones ``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that follow each other along the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm_gdn.schedules.cpu import local_array, transpose_16
+from tvm_gdn.schedules.cpu_chunk import TO_LINE, ChunkTiles, Operand, Tile, ceil_div
+
+from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
+
+#: Index of a row's first element.
+Rows = Callable[[Any], list[Any]]
+#: Rows of a tile register, and 32-bit elements of each.
+ROWS = 16
+LANES = T.ramp(0, 1, ROWS)
+#: Two fp32 vectors as bf16, one after the other: by the instruction, and in steps that every CPU has.
+ROUND = """
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+define <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b) alwaysinline {
+  %r = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %b, <16 x float> %a)
+  %c = bitcast <32 x bfloat> %r to <16 x i32>
+  ret <16 x i32> %c
+}
+"""
+ROUND_EMULATED = """
+define <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b) alwaysinline {
+  %v = shufflevector <16 x float> %a, <16 x float> %b, <32 x i32> <WHOLE>
+  %u = bitcast <32 x float> %v to <32 x i32>
+  %s = lshr <32 x i32> %u, splat (i32 16)
+  %l = and <32 x i32> %s, splat (i32 1)
+  %h = add <32 x i32> %l, splat (i32 32767)
+  %n = add <32 x i32> %u, %h
+  %q = or <32 x i32> %u, splat (i32 4194304)
+  %x = fcmp uno <32 x float> %v, %v
+  %y = select <32 x i1> %x, <32 x i32> %q, <32 x i32> %n
+  %z = lshr <32 x i32> %y, splat (i32 16)
+  %t = trunc <32 x i32> %z to <32 x i16>
+  %c = bitcast <32 x i16> %t to <16 x i32>
+  ret <16 x i32> %c
+}
+"""
+#: The same interleaved, and the halves of the 32-bit pairs of two vectors.
+HELPERS = """
+define <16 x i32> @tvm_gdn_pair(<16 x float> %a, <16 x float> %b) alwaysinline {
+  %r = call <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b)
+  %c = bitcast <16 x i32> %r to <32 x i16>
+  %d = shufflevector <32 x i16> %c, <32 x i16> poison, <32 x i32> <INTERLEAVED>
+  %e = bitcast <32 x i16> %d to <16 x i32>
+  ret <16 x i32> %e
+}
+define <16 x i32> @tvm_gdn_even(<16 x i32> %a, <16 x i32> %b) alwaysinline {
+  %x = bitcast <16 x i32> %a to <32 x i16>
+  %y = bitcast <16 x i32> %b to <32 x i16>
+  %c = shufflevector <32 x i16> %x, <32 x i16> %y, <32 x i32> <EVEN>
+  %d = bitcast <32 x i16> %c to <16 x i32>
+  ret <16 x i32> %d
+}
+define <16 x i32> @tvm_gdn_odd(<16 x i32> %a, <16 x i32> %b) alwaysinline {
+  %x = bitcast <16 x i32> %a to <32 x i16>
+  %y = bitcast <16 x i32> %b to <32 x i16>
+  %c = shufflevector <32 x i16> %x, <32 x i16> %y, <32 x i32> <ODD>
+  %d = bitcast <32 x i16> %c to <16 x i32>
+  ret <16 x i32> %d
+}
+"""
+ROUND_EMULATED = ROUND_EMULATED.replace("WHOLE", ", ".join(f"i32 {lane}" for lane in range(32)))
+for _name, _order in (
+    ("INTERLEAVED", [lane // 2 + 16 * (lane % 2) for lane in range(32)]),
+    ("EVEN", [2 * lane for lane in range(32)]),
+    ("ODD", [2 * lane + 1 for lane in range(32)]),
+):
+    HELPERS = HELPERS.replace(_name, ", ".join(f"i32 {lane}" for lane in _order))
+
+
+@dataclass(frozen=True)
+class MatrixOperand:
+    """An operand in the layout of the matrix unit."""
+
+    buffer: Any
+    source: Tile
+    side: str
+    transposed: bool
+    parts: int
+
+
+class MatrixUnit:
+    """The instructions of AMX; a tile register is 16 rows of 16 32-bit elements."""
+
+    def enter(self) -> None:
+        """Configure the thread's eight registers as 16 rows of 64 bytes (palette 1)."""
+        values = {0: 1, **{16 + 2 * n: 64 for n in range(8)}, **{48 + n: ROWS for n in range(8)}}
+        config = local_array(64, dtype="uint8")
+        for at in range(64):
+            T.buffer_store(config, T.uint8(values.get(at, 0)), [at])
+        self._emit("ldtilecfg", T.address_of(config[0]))
+
+    def leave(self) -> None:
+        """Let the system forget the registers."""
+        self._emit("tilerelease")
+
+    def clear(self, n: int) -> None:
+        """Register n = 0."""
+        self._emit("tilezero", T.uint8(n))
+
+    def load(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
+        """Register n from memory; `row(r)` is the index of the first element of row r, rows are `stride` elements apart."""
+        self._emit("tileloadd64", T.uint8(n), T.address_of(buffer[tuple(row(0))]), T.int64(4 * stride))
+
+    def store(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
+        """Register n to memory."""
+        self._emit("tilestored64", T.uint8(n), T.address_of(buffer[tuple(row(0))]), T.int64(4 * stride))
+
+    def dot(self, c: int, a: int, b: int) -> None:
+        """Register c += a b on pairs of bf16."""
+        self._emit("tdpbf16ps", T.uint8(c), T.uint8(a), T.uint8(b))
+
+    @staticmethod
+    def _emit(name: str, *arguments: Any) -> None:
+        T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *arguments))
+
+
+class EmulatedMatrixUnit(MatrixUnit):
+    """The same as loops over arrays, for CPUs without AMX: to test what is computed, not how fast."""
+
+    def enter(self) -> None:
+        """Registers of sums, and of operands."""
+        self.sums = local_array(4, ROWS, ROWS)
+        self.pairs = local_array(8, ROWS, ROWS, dtype="int32")
+
+    def leave(self) -> None:
+        """Nothing to give back."""
+
+    def clear(self, n: int) -> None:
+        """Register n = 0."""
+        with T.serial(ROWS) as r:
+            T.buffer_store(self.sums, T.broadcast(T.float32(0), ROWS), [n, r, LANES])
+
+    def load(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
+        """Register n from memory."""
+        del stride
+        with T.serial(ROWS) as r:
+            *outer, lane = row(r)
+            T.buffer_store(self.sums if n < 4 else self.pairs, buffer[(*outer, T.ramp(lane, 1, ROWS))], [n, r, LANES])
+
+    def store(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
+        """Register n to memory."""
+        del stride
+        with T.serial(ROWS) as r:
+            *outer, lane = row(r)
+            T.buffer_store(buffer, self.sums[n, r, LANES], [*outer, T.ramp(lane, 1, ROWS)])
+
+    def dot(self, c: int, a: int, b: int) -> None:
+        """Register c += a b, two products of bf16 for each pair."""
+        with T.serial(ROWS) as r:
+            with T.serial(ROWS) as k:
+                left, right = T.broadcast(self.pairs[a, r, k], ROWS), self.pairs[b, k, LANES]
+                total = self.sums[c, r, LANES] + low_part(left) * low_part(right) + high_part(left) * high_part(right)
+                T.buffer_store(self.sums, total, [c, r, LANES])
+
+
+def helper(name: str, a: Any, b: Any) -> Any:
+    """Call one of `HELPERS`."""
+    return T.call_pure_extern("int32x16", f"tvm_gdn_{name}", a, b)
+
+
+def high_part(pairs: Any) -> Any:
+    """The upper bf16 of every pair in fp32."""
+    return T.reinterpret("float32x16", T.bitwise_and(pairs, T.broadcast(T.int32(-65536), ROWS)))
+
+
+def low_part(pairs: Any) -> Any:
+    """The lower bf16 of every pair in fp32."""
+    return T.reinterpret("float32x16", T.shift_left(pairs, T.broadcast(T.int32(16), ROWS)))
+
+
+class AmxChunkTiles(ChunkTiles):
+    """Tile operations with products on the matrix unit; K, v_tile and chunk are multiples of 32, gates per head or none.
+
+    `emulated` computes the same without AMX.
+    """
+
+    def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, span: int, v_first: bool, emulated: bool = False) -> None:
+        super().__init__(K, V, v_tile=v_tile, chunk=chunk, rows=8, columns=32, span=span, v_first=v_first)
+        self.unit = EmulatedMatrixUnit() if emulated else MatrixUnit()
+        self.helpers = TO_LINE + HELPERS + (ROUND_EMULATED if emulated else ROUND)
+        self.granule = self.triangle = GRANULE
+        self.exact: set[Any] = set()
+
+    def enter(self, lane: Expr) -> None:
+        """Allocate, and configure the thread's tile registers."""
+        super().enter(lane)
+        self.unit.enter()
+        self.scratch = self.array(GRANULE, GRANULE)
+
+    def leave(self) -> None:
+        """Let the system forget the tile registers."""
+        self.unit.leave()
+
+    def tile(self, rows: int, cols: int, place: str = "shared", dtype: str = "float32") -> Tile:
+        """Array on the worker's stack; remembers whether its numbers are exact in bf16."""
+        tile = super().tile(rows, cols, place)
+        if dtype == "bfloat16":
+            self.exact.add(tile.buffer)
+        return tile
+
+    def operand(self, tile: Tile, side: str, *, transpose: bool = False) -> Any:
+        """Blocks of bf16 pairs; small blocks of a tile stay with the vector unit."""
+        if tile.rows < tile.buffer.shape[-2]:
+            return super().operand(tile, side, transpose=transpose)
+        parts = 1 if tile.buffer in self.exact else 2
+        rows, cols = (tile.cols, tile.rows) if transpose else (tile.rows, tile.cols)
+        blocks = (rows // 16, cols // 32) if side == "left" else (rows // 32, cols // 16)
+        return MatrixOperand(self.array(parts, *blocks, ROWS, ROWS, dtype="int32"), tile, side, transpose, parts)
+
+    def pack(self, *operands: Any, rows: Expr | None = None, lower: bool = False) -> None:
+        """Convert; transposed operands are made from a left one of the same tile that is packed with them."""
+        if isinstance(operands[0], Operand):
+            super().pack(*operands, rows=rows, lower=lower)
+            return
+        done: dict[tuple[str, bool], Any] = {}
+        for operand in operands:
+            made = done[operand.side, operand.transposed] = operand
+            count = operand.source.rows if rows is None else rows
+            if not operand.transposed:
+                (self._left if operand.side == "left" else self._right)(made, count, lower)
+            elif operand.side == "right":
+                self._right_transposed(made, done["left", False], count)
+            else:
+                self._left_transposed(made, done["right", True], count)
+
+    @staticmethod
+    def _split(dst: MatrixOperand, format_: str, a: Any, b: Any, index: list[Any]) -> None:
+        """Write two vectors as bf16 pairs, and what the rounding left of them as second part."""
+        kept = local_array(2, ROWS)
+        T.buffer_store(kept, a, [0, LANES])
+        T.buffer_store(kept, b, [1, LANES])
+        x, y = kept[0, LANES], kept[1, LANES]
+        T.buffer_store(dst.buffer, helper(format_, x, y), [0, *index, LANES])
+        if dst.parts == 2:
+            pairs = local_array(ROWS, dtype="int32")
+            T.buffer_store(pairs, helper("pair", x, y), [LANES])
+            rest = helper(format_, x - low_part(pairs[LANES]), y - high_part(pairs[LANES]))
+            T.buffer_store(dst.buffer, rest, [1, *index, LANES])
+
+    def _left(self, dst: MatrixOperand, rows: Expr, lower: bool) -> None:
+        src = dst.source
+        row = lambda i, at: src.buffer[tuple(src.at(i, at, ROWS, LANES))]  # noqa: E731
+        with T.serial(ceil_div(rows, GRANULE) * 2) as rb:
+            with T.serial(rb // 2 + 1 if lower else src.cols // 32) as db:
+                with T.serial(ROWS) as r:
+                    self._split(dst, "join", row(rb * ROWS + r, db * 2), row(rb * ROWS + r, db * 2 + 1), [rb, db, r])
+
+    def _right(self, dst: MatrixOperand, rows: Expr, lower: bool) -> None:
+        del lower
+        src = dst.source
+        row = lambda i, at: src.buffer[tuple(src.at(i, at, ROWS, LANES))]  # noqa: E731
+        with T.serial(ceil_div(rows, GRANULE)) as db:
+            with T.serial(src.cols // 16) as cb:
+                with T.serial(ROWS) as p:
+                    i = db * 32 + p * 2
+                    self._split(dst, "pair", row(i, cb), row(i + 1, cb), [db, cb, p])
+
+    @staticmethod
+    def _right_transposed(dst: MatrixOperand, left: MatrixOperand, rows: Expr) -> None:
+        """Every block of a left operand, transposed as 32-bit elements, is one of a right operand."""
+        with T.serial(ceil_div(rows, GRANULE) * 2) as rb:
+            with T.serial(left.buffer.shape[2]) as db:
+                for part in range(dst.parts):
+                    transpose_16(
+                        lambda r, part=part: left.buffer[part, rb, db, r, LANES],
+                        lambda r, column, part=part: T.buffer_store(dst.buffer, column, [part, db, rb, r, LANES]),
+                        "int32",
+                    )
+
+    @staticmethod
+    def _left_transposed(dst: MatrixOperand, right: MatrixOperand, rows: Expr) -> None:
+        """Rows of pairs of a transposed right operand, their halves put together."""
+        with T.serial(dst.buffer.shape[1]) as kb:
+            with T.serial(ceil_div(rows, GRANULE)) as tb:
+                with T.serial(ROWS // 2) as p:
+                    for part in range(dst.parts):
+                        x, y = (right.buffer[part, kb // 2, tb * 2 + n, kb % 2 * 8 + p, LANES] for n in (0, 1))
+                        T.buffer_store(dst.buffer, helper("even", x, y), [part, kb, tb, p * 2, LANES])
+                        T.buffer_store(dst.buffer, helper("odd", x, y), [part, kb, tb, p * 2 + 1, LANES])
+
+    def mma(
+        self,
+        dst: Tile,
+        a: Any,
+        b: Any,
+        *,
+        rows: Expr | None = None,
+        cols: Expr | None = None,
+        depth: Expr | None = None,
+        lower: str | None = None,
+        start: ElementFunction | None = None,
+        finish: ElementFunction | None = None,
+        sources: tuple[Tile, ...] = (),
+    ) -> None:
+        """32 x 32 results in four tile registers, two more for each side."""
+        if isinstance(a, Operand):
+            super().mma(
+                dst, a, b, rows=rows, cols=cols, depth=depth, lower=lower, start=start, finish=finish, sources=sources
+            )  # fmt: skip
+            return
+        if start is not None and start is not keep:
+            self.map(dst, start, dst, *sources, rows=rows)
+        full = b.buffer.shape[1] if depth is None else ceil_div(depth, 32)
+        row_blocks = dst.rows // GRANULE if rows is None else ceil_div(rows, GRANULE)
+        col_blocks = dst.cols // GRANULE
+
+        def block(io: Expr, jo: Expr) -> None:
+            self._block(dst, a, b, io, jo, io + 1 if lower == "left" else full, start is not None, finish, sources)
+
+        if lower == "result":
+            with T.serial(row_blocks) as io:
+                with T.serial(io + 1) as jo:
+                    block(io, jo)
+        else:
+            with T.serial(col_blocks) as jo:
+                with T.serial(row_blocks) as io:
+                    block(io, jo)
+
+    def _block(
+        self,
+        dst: Tile,
+        a: MatrixOperand,
+        b: MatrixOperand,
+        io: Expr,
+        jo: Expr,
+        steps: Expr,
+        added: bool,
+        finish: ElementFunction | None,
+        sources: tuple[Tile, ...],
+    ) -> None:
+        """Result rows 32 io to 32 io + 31, columns 32 jo to 32 jo + 31."""
+        unit = self.unit
+
+        def result(half_row: int, half_col: int) -> Rows:
+            return lambda r: dst.at(io * GRANULE + half_row * ROWS + r, jo, GRANULE, half_col * ROWS)
+
+        halves = [(x, y) for x in (0, 1) for y in (0, 1)]
+        for x, y in halves:
+            if added:
+                unit.load(2 * x + y, dst.buffer, result(x, y), dst.width)
+            else:
+                unit.clear(2 * x + y)
+        with T.serial(steps) as kk:
+            for part in range(a.parts):
+                for x in (0, 1):
+                    unit.load(4 + x, a.buffer, lambda r, x=x, part=part: [part, io * 2 + x, kk, r, 0], ROWS)
+                for other in range(b.parts if part == 0 else 1):
+                    for y in (0, 1):
+                        unit.load(6 + y, b.buffer, lambda r, y=y, other=other: [other, kk, jo * 2 + y, r, 0], ROWS)
+                    for x, y in halves:
+                        unit.dot(2 * x + y, 4 + x, 6 + y)
+        for x, y in halves:
+            if finish is None:
+                unit.store(2 * x + y, dst.buffer, result(x, y), dst.width)
+            else:
+                unit.store(2 * x + y, self.scratch, lambda r, x=x, y=y: [x * ROWS + r, y * ROWS], GRANULE)
+        if finish is not None:
+            with T.serial(GRANULE) as r:
+                with T.vectorized(GRANULE) as lane:
+                    i = io * GRANULE + r
+                    values = [source.get(i, jo, GRANULE, lane) for source in sources]
+                    dst.put(finish(i, jo * GRANULE + lane, self.scratch[r, lane], *values), i, jo, GRANULE, lane)

@@ -1,0 +1,213 @@
+"""Device targets: code for them is machine code, packs say whom they serve, and emulated device code meets the reference.
+
+``pytest --target NAME`` runs `test_parity_at_small_shapes` on the device NAME where it is present and emulated where it is not;
+the default run does a sample of it on the emulation of one target.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tvm_gdn import build, cases, check, device, dispatch, env, images, kernel_cache, load, pack, parity
+from tvm_gdn.commands.arguments import geometry_of_case
+from tvm_gdn.errors import BuildError, PackError, TargetError
+from tvm_gdn.ops import OPS
+from tvm_gdn.target import EMULATED as PREFIX
+from tvm_gdn.target import emulation_of, named, resolve, runnable, target_names
+
+EMULATED = True
+DECODE = "packed_decode_gated_delta_rule"
+UPDATE = "fused_recurrent_gated_delta_rule_update"
+GATING = "fused_gdn_gating"
+ACCELERATORS = [name for name in target_names() if named(name).device != "cpu" and named(name).concrete]
+SMALL = {
+    "B": 2,
+    "H": 1,
+    "HV": 2,
+    "K": 32,
+    "V": 16,
+    "S": 3,
+    "with": ("initial_state_source", "initial_state_indices"),
+    "padding": True,
+}
+#: What is parametrized by `kernel` is compiled before the first test, so it must not be there in a run on the CPU itself.
+ON_ACCELERATOR = env.target_name().startswith((PREFIX, *ACCELERATORS))
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+def tokens(case):
+    return sum(case.get("lengths", (case.get("B", 1) * case.get("T", 1),)))
+
+
+def small_cases():
+    """Two storage variants of every shape that an emulation runs in a second or two."""
+    for op, spec in OPS.items():
+        shapes = {}
+        for case in spec.cases:
+            storage = {"dtype", "state_dtype", "state_v_first"}
+            shapes.setdefault(json.dumps({k: v for k, v in case.items() if k not in storage}), []).append(case)
+        for number, variants in enumerate(shapes.values()):
+            for case in {id(variants[n % len(variants)]): variants[n % len(variants)] for n in (number, number + 3)}.values():
+                if tokens(case) <= 200:
+                    yield pytest.param((op, case), id=f"{op} {cases.label(case)}")
+
+
+if ON_ACCELERATOR:
+
+    @pytest.mark.parametrize("kernel", small_cases())
+    def test_parity_at_small_shapes(kernel):
+        op, case = kernel
+        result = parity.check_case(OPS[op], case, device=resolve(env.target_name()).device)
+        assert result.passed, (result.errors, result.limits, result.failure)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    monkeypatch.setenv("TVM_GDN_TARGET", f"{PREFIX}cuda-sm80")
+    dispatch.reset()
+    yield resolve(f"{PREFIX}cuda-sm80")
+    monkeypatch.undo()
+    dispatch.reset()
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [(GATING, {"M": 65, "HV": 33, "dtype": "bfloat16"}), (DECODE, {**SMALL, "dtype": "bfloat16", "state_dtype": "float32"})],
+)
+def test_emulated_device_code_meets_the_reference(emulated, op, case):
+    result = parity.check_case(OPS[op], case)
+    assert result.passed, result
+    assert "emulated:cuda-sm80" in result.served
+    arguments = cases.draw(OPS[op], case)
+    for name, value in parity.expected(OPS[op], arguments).items():
+        assert parity.rms_ratio(torch.zeros_like(value), value) > 0.5, name
+
+
+def test_a_pool_at_an_odd_address_is_no_misaligned_access(emulated):
+    arguments = cases.draw(OPS[DECODE], {**SMALL, "dtype": "float32"})
+    want = parity.expected(OPS[DECODE], arguments)
+    pool = arguments["initial_state_source"]
+    arguments["initial_state_source"] = torch.empty(pool.numel() + 1)[1:].view(pool.shape).copy_(pool)
+    got = parity.run(OPS[DECODE], arguments)
+    errors, limits = parity.compare(OPS[DECODE], got, want)
+    assert all(errors[name] <= limits[name] for name in limits)
+
+
+def test_an_empty_batch_launches_nothing(emulated):
+    arguments = cases.draw(OPS[GATING], {"M": 4, "HV": 3, "dtype": "float32"})
+    empty = {**arguments, "a": arguments["a"][:0], "b": arguments["b"][:0]}
+    assert parity.run(OPS[GATING], empty)["g"].shape == (0, 3)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("target", "number"), [("cuda-sm80", 80), ("cuda-sm90", 90)])
+def test_cuda_packs_hold_machine_code_for_their_architecture(tmp_path, target, number):
+    spec = resolve(target)
+    requests = [
+        build.Request(OPS[op], geometry_of_case(OPS[op], case)) for op, case in ((DECODE, SMALL), (GATING, OPS[GATING].cases[0]))
+    ]
+    kernel_cache.compile_pack(tmp_path / "pack", requests, spec)
+    read = pack.read_whole(tmp_path / "pack")
+    assert (read.manifest.image, read.manifest.arch, read.manifest.serves) == ("cubin", spec.arch, spec.serves)
+    for entry in read.manifest.kernels:
+        data = read.file(entry.image).read_bytes()
+        assert data[:4] == b"\x7fELF"
+        assert int.from_bytes(data[18:20], "little") == 190  # EM_CUDA
+        assert b"__global__" not in data and b"#include" not in data
+        assert data.count(entry.symbol.encode()) > 0
+    libraries = b"".join(read.file(entry).read_bytes() for entry in read.manifest.kernels)
+    assert b"__global__" not in libraries
+
+
+def test_source_in_place_of_machine_code_is_refused(tmp_path):
+    (tmp_path / "kernel.cubin").write_text('extern "C" __global__ void kernel() {}')
+    with pytest.raises(PackError, match="no machine code"):
+        images.check(tmp_path / "kernel.cubin", "cubin")
+    shutil.copy(shutil.which("true"), tmp_path / "other.cubin")
+    with pytest.raises(PackError, match="ELF file for machine"):
+        images.check(tmp_path / "other.cubin", "cubin")
+
+
+def test_pack_for_another_architecture_is_refused_with_what_differs(emulated, tmp_path, monkeypatch):
+    geometry = geometry_of_case(OPS[GATING], OPS[GATING].cases[0])
+    kernel_cache.compile_pack(tmp_path / "pack", [build.Request(OPS[GATING], geometry)], emulated)
+    path = tmp_path / "pack" / pack.MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "device": "cuda", "arch": "sm_80", "serves": ["8.0", "8.6"]}))
+    found = pack.read(tmp_path / "pack")
+    with pytest.raises(PackError, match="none is present"):
+        monkeypatch.setattr(device, "architecture", lambda kind: None)
+        pack.check_device(found)
+    monkeypatch.setattr(device, "architecture", lambda kind: "9.0")
+    with pytest.raises(
+        PackError, match=r"sm_80 \(cuda devices of architecture 8\.0, 8\.6\), the device that is present has 9\.0"
+    ):
+        pack.check_device(found)
+    monkeypatch.setattr(device, "architecture", lambda kind: "8.6")
+    pack.check_device(found)
+
+
+def test_a_driver_that_is_not_there_is_an_error(emulated, tmp_path):
+    geometry = geometry_of_case(OPS[GATING], OPS[GATING].cases[0])
+    kernel_cache.compile_pack(tmp_path / "pack", [build.Request(OPS[GATING], geometry)], emulated)
+    path = tmp_path / "pack" / pack.MANIFEST
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "driver": {**data["driver"], "library": "libnothing.so.1"}}))
+    found = pack.read(tmp_path / "pack")
+    with pytest.raises(PackError, match=r"driver cannot be loaded: libnothing\.so\.1"):
+        load.load_kernel(found, found.manifest.kernels[0])
+    path.write_text(json.dumps({**data, "driver": {**data["driver"], "prefix": "other"}}))
+    found = pack.read(tmp_path / "pack")
+    with pytest.raises(PackError, match="no function otherInit"):
+        load.load_kernel(found, found.manifest.kernels[0])
+
+
+def test_a_family_means_the_device_that_is_present(monkeypatch):
+    monkeypatch.setattr(device, "architecture", lambda kind: None)
+    resolve.cache_clear()
+    try:
+        assert not resolve("cuda").concrete
+        with pytest.raises(TargetError, match="needs what this machine lacks: a cuda device"):
+            runnable(resolve("cuda"))
+        for present, expected in (("8.6", "cuda-sm80"), ("9.0", "cuda-sm90")):
+            monkeypatch.setattr(device, "architecture", lambda kind, present=present: present)
+            resolve.cache_clear()
+            assert resolve("cuda") == named(expected) == resolve("auto", "cuda")
+            assert runnable(resolve("cuda")).missing() == []
+        monkeypatch.setattr(device, "architecture", lambda kind: "12.0")
+        resolve.cache_clear()
+        derived = resolve("cuda")
+        assert (derived.arch, derived.serves, derived.lineage[1:]) == ("sm_120", ("12.0",), ("cuda",))
+        assert dict(derived.codegen)["arch"] == "sm_120"
+        assert resolve(derived.text) == derived
+    finally:
+        resolve.cache_clear()
+
+
+@pytest.mark.parametrize("name", ACCELERATORS)
+def test_every_accelerator_states_what_it_needs(name):
+    target = named(name)
+    assert target.serves and target.arch and target.rank
+    assert {"library", "prefix", "launch", "error"} == set(dict(target.driver))
+    assert emulation_of(target).device == "cpu"
+    assert resolve(emulation_of(target).text) == emulation_of(target)
+    assert emulation_of(target).digest() != target.digest()
+
+
+def test_explicit_targets_speak_for_their_own_device(monkeypatch):
+    spec = OPS[GATING]
+    geometry = check.geometry_of(spec, cases.draw(spec, {"M": 3, "HV": 4, "dtype": "float32"}))
+    monkeypatch.setenv("TVM_GDN_TARGET", "cuda-sm80")
+    dispatch.reset()
+    assert str(dispatch.lookup(spec, geometry, "cpu")).startswith("compiled (x86")
+    if device.architecture("cuda") is None:
+        with pytest.raises(TargetError, match="a cuda device"):
+            dispatch.lookup(spec, geometry, "cuda")
+    dispatch.reset()
+
+
+def test_a_missing_tool_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(BuildError, match="nvcc is not on PATH"):
+        images._compile_source("", [], named("cuda-sm80"), tmp_path / "kernel.cubin")

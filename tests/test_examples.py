@@ -1,0 +1,46 @@
+"""Every example runs as its docstring says, and its printed numbers are within the limits that it prints beside them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECK = re.compile(
+    r"^check (?P<what>[^:]+): .*?(?P<number>[\d.]+(?:e[+-]\d+)?)\b.*, limit (?P<limit>[\d.]+(?:e[+-]\d+)?)$", re.MULTILINE
+)
+#: What each example checks, and whether the number must also be above 0, as rounding makes it.
+CHECKS = {
+    "basic_call": {"o": True, "state": True},
+    "multi_turn": {"o": True, "state": True, "other slots": False},
+    "varlen_batch": {f"sequence {n} of {length} tokens": length > 0 for n, length in enumerate((63, 1, 0, 200, 17))},
+    "verify_tree": {"pool before the commit": False, "sequence 0, path 0-1-3": True, "sequence 1, path 0-2": True},
+    "transformers_patch": {"tokens": False, "logits": True},
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_example_checks_its_own_numbers(name):
+    if name == "transformers_patch":
+        pytest.importorskip("transformers.models.qwen3_next")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, f"examples/{name}.py"],
+        capture_output=True, text=True, cwd=ROOT, check=False, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = {match["what"]: (float(match["number"]), float(match["limit"])) for match in CHECK.finditer(done.stdout)}
+    assert set(found) == set(CHECKS[name]), done.stdout
+    for what, (number, limit) in found.items():
+        assert number <= limit, done.stdout
+        assert number > 0 or not CHECKS[name][what], done.stdout
+
+
+def test_every_example_is_tested_and_linked():
+    names = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert names == set(CHECKS)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"(examples/{name}.py)" in readme for name in names)

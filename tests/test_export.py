@@ -1,0 +1,246 @@
+"""Exports: each is compiled or evaluated by programs that know nothing of tvm_gdn, and held against the float64 reference."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+
+import pytest
+import torch
+
+from tvm_gdn import cli, parity, reference
+from tvm_gdn.commands import arguments
+from tvm_gdn.export import c_files, onnx_files
+from tvm_gdn.export.artifact import ExportError, Request, all_passed, draw, fill
+from tvm_gdn.export.command import export
+from tvm_gdn.export.formats import FORMATS
+from tvm_gdn.ops import OPS
+
+CHUNK = "chunk_gated_delta_rule"
+HEADS = (("H", 2), ("HV", 4))
+
+
+def request(op, dims="", **options):
+    return Request(OPS[op], arguments.parse_dims(OPS[op], dims), **options)
+
+
+def run(*words):
+    return cli.main(["export", *map(str, words)])
+
+
+# --- C
+
+
+C_KERNELS = [
+    ("fused_gdn_gating", "dtype=bfloat16"),
+    (CHUNK, "K=32,V=16,dtype=float32,state_v_first=1"),
+    ("chunk_kda", "K=16,V=32,dtype=bfloat16,with=initial_state+cu_seqlens"),
+    ("packed_decode_gated_delta_rule", "K=32,V=16,dtype=float32,state=bfloat16"),
+]
+C_TREE = (
+    "fused_recurrent_gated_delta_rule_update",
+    "K=16,V=16,with=initial_state_source+initial_state_indices+cu_seqlens+intermediate_states_buffer+retrieve_parent_token",
+)
+
+
+@pytest.mark.parametrize(("op", "dims"), [*C_KERNELS, pytest.param(*C_TREE, marks=pytest.mark.slow)])
+def test_c_compiles_without_warnings_and_its_self_test_passes(op, dims, tmp_path):
+    wanted = request(op, dims)
+    files = c_files.build(wanted)
+    assert b"tvm/" not in files[f"{wanted.symbol}.c"]
+    fill(tmp_path, files)
+    (check,) = c_files.verify(wanted, tmp_path)
+    assert check.passed, check.detail
+    # The self-test itself must notice a wrong result.
+    source = (tmp_path / f"{wanted.symbol}.c").read_text()
+    spoiled = source.replace("return (int)kernel(args", "args[0].type_index = 7; return 0; (void)kernel; (void)(args")
+    assert spoiled != source
+    (tmp_path / f"{wanted.symbol}.c").write_text(spoiled)
+    assert not c_files.verify(wanted, tmp_path)[0].passed
+
+
+def test_c_library_called_by_a_program_that_is_not_ours(tmp_path):
+    """Built as a shared library and called through ctypes: other sizes than the self-test's, and a refused call."""
+    wanted = request(CHUNK, "K=32,V=16,dtype=float32")
+    fill(tmp_path, c_files.build(wanted))
+    library = tmp_path / "lib.so"
+    subprocess.run(
+        ["cc", "-std=c99", "-O1", "-shared", "-fPIC", tmp_path / f"{wanted.symbol}.c", "-o", library, "-lm"], check=True
+    )
+    function, error = (getattr(ctypes.CDLL(str(library)), wanted.symbol + end) for end in ("", "_error"))
+    error.restype = ctypes.c_char_p
+    values, want = draw(wanted, seed=3, B=3, T=65, H=2, HV=4)
+    tensors = [values[name] for name in ("q", "k", "v", "g", "beta", "initial_state")]
+    o, final = torch.full((3, 65, 4, 16), float("nan")), torch.full((3, 4, 32, 16), float("nan"))
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+
+    def call(heads, scale=32**-0.5):
+        tail = [ctypes.c_void_p(o.data_ptr()), ctypes.c_void_p(final.data_ptr())]
+        sizes = [ctypes.c_int64(n) for n in (3, 65, heads, 4, 3)]
+        # Tensors and scalars in the operator's order, outputs, then B, T, H, HV, N.
+        return function(*pointers[:5], ctypes.c_float(scale), pointers[5], ctypes.c_int(1), *tail, *sizes)
+
+    assert f"int64_t {'HV'}" in (tmp_path / f"{wanted.symbol}.h").read_text()
+    assert call(2) == 0, error()
+    for name, got in (("o", o), ("final_state", final)):
+        assert parity.rms_ratio(got, want[name]) < 1e-5
+    assert call(3) == -1
+    assert b"HV" in error() or b"head" in error()
+
+
+def test_c_has_no_float16():
+    with pytest.raises(ExportError, match=r"float16.*allowed: float32, bfloat16"):
+        c_files.build(request(CHUNK, "K=32,V=16,dtype=float16"))
+
+
+# --- ONNX
+
+PROFILES = FORMATS["onnx"].profiles
+MODELS = [
+    *((CHUNK, "K=32,V=16,dtype=float32", {"profile": profile, "chunk": 16}) for profile in PROFILES),
+    ("chunk_kda", "K=16,V=32,dtype=float32", {"profile": "standard"}),
+    ("chunk_kda", "K=16,V=32,dtype=float32", {"profile": "chunked", "chunk": 16}),
+    ("chunk_kda", "K=16,V=32,dtype=float32", {"profile": "decomposed"}),
+    ("fused_recurrent_delta_rule", "K=32,V=16,dtype=float16,with=", {"profile": "standard"}),
+    ("chunk_delta_rule", "K=32,V=16,dtype=float32,with=", {"profile": "chunked", "chunk": 24}),
+    (CHUNK, "K=32,V=16,dtype=bfloat16,state_v_first=1", {"profile": "chunked", "chunk": 16, "tokens": 37}),
+    (CHUNK, "K=32,V=16,dtype=bfloat16,state=bfloat16", {"profile": "standard", "l2norm": False, "scale": 0.5}),
+    ("fused_gdn_gating", "dtype=bfloat16", {"profile": "standard"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "dims", "options"), MODELS)
+def test_onnx(op, dims, options, tmp_path):
+    pytest.importorskip("onnx")
+    wanted = request(op, dims, heads=HEADS, **options)
+    fill(tmp_path, onnx_files.build(wanted))
+    checks = onnx_files.verify(wanted, tmp_path)
+    assert all_passed(checks), "\n".join(map(str, checks))
+    evaluators = {check.by.split()[0] for check in checks if check.passed and check.what.startswith("numbers")}
+    expected = {"onnxruntime"} if options["profile"] == "ort" else {"onnxruntime", "onnx.reference"}
+    if pytest.importorskip("onnxruntime"):
+        assert evaluators == expected
+
+
+@pytest.mark.parametrize("tokens", [0, 130])
+def test_onnx_chunks_of_one_repeated_key(tokens, tmp_path):
+    """Equal keys, beta 1, no decay: powers of the chunk's matrix reach 1e18, its inverse stays small."""
+    pytest.importorskip("onnxruntime")
+    wanted = request(CHUNK, "K=32,V=16,dtype=float32", profile="chunked", heads=HEADS, tokens=tokens)
+    fill(tmp_path, onnx_files.build(wanted))
+    q, v = torch.randn(1, 130, 2, 32), torch.randn(1, 130, 4, 16)
+    k = torch.randn(1, 1, 2, 32).expand(1, 130, 2, 32).contiguous()
+    g, beta, state = torch.zeros(1, 130, 4), torch.ones(1, 130, 4), torch.randn(1, 4, 32, 16)
+    path = tmp_path / f"{CHUNK}.onnx"
+    feeds = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": state}
+    o, final = onnx_files.run_onnxruntime(path, feeds, ["o", "final_state"])
+    want, last = reference.chunk_gated_delta_rule(q, k, v, g, beta, None, state, True, use_qk_l2norm_in_kernel=True, exact=True)
+    assert parity.rms_ratio(o, want) < 1e-5 and parity.rms_ratio(final, last) < 1e-5
+
+
+def test_onnx_profiles_use_what_they_say():
+    onnx = pytest.importorskip("onnx")
+    seen = {}
+    for profile in PROFILES:
+        model = onnx.load_from_string(
+            onnx_files.build(request(CHUNK, "K=32,V=16,dtype=float32", profile=profile, heads=HEADS))[f"{CHUNK}.onnx"]
+        )
+        seen[profile] = {(node.domain, node.op_type) for node in model.graph.node}
+        assert {o.domain: o.version for o in model.opset_import}[""] == onnx_files.OPSET[profile]
+        shape = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+        assert shape == ["batch", "time", 2, 32]
+        assert [o.name for o in model.graph.output] == ["o", "final_state"]
+    assert ("", "LinearAttention") in seen["standard"] and ("com.microsoft", "LinearAttention") in seen["ort"]
+    assert all(op != "LinearAttention" for profile in ("decomposed", "chunked") for _, op in seen[profile])
+    fixed = request(CHUNK, "K=32,V=16,dtype=float32", profile="chunked", heads=HEADS, tokens=96)
+    model = onnx.load_from_string(onnx_files.build(fixed)[f"{CHUNK}.onnx"])
+    assert not {"Scan", "Loop", "If"} & {node.op_type for node in model.graph.node}
+
+
+@pytest.mark.parametrize(
+    ("op", "dims", "message"),
+    [
+        ("packed_decode_gated_delta_rule", "K=32,V=32", "mixed_qkv has no ONNX form"),
+        (CHUNK, "K=32,V=32,with=cu_seqlens", "cu_seqlens has no ONNX form"),
+    ],
+)
+def test_onnx_refuses_what_it_cannot_say(op, dims, message):
+    pytest.importorskip("onnx")
+    with pytest.raises(ExportError, match=message):
+        onnx_files.build(request(op, dims, profile="standard"))
+
+
+# --- the command
+
+ONNX_WORDS = ("--op", CHUNK, "--format", "onnx", "--dims", "K=32,V=16,dtype=float32,H=2,HV=4")
+
+
+def test_command_writes_one_file_and_says_who_verified_it(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "rule.onnx"
+    assert run(*ONNX_WORDS, "-o", path) == 0
+    text = capsys.readouterr().out
+    assert path.is_file() and [p.name for p in tmp_path.iterdir()] == ["rule.onnx"]
+    for who in ("onnx.checker", "onnx.reference", "onnxruntime", "limit 1e-05"):
+        assert who in text
+    assert run(*ONNX_WORDS, "-o", path) == 2
+    assert "--force" in capsys.readouterr().err
+    assert run(*ONNX_WORDS, "--profile", "decomposed", "--force", "-o", path) == 0
+
+
+@pytest.mark.parametrize("form", ["onnx", "c"])
+def test_failed_verification_writes_nothing(form, tmp_path, capsys, monkeypatch):
+    """An exporter whose q is scaled wrongly by one part in a thousand."""
+    if form == "onnx":
+        pytest.importorskip("onnxruntime")
+        honest = onnx_files._normalized
+        monkeypatch.setattr(
+            onnx_files, "_normalized", lambda graph, x, request: graph.Mul(honest(graph, x, request), graph.constant(1.001))
+        )
+    else:
+        honest = c_files._entry
+        monkeypatch.setattr(c_files, "_entry", lambda interface: honest(interface).replace("= scale;", "= scale * 1.001f;"))
+    path = tmp_path / "out"
+    assert run("--op", CHUNK, "--format", form, "--dims", "K=32,V=16,dtype=float32,H=2,HV=4", "-o", path) == 1
+    text = capsys.readouterr().out
+    assert "FAILED" in text and "nothing was written" in text and not list(tmp_path.iterdir())
+    assert run("--op", CHUNK, "--format", form, "--dims", "K=32,V=16,dtype=float32,H=2,HV=4", "-o", path, "--no-verify") == 0
+    assert "not verified" in capsys.readouterr().out and path.is_dir()
+
+
+def test_no_verifier_is_no_success(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    missing = lambda *args: (_ for _ in ()).throw(ImportError("not installed"))  # noqa: E731
+    monkeypatch.setattr(onnx_files, "_run_reference", missing)
+    monkeypatch.setattr(onnx_files, "run_onnxruntime", missing)
+    monkeypatch.setattr(onnx_files, "_checked", lambda path: onnx_files.Check("model", "nobody", None))
+    checks, _ = export(request(CHUNK, "K=32,V=16,dtype=float32", profile="standard"), "onnx", tmp_path / "x.onnx")
+    assert not all_passed(checks) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--format", "onnx"), "--op"),
+        (("--op", CHUNK, "--format", "onnx", "--profile", "old", "--dims", "K=32,V=32"), "standard, decomposed, chunked, ort"),
+        (("--op", CHUNK, "--format", "c", "--profile", "ort", "--dims", "K=32,V=32"), "has none"),
+        (("--op", CHUNK, "--format", "onnx", "--dims", "K=32,V=32,H=0"), "at least 1"),
+        (("--op", CHUNK, "--format", "onnx", "--dims", "K=32,V=32,H=2,HV=3"), "multiple of H"),
+        (("--op", CHUNK, "--format", "onnx", "--dims", "K=32,V=32", "--chunk", "0"), "--chunk"),
+        (("--op", "fused_recurrent_kda", "--format", "onnx", "--model", "qwen3-next"), "does not call"),
+        (("--op", "packed_decode_gated_delta_rule", "--format", "onnx", "--dims", "K=32,V=32"), "chunk_gated_delta_rule"),
+    ],
+)
+def test_refused_requests_name_what_is_allowed(words, message, tmp_path, capsys):
+    assert run(*words, "-o", tmp_path / "x") == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_force_leaves_other_files_alone(tmp_path, capsys):
+    pytest.importorskip("onnx")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "precious").write_text("x")
+    assert run(*ONNX_WORDS, "-o", folder) == 2
+    assert run(*ONNX_WORDS, "--force", "--no-verify", "-o", folder) == 0
+    assert sorted(p.name for p in folder.iterdir()) == [f"{CHUNK}.onnx", "precious"]

@@ -1,0 +1,128 @@
+"""Times this package next to Triton kernels of others on a CUDA device: SGLang's packed decode and flash-linear-attention.
+
+    python tools/device_peers.py OUT.json [decode] [prefill]
+
+Captured graphs and eager calls, in interleaved rounds of one process, each contender's error to the float64 reference beside its
+time. Peers that are not installed, or that fail, are named with the reason. Qwen3-Next's heads: H 16, HV 32, K = V = 128.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tvm_gdn import cases, dispatch, parity
+from tvm_gdn.bench import contenders, machine
+from tvm_gdn.bench import device as bench_device
+from tvm_gdn.bench.timing import ratio
+from tvm_gdn.check import geometry_of
+from tvm_gdn.ops import OPS
+
+SECONDS = 0.3
+HEADS = {"H": 16, "HV": 32, "K": 128, "V": 128, "dtype": "bfloat16"}
+POOL = ("initial_state_source", "initial_state_indices")
+
+
+def sglang_packed(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """SGLang's packed decode; it keeps states V-first."""
+    from sglang.kernels.ops.attention.fla.fused_recurrent import fused_recurrent_gated_delta_rule_packed_decode as function
+
+    pool = arguments["initial_state_source"].transpose(-1, -2).contiguous()
+    B, HV, V = arguments["a"].shape[0], arguments["A_log"].shape[0], pool.shape[-2]
+    out = arguments["mixed_qkv"].new_empty(B, 1, HV, V)
+    names = ("mixed_qkv", "a", "b", "A_log", "dt_bias")
+
+    def call() -> torch.Tensor:
+        return function(
+            *(arguments[name] for name in names), pool.shape[-1] ** -0.5, pool, out,
+            arguments["initial_state_indices"], use_qk_l2norm_in_kernel=True,
+        )[0]  # fmt: skip
+
+    return call
+
+
+def fla_chunk(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """Flash-linear-attention's chunked form."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as function
+
+    a = arguments
+    call = torch.no_grad()(function)
+    return lambda: call(
+        a["q"], a["k"], a["v"], a["g"], a["beta"], initial_state=a["initial_state"], output_final_state=True,
+        use_qk_l2norm_in_kernel=a["use_qk_l2norm_in_kernel"],
+    )  # fmt: skip
+
+
+def compare(
+    op: str, case: Mapping[str, Any], peers: Mapping[str, Callable[..., Any]], check: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """One shape: errors (on the shape `check` where the reference would take too long), then times."""
+    spec = OPS[op]
+    notes: dict[str, str] = {}
+    small = cases.draw(spec, check or case)
+    want = next(iter(parity.expected(spec, small).values()))
+    on_device = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in cases.clone(small).items()}
+    errors = {}
+    for name, make in peers.items():
+        try:
+            got = make(cases.clone(on_device))()
+            errors[name] = parity.rms_ratio(got[0] if isinstance(got, tuple) else got, want)
+        except Exception as error:
+            notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    result = parity.run(spec, cases.clone(on_device))
+    errors["tvm_gdn"] = parity.rms_ratio(next(iter(result.values())), want)
+    inputs = contenders.steady(spec, case, "cuda")
+    geometry = geometry_of(spec, inputs)
+    moved, flops = spec.cost(cases.sizes_of(spec, case), geometry) if spec.cost else (0, 0)
+    calls: dict[str, Callable[[], Any]] = {"tvm_gdn": contenders.public_call(spec, inputs)}
+    calls |= {name: make(inputs) for name, make in peers.items() if name in errors}
+    if moved:
+        calls["copy"] = contenders.copy_call(moved, "cuda")
+    times, refused = bench_device.graphs(calls, SECONDS)
+    eager = bench_device.eager({name: call for name, call in calls.items() if name != "copy"}, SECONDS)
+    row = {
+        "op": op, "case": cases.label(case), "served_by": dispatch.served_by(op, geometry, "cuda"), "errors": errors,
+        "notes": {**notes, **refused}, "bytes": moved, "flops": flops,
+        "graph_us": {name: timing.to_json() for name, timing in times.items()},
+        "eager_us": {name: timing.to_json() for name, timing in eager.items()},
+        "ours_over_peer": {name: ratio(times["tvm_gdn"], times[name]) for name in times if name not in {"tvm_gdn"}},
+    }  # fmt: skip
+    text = "  ".join(
+        f"{name} {times[name].us:.1f}" + (f" (eager {eager[name].us:.1f})" if name in eager else "") for name in times
+    )
+    print(f"{op} {row['case']}: {text}; errors { ({k: f'{v:.1e}' for k, v in errors.items()}) } {row['notes'] or ''}", flush=True)
+    return row
+
+
+def main() -> None:
+    """Run what the arguments name and write everything as JSON."""
+    wanted = sys.argv[2:] or ["decode", "prefill"]
+    rows = []
+    if "decode" in wanted:
+        for state in ("float32", "bfloat16"):
+            for batch in (1, 8, 32, 128, 256):
+                case = {"B": batch, "S": batch, **HEADS, "state_dtype": state, "with": POOL, "use_qk_l2norm_in_kernel": True}
+                check = {**case, "B": min(batch, 8), "S": min(batch, 8)}
+                rows.append(compare("packed_decode_gated_delta_rule", case, {"sglang": sglang_packed}, check))
+    if "prefill" in wanted:
+        for tokens in (1024, 8192, 32768):
+            case = {
+                "B": 1,
+                "T": tokens,
+                **HEADS,
+                "state_dtype": "float32",
+                "with": ("initial_state",),
+                "output_final_state": True,
+            }
+            case |= {"use_qk_l2norm_in_kernel": True}
+            rows.append(compare("chunk_gated_delta_rule", case, {"fla": fla_chunk}, {**case, "T": 1000}))
+    with open(sys.argv[1], "w", encoding="utf-8") as file:  # noqa: PTH123
+        json.dump({**machine.stamp(), "device": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""What a format works with: the kernel asked for, the checks made on its files, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvm_gdn import cases, parity
+from tvm_gdn.build import symbol_of
+from tvm_gdn.check import TORCH_DTYPES
+from tvm_gdn.errors import ArgumentError, TvmGdnError
+from tvm_gdn.spec import Geometry, OpSpec, Scalar
+
+
+class ExportError(TvmGdnError, RuntimeError):
+    """An operator could not be exported; or what was exported did not pass its verification."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One kernel to export.
+
+    Parameters
+    ----------
+    spec, geometry
+        The operator, and what the kernel is compiled for.
+    profile : str
+        Variant of the format; formats without variants have "".
+    l2norm : bool
+        For formats that fix options: normalize q and k (`use_qk_l2norm_in_kernel`).
+    scale : float, optional
+        For formats that fix options: factor on q; default the operator's own.
+    chunk : int
+        Tokens per chunk, for formats that state the chunked form in other operators.
+    tokens : int
+        For the same: the number of tokens, if it is to be fixed; 0: any.
+    heads : tuple of (str, int)
+        Sizes of axes that are symbolic in kernels and fixed in some formats (H, HV).
+    """
+
+    spec: OpSpec
+    geometry: Geometry
+    profile: str = ""
+    l2norm: bool = True
+    scale: float | None = None
+    chunk: int = 64
+    tokens: int = 0
+    heads: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def symbol(self) -> str:
+        """Name of the exported function."""
+        return symbol_of(self.spec, self.geometry)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verification: what was checked, by which program, and how it came out; `passed` None: it could not be run here."""
+
+    what: str
+    by: str
+    passed: bool | None
+    detail: str = ""
+
+    @property
+    def row(self) -> tuple[str, str, str, str]:
+        """Line of the table that the command prints."""
+        return self.what, self.by, {True: "ok", False: "FAILED", None: "not run"}[self.passed], self.detail
+
+
+def all_passed(checks: Sequence[Check]) -> bool:
+    """Whether nothing failed and something was run."""
+    return all(check.passed is not False for check in checks) and any(check.passed for check in checks)
+
+
+def case_of(spec: OpSpec, geometry: Geometry, **sizes: Any) -> dict[str, Any]:
+    """A case (see `cases.py`) that has a geometry, at the sizes given; packed sequences have T, 0 and 1 tokens."""
+    given = tuple(tensor.name for tensor in spec.tensors if tensor.optional and tensor.name in geometry.dtype)
+    options = {scalar.name: _stated(scalar, geometry.attr[scalar.name]) for scalar in spec.scalars if scalar.static}
+    case: dict[str, Any] = {**sizes, **geometry.axis, **options, "dtypes": dict(geometry.dtype), "with": given}
+    if "T" in case and not {"cu_seqlens", "query_start_loc"}.isdisjoint(given):
+        case["lengths"] = (case.pop("T"), 0, 1)
+        case.pop("B", None)
+    return case
+
+
+def _stated(scalar: Scalar, meaning: Any) -> Any:
+    """A value of a static scalar that has this meaning."""
+    return next((value for value, means in scalar.choices if means == meaning), meaning)
+
+
+def draw(request: Request, seed: int = 0, **sizes: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Arguments of a call of the request's kernel, and what the float64 reference makes of them."""
+    case = case_of(request.spec, request.geometry, **sizes)
+    for scalar in request.spec.scalars:
+        if scalar.name == "use_qk_l2norm_in_kernel":
+            case[scalar.name] = request.l2norm
+        if scalar.name == "scale":
+            case[scalar.name] = request.scale
+    arguments = cases.draw(request.spec, case, seed)
+    return arguments, parity.expected(request.spec, arguments)
+
+
+def compared(request: Request, what: str, by: str, got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> Check:
+    """The check that outputs are within the operator's tolerances."""
+    missing = sorted(set(want) - set(got))
+    if missing:
+        return Check(what, by, False, f"no output {', '.join(missing)}")
+    errors, limits = parity.compare(request.spec, got, want)
+    text = ", ".join(f"{name} {error:.1e} (limit {limits[name]:.0e})" for name, error in errors.items())
+    return Check(what, by, all(error <= limits[name] for name, error in errors.items()), text)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a SPEC's dtype name."""
+    return TORCH_DTYPES[name]
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Refuse an output path before any work is done.
+
+    Raises
+    ------
+    ArgumentError
+        Something is there and may not be replaced, or its folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise ArgumentError(f"-o {path}: the folder {path.parent} does not exist")
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() and not force:
+        raise ArgumentError(f"-o {path}: exists; choose another path, or replace it with --force")
+
+
+def is_one_file(path: Path, files: Sequence[str]) -> bool:
+    """Whether an export is written as the file `path` instead of into a folder of that name."""
+    return len(files) == 1 and bool(path.suffix) and path.suffix == Path(files[0]).suffix
+
+
+def write(path: Path, files: Mapping[str, bytes]) -> None:
+    """Put files at a path: into a folder, or as that file where there is one file and `path` has its suffix.
+
+    They are written beside it first and renamed, so that nobody sees half of a file; other files of the folder stay.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        fill(staging, files)
+        if is_one_file(path, list(files)):
+            (staging / next(iter(files))).replace(path)
+        elif path.is_dir():
+            for name in files:
+                (staging / name).replace(path / name)
+        else:
+            staging.chmod(0o755)
+            staging.rename(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def fill(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a folder."""
+    for name, content in files.items():
+        (folder / name).write_bytes(content)

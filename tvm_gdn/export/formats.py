@@ -1,0 +1,85 @@
+"""The table of export formats: name -> module with ``build``, ``verify`` and, where it has any, profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tvm_gdn.errors import ArgumentError
+from tvm_gdn.export.artifact import Check, Request
+
+
+@dataclass(frozen=True)
+class Format:
+    """One export format.
+
+    Parameters
+    ----------
+    module : str
+        Module of `tvm_gdn.export` with ``build(request)`` and ``verify(request, folder)``; ``module:NAME`` where its
+        ``maker(NAME)`` gives the two.
+    summary : str
+        One line for the help text.
+    profiles : tuple of str
+        Variants, the default first; empty where there is one.
+    """
+
+    module: str
+    summary: str
+    profiles: tuple[str, ...] = ()
+
+    @property
+    def build(self) -> Callable[[Request], Mapping[str, bytes]]:
+        """The format's files of a request, by name."""
+        return self._functions()[0]
+
+    @property
+    def verify(self) -> Callable[[Request, Path], list[Check]]:
+        """Checks of a request's files, which lie in a folder."""
+        return self._functions()[1]
+
+    def _functions(self) -> Any:
+        name, _, variant = self.module.partition(":")
+        module = import_module(f"tvm_gdn.export.{name}")
+        return module.maker(variant) if variant else (module.build, module.verify)
+
+
+FORMATS = {
+    "onnx": Format(
+        "onnx_files",
+        "one .onnx model; opset 27 LinearAttention, or by profile older operators or onnxruntime's own",
+        ("standard", "decomposed", "chunked", "ort"),
+    ),
+    "c": Format("c_files", "portable C99 with a header, a CMake file and a self-test; no TVM, no torch"),
+    "torch": Format("torch_program", "a saved torch.export program (.pt2) that holds the operator as one node"),
+    **{
+        f"{language}-src": Format(f"gpu_source:{language}", f"{title} source with a JSON launch description")
+        for language, title in (
+            ("cuda", "CUDA"),
+            ("musa", "MUSA"),
+            ("opencl", "OpenCL"),
+            ("metal", "Metal"),
+            ("webgpu", "WGSL"),
+        )
+    },
+}
+
+
+def profile_of(name: str, profile: str | None) -> str:
+    """A format's profile: the one asked for, or its default.
+
+    Raises
+    ------
+    ArgumentError
+        The format has no such profile.
+    """
+    profiles = FORMATS[name].profiles
+    if profile is None:
+        return profiles[0] if profiles else ""
+    if profile not in profiles:
+        allowed = f"allowed: {', '.join(profiles)}" if profiles else "the format has none"
+        raise ArgumentError(f"--profile {profile}: {allowed} (--format {name})")
+    return profile

@@ -1,0 +1,183 @@
+"""Formats ``cuda-src``, ``musa-src``, ``opencl-src``, ``metal-src``, ``webgpu-src``: kernel source and how to launch it, as JSON.
+
+For vendors whose compilers take such source. CUDA and MUSA get the schedule of those targets. The others get the mapping that
+every GPU language can say: one thread per value column, no shuffles, no shared memory, no barriers; slow where registers are few.
+What is verified is the same TIR as CUDA C, run by the emulation of a CUDA device on this CPU (`emulation.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from tvm_gdn import build as builder
+from tvm_gdn.export.artifact import Check, ExportError, Request, compared, draw
+from tvm_gdn.spec import Geometry, OpSpec
+from tvm_gdn.target import TargetSpec, resolve
+
+#: Language -> suffix of its files, target that supplies the schedule, and dtypes that its source was generated for.
+LANGUAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "cuda": (".cu", "cuda-sm80", ("float32", "bfloat16", "float16", "int32", "int64")),
+    "musa": (".mu", "musa-mp31", ("float32", "bfloat16", "float16", "int32", "int64")),
+    "opencl": (".cl", "cuda-sm80", ("float32", "bfloat16", "int32", "int64")),
+    "metal": (".metal", "cuda-sm80", ("float32", "int32", "int64")),
+    "webgpu": (".wgsl", "cuda-sm80", ("float32", "int32")),
+}
+_NATIVE = ("cuda", "musa")
+ALGORITHMS = ("recurrent", "gating")
+
+
+def maker(language: str) -> tuple[Callable[[Request], dict[str, bytes]], Callable[[Request, Path], list[Check]]]:
+    """The ``build`` and ``verify`` of a language's format."""
+    suffix = LANGUAGES[language][0]
+
+    def build(request: Request) -> dict[str, bytes]:
+        """The source, and ``<symbol>.json`` that says how to launch it."""
+        _supported(request, language)
+        made = _process({"do": "source", "language": language, **_text(request)})
+        launch = {"operator": request.spec.name, "geometry": request.geometry.to_json(), **made["launch"]}
+        return {
+            f"{request.symbol}{suffix}": made["source"].encode(),
+            f"{request.symbol}.json": (json.dumps(launch, indent=1) + "\n").encode(),
+        }
+
+    def verify(request: Request, folder: Path) -> list[Check]:
+        """Run the kernel emulated; the text of other languages than CUDA's is not compiled here, and the table says so."""
+        source = (folder / f"{request.symbol}{suffix}").read_text(encoding="utf-8")
+        launch = json.loads((folder / f"{request.symbol}.json").read_text(encoding="utf-8"))
+        named = all(kernel["name"] in source for kernel in launch["kernels"])
+        checks = [Check("kernels named in the launch description", "text search", named)]
+        made = _process({"do": "verify", "language": language, **_text(request)})
+        what = "the same TIR as CUDA C, numbers against float64 reference"
+        checks.append(Check(what, "device emulation on the CPU", made["passed"], made["detail"]))
+        if language not in _NATIVE:
+            checks.append(Check(f"{language} text", f"{language} compiler", None, "none is used here"))
+        return checks
+
+    return build, verify
+
+
+def _supported(request: Request, language: str) -> None:
+    if request.spec.algorithm not in ALGORITHMS:
+        raise ExportError(f"{request.spec.name}: no portable GPU mapping; operators of {', '.join(ALGORITHMS)} kernels have one")
+    allowed = LANGUAGES[language][2]
+    wrong = [f"{name} {dtype}" for name, dtype in request.geometry.dtype.items() if dtype not in allowed]
+    if wrong:
+        raise ExportError(f"{request.spec.name} in {language}: {', '.join(wrong)}; allowed: {', '.join(allowed)}")
+
+
+def _text(request: Request) -> dict[str, Any]:
+    return {"op": request.spec.name, "geometry": request.geometry.to_json()}
+
+
+def _process(job: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tvm_gdn.export.gpu_source"], input=json.dumps(job), capture_output=True, text=True,
+        timeout=timeout, check=False, env=builder.builder_environment(),
+    )  # fmt: skip
+    if done.returncode:
+        raise ExportError(f"{job['op']} in {job['language']}: {done.stderr.strip()[-800:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _knobs(spec: OpSpec, geometry: Geometry, target: TargetSpec, language: str) -> dict[str, Any]:
+    from tvm_gdn import schedule
+
+    if language in _NATIVE or spec.algorithm != "recurrent":
+        return schedule.choose(spec, geometry, target).knobs
+    # All threads along the value columns: no sum crosses threads, so no shuffles.
+    return {"column_lanes": math.gcd(geometry.axis["V"], 32), "columns": 1}
+
+
+def _source(spec: OpSpec, geometry: Geometry, language: str) -> dict[str, Any]:
+    import tvm
+
+    from tvm_gdn import images, schedule
+
+    target = resolve(LANGUAGES[language][1])
+    space, _ = schedule.find_space(spec.algorithm, target)
+    function = builder.prim_func(spec, geometry, space.tiles(geometry, **_knobs(spec, geometry, target, language)))
+    goal = images.tvm_target(dict(target.codegen) if language in _NATIVE else {"kind": language})
+    tool: Any = import_module("tvm.tirx.build")
+    with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config)):
+        module = tvm.tirx.transform.BindTarget(goal)(tvm.IRModule.from_expr(function))
+        pipeline, _, finalize = tvm.tirx.get_default_tir_pipeline(goal)
+        host, devices = tool.split_host_device_mods(pipeline(module))
+        ((device_target, device),) = devices.items()
+        launch = {"kernels": _launches(host.script(), device)}
+        source = tool.codegen_build(finalize()(device), device_target).inspect_source("cuda" if language in _NATIVE else "")
+    if language in _NATIVE:
+        source = images._with_functions(source)
+    return {"source": source, "launch": launch}
+
+
+def _launches(host: str, device: Any) -> list[dict[str, Any]]:
+    """What the host part passes to each kernel: expressions over the operator's arguments, in the order of the parameters."""
+    found = []
+    for function in device.functions.values():
+        name = str(function.attrs["global_symbol"])
+        call = re.search(rf'call_ffi_kernel\("{name}", (.*), launch_params', host)
+        if call is None:
+            raise ExportError(f"no launch of {name} in the generated host code")
+        values = [re.sub(r"T\.\w+\((-?\d+)\)", r"\1", text) for text in _split(call[1])]
+        tags = [str(tag) for tag in function.attrs["tirx.kernel_launch_params"]]
+        arguments = [
+            {"name": parameter.name, "type": str(parameter.ty).removeprefix("T."), "value": value}
+            for parameter, value in zip(function.params, values[: len(function.params)], strict=True)
+        ]
+        grid = dict(zip(tags, values[len(function.params) :], strict=True))
+        found.append({"name": name, "arguments": arguments, "launch": grid})
+    return found
+
+
+def _split(text: str) -> list[str]:
+    """Arguments of a call, at its commas outside parentheses."""
+    parts, depth, start = [], 0, 0
+    for i, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and not depth:
+            parts.append(text[start:i].strip())
+            start = i + 1
+    return [*parts, text[start:].strip()]
+
+
+def _verify(spec: OpSpec, geometry: Geometry, language: str) -> dict[str, Any]:
+    from tvm_gdn import load, pack, parity, torch_ops
+    from tvm_gdn.target import concrete, emulation_of
+
+    target = resolve(LANGUAGES[language][1])
+    emulated, request = emulation_of(concrete(target)), Request(spec, geometry)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        wanted = builder.Request(spec, geometry, _knobs(spec, geometry, target, language))
+        built = builder.compile_kernel(wanted, emulated, folder)
+        launcher = builder.build_launcher(folder, emulated)
+        pack.write(folder / "pack", emulated, builder.required_features(emulated), [built], launcher)
+        made = pack.read(folder / "pack")
+        present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
+        kernel = load.load_kernel(made, made.manifest.kernels[0])
+        function = torch_ops.call_function(spec, present, geometry.axis, kernel)
+        arguments, want = draw(request, B=2, T=5, H=1, HV=2, S=4, M=5)
+        check = compared(request, "", "", parity.run(spec, arguments, function), want)
+    return {"passed": bool(check.passed), "detail": check.detail}
+
+
+def _main() -> None:
+    from tvm_gdn.ops import OPS
+
+    job = json.load(sys.stdin)
+    make = {"source": _source, "verify": _verify}[job["do"]]
+    result = make(OPS[job["op"]], Geometry.from_json(job["geometry"]), job["language"])
+    sys.stdout.write("\n" + json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,259 @@
+"""Device code: a TIR function -> the host part as a library, the device part as an image, and the table that joins them.
+
+The generated source is compiled by the command that the target's file states, and never by what TVM would do by itself: without
+a driver it silently packs *source*. `check` looks at the result: a pack that promises machine code holds machine code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass
+from importlib import import_module, resources
+from pathlib import Path
+from typing import Any
+
+from tvm_gdn.errors import BuildError, PackError
+from tvm_gdn.target import TargetSpec, concrete, named
+
+#: Letters of the launcher's table, by TIR dtype.
+_LETTERS = {
+    "int64": "l", "uint64": "l", "int32": "i", "uint32": "i", "int16": "s", "int8": "b", "bool": "b", "float32": "f",
+    "float64": "d",
+}  # fmt: skip
+_TAGS = {
+    "blockIdx.x": "0", "blockIdx.y": "1", "blockIdx.z": "2", "threadIdx.x": "3", "threadIdx.y": "4", "threadIdx.z": "5",
+    "tirx.use_dyn_shared_memory": "6",
+}  # fmt: skip
+_EM_CUDA, _EM_AMDGPU, _EM_X86_64, _EM_AARCH64 = 190, 224, 62, 183
+_CPUS = (_EM_X86_64, _EM_AARCH64)
+#: Image formats that are ELF files, with the machines that they may be for.
+_MACHINES = {
+    "cubin": (_EM_CUDA,),
+    "hsaco": (_EM_AMDGPU,),
+    "elf-so": (_EM_X86_64, _EM_AARCH64),
+    "emulation": (_EM_X86_64, _EM_AARCH64),
+}
+#: Functions that device code calls by name.
+FUNCTIONS = "device_functions.h"
+#: What runs device code on a CPU.
+EMULATION = "device_emulation.h"
+_CXX = ("c++", "g++", "clang++")
+
+
+@dataclass(frozen=True)
+class DeviceCode:
+    """Host library, image, and one line per kernel: name, parameter letters, launch dimensions."""
+
+    library: Path
+    image: Path
+    table: tuple[str, ...]
+
+
+def tvm_target(codegen: dict[str, Any]) -> Any:
+    """The TVM target of device code, with the portable form of this machine as its host."""
+    import tvm
+
+    host = dict(named("x86").codegen) if tvm.target.codegen.llvm_get_system_triple().startswith("x86_64") else {"kind": "llvm"}
+    return tvm.target.Target(
+        {name: list(value) if isinstance(value, tuple) else value for name, value in codegen.items()}, host=host
+    )
+
+
+def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: str) -> DeviceCode:
+    """Compile a kernel for an accelerator, in this process.
+
+    Parameters
+    ----------
+    function : tvm.tirx.PrimFunc
+        The kernel.
+    target : TargetSpec
+        Its target.
+    folder : Path
+        Where files are written.
+    symbol : str
+        Beginning of their names.
+
+    Returns
+    -------
+    DeviceCode
+
+    Raises
+    ------
+    BuildError
+        No compiler for the device's code, or it failed.
+    """
+    import tvm
+
+    builder = import_module("tvm.tirx.build")
+    concrete(target)
+    options = dict(target.codegen)
+    goal = tvm_target(options)
+    objects = _capture_objects(target)
+    # Barriers are the schedules' own: inserted ones would stand inside conditions too.
+    with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config), disabled_pass=["s_tir.ThreadSync"]):
+        module = tvm.tirx.transform.BindTarget(goal)(tvm.IRModule.from_expr(function))
+        pipeline, finalize_host, finalize_device = tvm.tirx.get_default_tir_pipeline(goal)
+        host, devices = builder.split_host_device_mods(pipeline(module))
+        if len(devices) != 1:
+            raise BuildError(f"{symbol}: {len(devices)} device modules; a kernel has one")
+        ((device_target, device),) = devices.items()
+        device = finalize_device()(device)
+        table = tuple(_line(function) for function in device.functions.values())
+        source = builder.codegen_build(device, device_target).inspect_source("cuda" if options["kind"] == "cuda" else "asm")
+        library = folder / f"{symbol}.so"
+        builder.codegen_build(finalize_host()(host), goal.host).export_library(str(library))
+    image = folder / f"{symbol}.{target.image}"
+    if "linker" in dict(target.compiler):
+        _link(objects, target, image)
+        image.with_suffix(".s").write_text(source, encoding="utf-8")
+    else:
+        _compile_source(_with_functions(source), [line.split()[0] for line in table], target, image)
+    check(image, target.image)
+    return DeviceCode(library, image, table)
+
+
+def _line(function: Any) -> str:
+    """A kernel's line of the launcher's table."""
+    letters = []
+    for parameter in function.params:
+        kind = str(parameter.ty)
+        letter = "p" if "handle" in kind else _LETTERS.get(kind)
+        if letter is None:
+            raise BuildError(f"device parameter {parameter.name} has the type {kind}, which the launcher cannot pass")
+        letters.append(letter)
+    tags = [_TAGS.get(str(tag)) for tag in function.attrs["tirx.kernel_launch_params"]]
+    if None in tags:
+        raise BuildError(f"launch parameters {list(function.attrs['tirx.kernel_launch_params'])} are not known to the launcher")
+    return f"{function.attrs['global_symbol']} {''.join(letters) or '-'} {''.join(map(str, tags))}"
+
+
+def _capture_objects(target: TargetSpec) -> list[bytes]:
+    """Objects that TVM's code generator hands to its linker, where it generates machine code itself."""
+    import tvm
+    import tvm_ffi
+
+    objects: list[bytes] = []
+    kind = dict(target.codegen)["kind"]
+
+    def keep(code: Any) -> Any:
+        objects.append(bytes(code))
+        return bytearray(objects[-1])
+
+    tvm_ffi.register_global_func(f"tvm_callback_{kind}_link", keep, override=True)
+    tvm_ffi.register_global_func(f"tvm_callback_{kind}_bitcode_path", lambda *_: tvm.runtime.convert([]), override=True)
+    # Where a driver is present TVM would compile the source as well.
+    tvm_ffi.register_global_func(f"tvm_callback_{kind}_compile", lambda *_: bytearray(b"\x7fELF"), override=True)
+    return objects
+
+
+def wanted_tool(target: TargetSpec) -> str:
+    """The program that compiles or links a target's device code."""
+    compiler = dict(target.compiler)
+    return compiler["command"][0] if "command" in compiler else " or ".join(compiler.get("linker", _CXX))
+
+
+def tools(target: TargetSpec) -> str | None:
+    """Path of that program, or None where it is not installed."""
+    compiler = dict(target.compiler)
+    names = compiler["command"][:1] if "command" in compiler else compiler.get("linker", _CXX)
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+def _tool(target: TargetSpec) -> str:
+    path = tools(target)
+    if path is None:
+        raise BuildError(
+            f"{wanted_tool(target)} is not on PATH: it makes device code for {target.name}; install it, or use a prebuilt pack"
+        )
+    return path
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{command[0]} cannot compile {what}:\n{(done.stderr or done.stdout).strip()}")
+
+
+def _compile_source(source: str, kernels: list[str], target: TargetSpec, image: Path) -> None:
+    if target.image == "emulation":
+        _emulate(source, kernels, target, image)
+        return
+    path = image.with_suffix(dict(target.compiler)["suffix"])
+    path.write_text(source, encoding="utf-8")
+    if target.image == "source":
+        shutil.copyfile(path, image)
+        return
+    number = "".join(re.findall(r"\d+[a-z]?$", target.arch))
+    command = [
+        part.format(arch=target.arch, number=number, source=path, image=image) for part in dict(target.compiler)["command"]
+    ]
+    _tool(target)
+    _run(command, f"device code for {target.name}")
+
+
+def _with_functions(source: str) -> str:
+    """Generated source behind the functions that it calls by name."""
+    return (resources.files("tvm_gdn") / "csrc" / FUNCTIONS).read_text(encoding="utf-8") + source
+
+
+def _link(objects: list[bytes], target: TargetSpec, image: Path) -> None:
+    linker = _tool(target)
+    if not objects:
+        raise BuildError(f"TVM generated no object code for {target.name}")
+    path = image.with_suffix(".o")
+    path.write_bytes(objects[-1])
+    _run([linker, "-shared", "--no-undefined", str(path), "-o", str(image)], f"device code for {target.name}")
+
+
+def _emulate(source: str, kernels: list[str], target: TargetSpec, image: Path) -> None:
+    """Compile CUDA C for the CPU, with the emulation header in front and a launcher per kernel behind."""
+    compiler = _tool(target)
+    warp = dict(target.codegen).get("thread_warp_size", 32)
+    path = image.with_suffix(".cc")
+    path.write_text(emulated_source(source, kernels), encoding="utf-8")
+    folder = resources.files("tvm_gdn") / "csrc"
+    with resources.as_file(folder) as include:
+        flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread"]
+        _run(
+            [compiler, *flags, f"-DEMULATED_WARP={warp}", f"-I{include}", str(path), "-o", str(image)],
+            f"the emulation of {target.name}",
+        )
+
+
+def emulated_source(source: str, kernels: list[str]) -> str:
+    """Generated CUDA C as C++ for the emulation header."""
+    text = re.sub(r"#\s*include\s*[<\"](?:mma|cuda|musa)[^>\"]*[>\"]", "", source)
+    dynamic = r"extern\s+__shared__\s+(?:alignas\(\d+\)\s+|__align__\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\]"
+    text = re.sub(dynamic, r"\1* \2 = (\1*)emulation::dynamic_shared()", text)
+    text = re.sub(r"__shared__\s+(alignas\(\d+\)|__align__\(\d+\))", r"\1 __shared__", text)
+    entries = []
+    for name in kernels:
+        declared = re.search(rf"void\s+(?:__launch_bounds__\([^)]*\)\s*)?{name}\(([^)]*)\);", text)
+        if declared is None:
+            raise BuildError(f"no declaration of {name} in the generated source")
+        types = [re.sub(r"\w+$", "", part.replace("__restrict__", "").strip()).strip() for part in declared[1].split(",") if part]
+        call = ", ".join(f"*({kind}*)p[{n}]" for n, kind in enumerate(types))
+        entries.append(f"EMULATED_KERNEL({json.dumps(name)}, [](void** p) {{ {name}({call}); }})")
+    return "\n".join([f'#include "{EMULATION}"', text, *entries, ""])
+
+
+def check(path: Path, image: str) -> None:
+    """Look at an image's first bytes, whether it is what its format says.
+
+    Raises
+    ------
+    PackError
+        It is text, or an ELF file for another machine.
+    """
+    if image == "source":
+        return
+    head = path.read_bytes()[:20]
+    if head[:4] != b"\x7fELF":
+        raise PackError(f"{path.name} is no machine code ({image} wanted): it begins with {head[:8]!r}")
+    (machine,) = struct.unpack_from("<H", head, 18)
+    if machine not in _MACHINES[image]:
+        raise PackError(f"{path.name} is an ELF file for machine {machine}; {image} wants {_MACHINES[image]}")

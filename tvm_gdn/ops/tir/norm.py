@@ -1,0 +1,98 @@
+"""RMS norm of rows with a gate in TensorIR: norm(x) * act(z), or norm(x * act(z)), in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tvm_gdn.ops.tir.gates import gate_macros
+from tvm_gdn.spec import Geometry
+
+
+def norm(geometry: Geometry, tiles: Any) -> Any:
+    """Build the kernel of one geometry.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        Static axis D (row width), dtypes of x, weight and z, ``norm_before_gate`` and ``activation``.
+    tiles : object
+        The target's loops: `workers` over blocks of `rows_per_worker` rows, `vector` elements at once, `sum` of a vector.
+
+    Returns
+    -------
+    tvm.tirx.PrimFunc
+    """
+    has, D = geometry.dtype, geometry.axis["D"]
+    data, gated = has["x"], "z" in has
+    silu, norm_first = geometry.attr["activation"] == "silu", bool(geometry.attr["norm_before_gate"])
+    block, lanes = tiles.rows_per_worker, min(tiles.vector, D)
+    full, rest = D // lanes, D % lanes
+    sigmoids = {width: gate_macros(tiles, width)[1] for width in (1, lanes)}
+
+    @T.prim_func(s_tir=True)
+    def kernel(x_: T.handle, weight_: T.handle, z_: T.handle, o_: T.handle, eps: T.float32):
+        T.func_attr({"global_symbol": "kernel"})
+        M, G = T.int64(), T.int64()
+        x0, x1, z0, z1 = T.int64(), T.int64(), T.int64(), T.int64()
+        x = T.match_buffer(x_, (M, G, D), data, strides=(x0, x1, 1), align=2)
+        weight = T.match_buffer(weight_, (D,), has["weight"], align=2)
+        z = T.match_buffer(z_, (M, G, D), has.get("z", data), strides=(z0, z1, 1), align=2)
+        o = T.match_buffer(o_, (M, G, D), data, align=2)
+
+        @T.inline
+        def multiply_gate(row, m, g, at, width, sigmoid):
+            """Multiply row[at:] by act(z)."""
+            gate, value = tiles.scalars(width), tiles.scalars(width)
+            for lane in T.vectorized(width):
+                value[lane] = T.Cast("float32", z[m, g, at + lane])
+            for lane in T.vectorized(width):
+                gate[lane] = value[lane]
+            sigmoid(gate)
+            for lane in T.vectorized(width):
+                row[at + lane] = row[at + lane] * gate[lane]
+            if silu:
+                for lane in T.vectorized(width):
+                    row[at + lane] = row[at + lane] * value[lane]
+
+        @T.inline
+        def load(row, squares, m, g, at, width):
+            """Row[at:] in fp32, gated if the gate comes first; its squares are added to `squares`."""
+            for lane in T.vectorized(width):
+                row[at + lane] = T.Cast("float32", x[m, g, at + lane])
+            if gated and not norm_first:
+                multiply_gate(row, m, g, at, width, sigmoids[width])
+            for lane in T.vectorized(width):
+                squares[lane] = squares[lane] + row[at + lane] * row[at + lane]
+
+        @T.inline
+        def store(row, factor, m, g, at, width):
+            """Normalize, weigh, gate if the gate comes last, and store row[at:]."""
+            for lane in T.vectorized(width):
+                row[at + lane] = row[at + lane] * factor[0] * T.Cast("float32", weight[at + lane])
+            if gated and norm_first:
+                multiply_gate(row, m, g, at, width, sigmoids[width])
+            for lane in T.vectorized(width):
+                o[m, g, at + lane] = T.Cast(data, row[at + lane])
+
+        for w in tiles.workers((M * G + block - 1) // block):
+            for r in T.serial(T.min(T.int64(block), M * G - w * block)):
+                m: T.let[T.int64] = (w * block + r) // G
+                g: T.let[T.int64] = (w * block + r) % G
+                row, squares, tail, factor = tiles.scalars(D), tiles.scalars(lanes), tiles.scalars(1), tiles.scalars(1)
+                for lane in T.vectorized(lanes):
+                    squares[lane] = T.float32(0)
+                tail[0] = T.float32(0)
+                for i in T.serial(full):
+                    load(row, squares, m, g, i * lanes, lanes)
+                for i in T.serial(rest):
+                    load(row, tail, m, g, full * lanes + i, 1)
+                factor[0] = tiles.sum(squares, lanes)
+                factor[0] = T.float32(1) / T.sqrt((factor[0] + tail[0]) * T.float32(1 / D) + eps)
+                for i in T.serial(full):
+                    store(row, factor, m, g, i * lanes, lanes)
+                for i in T.serial(rest):
+                    store(row, factor, m, g, full * lanes + i, 1)
+
+    return kernel

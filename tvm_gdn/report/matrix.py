@@ -1,0 +1,124 @@
+"""What works on which target, and how near each operator comes to its tolerance, from parity runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm_gdn.report.data import Parity, ParityCase, nearest, severity
+
+#: Words of a case's label that name a storage dtype (``bf16``, ``state-fp32``); index dtypes (``i64``) are none.
+_DTYPE = re.compile(r"([a-z0-9]+-)?(fp|bf|int|uint)\d+\w*")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One operator on one target: ``works``, ``fallback``, ``fails``, ``compiles`` or ``planned``, and the text for it."""
+
+    status: str
+    text: str
+    detail: str = ""
+
+
+PLANNED = Cell("planned", "planned", "nothing recorded")
+
+
+@dataclass(frozen=True)
+class Heat:
+    """The output of an operator that comes nearest to its limit among the cases of one dtype."""
+
+    error: float
+    limit: float
+    tensor: str
+    case: str
+    cases: int
+
+    @property
+    def of_limit(self) -> float:
+        """Error as a share of the limit."""
+        return self.error / self.limit
+
+
+def newest(runs: Sequence[Parity]) -> dict[tuple[str, str], Parity]:
+    """For each operator and target the run that speaks for it: one with cases wins over a compilation, then the newest."""
+    found = {}
+    for run in sorted(runs, key=lambda run: (not run.compile_only, run.date)):
+        found.update({(op, run.target): run for op in run.kernels})
+    return found
+
+
+def cells(runs: Sequence[Parity]) -> dict[tuple[str, str], Cell]:
+    """Cells of the table of operators and targets, by operator and target; what nothing was recorded for is left out."""
+    return {key: _cell(key[0], run) for key, run in newest(runs).items()}
+
+
+def _cell(op: str, run: Parity) -> Cell:
+    if run.compile_only:
+        return Cell("compiles", "compiles", f"{run.kernels[op]} kernels compiled, nothing run")
+    rows = [row for row in run.cases if row.op == op]
+    if not rows:
+        return PLANNED
+    failed = [row for row in rows if not row.passed]
+    if not failed:
+        worst = max((heat for heat in map(_heat, rows) if heat), key=lambda heat: heat.of_limit, default=None)
+        if worst is None:
+            return Cell("works", f"works ({len(rows)} cases)")
+        detail = f"nearest to its limit: {worst.tensor} {worst.error:.1e} of {worst.limit:.0e} at {worst.case}"
+        return Cell("works", f"works ({len(rows)} cases, {worst.error:.0e})", detail)
+    if all(_fell_back(row) for row in failed):
+        return Cell("fallback", f"fallback ({len(failed)} of {len(rows)} cases)", failed[0].served_by)
+    return Cell(
+        "fails", f"{len(failed)} of {len(rows)} cases fail", f"{failed[0].case}: {failed[0].failure or 'error above limit'}"
+    )
+
+
+def _fell_back(row: ParityCase) -> bool:
+    """Whether the torch reference served the case, and rightly."""
+    return row.served_by.startswith("fallback") and all(row.errors[name] <= limit for name, limit in row.limits.items())
+
+
+def _heat(row: ParityCase, cases: int = 1) -> Heat | None:
+    name = nearest(row.errors, row.limits)
+    if name is None:
+        return None
+    return Heat(row.errors[name], row.limits[name], name, row.case, cases)
+
+
+def dtypes_of(case: str) -> str:
+    """The storage dtypes in a case's label: ``bf16, state-fp32``; fp32 is what a case has that names none."""
+    return ", ".join(word for word in case.split() if _DTYPE.fullmatch(word)) or "fp32"
+
+
+def heatmap(runs: Sequence[Parity], target: str) -> tuple[list[str], dict[str, dict[str, Heat]]]:
+    """Errors against limits of one target.
+
+    Parameters
+    ----------
+    runs : sequence of Parity
+        Of any targets.
+    target : str
+        The target.
+
+    Returns
+    -------
+    dtypes : list of str
+        Columns, in the order of their first case.
+    rows : dict
+        By operator, then dtypes: the output nearest to its limit, or furthest above it.
+    """
+    columns: dict[str, None] = {}
+    rows: dict[str, dict[str, Heat]] = {}
+    for (op, name), run in newest(runs).items():
+        if name != target:
+            continue
+        groups: dict[str, list[ParityCase]] = {}
+        for row in run.cases:
+            if row.op == op:
+                groups.setdefault(dtypes_of(row.case), []).append(row)
+        for dtypes, members in groups.items():
+            heats = [heat for heat in (_heat(row, len(members)) for row in members) if heat]
+            if heats:
+                columns[dtypes] = None
+                rows.setdefault(op, {})[dtypes] = max(heats, key=lambda heat: severity(heat.of_limit))
+    return sorted(columns), rows
