@@ -184,9 +184,12 @@ def main() -> None:
             print(f"\n{label}: {found[0]['touched_experts']} experts touched, imbalance {found[0]['imbalance']:.2f}, entropy "
                   f"{found[0]['entropy']:.2f}; copy {found[0]['copy_gbytes_per_s']:.1f} GB/s")  # fmt: skip
             for row in found:
-                print(f"  {row['contender']:26s} {row['ms_low']:9.3f} ms (median {row['ms_median']:9.3f})"
-                      f"  {row['tokens_per_s']:9.0f} tok/s  {row['gbytes_per_s']:6.1f} GB/s = {row['share_of_copy']:4.0%} of copy  {row['gflops']:7.0f} GFLOP/s"
-                      f"  error {row['error']:.2%}", flush=True)  # fmt: skip
+                print(
+                    f"  {row['contender']:26s} {row['ms_low']:9.3f} ms (median {row['ms_median']:9.3f}) "
+                    f"{row['tokens_per_s']:9.0f} tok/s {row['gbytes_per_s']:6.1f} GB/s = {row['share_of_copy']:4.0%} of copy "
+                    f"{row['gflops']:7.0f} GFLOP/s  error {row['error']:.2%}",
+                    flush=True,
+                )
     print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB", file=sys.stderr)
     for name in ("fused_experts", "fused_experts_packed", "fused_experts_quantized"):
         print(f"{name}: {dispatch.served_by(name)}", file=sys.stderr)

@@ -33,7 +33,9 @@ ZERO = {"int8": 128, "int4": 8, "int4_kgroup": 8}
 GROUPS = (32, 64, 128)
 _FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Candidate scales of 4-bit weights, relative to what maps the largest element to the end of the range.
-_CLIPS = tuple(1.12 - 0.04 * i for i in range(16))
+_CLIPS = tuple(1.12 - 0.06 * i for i in range(10))
+#: Elements that are quantized at once: they stay in a core's cache while the candidates are tried.
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -133,20 +135,34 @@ def _quantize(w: torch.Tensor, scheme: str, group: int) -> tuple[torch.Tensor, t
     if scheme == "int8":
         scale = rows.abs().amax(-1, keepdim=True) / 127
         return ((rows / scale.where(scale > 0, 1)).round() + 128).to(torch.uint8).view(w.shape), scale.squeeze(-1)
-    # The range is -8 to 7: the largest element gets the -8, by a negative scale if it is positive. A smaller scale clips a
-    # few large elements and serves the others better: the candidate of the least square error wins.
-    largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
     stored_as = torch.bfloat16 if group else torch.float32
-    best = torch.full_like(largest, float("inf"))
-    scale, codes = torch.zeros_like(largest), torch.zeros_like(rows)
+    codes = torch.empty(w.shape, dtype=torch.uint8)
+    scale = torch.empty(rows.shape[:2], dtype=stored_as)
+    count = max(1, _CHUNK // w.shape[1])
+    for start in range(0, w.shape[0], count):
+        part = slice(start, start + count)
+        factor = _best_scale(rows[part], stored_as)
+        scaled = rows[part] * (1 / factor.where(factor != 0, 1))
+        codes[part] = scaled.round_().clamp_(-8, 7).add_(8).to(torch.uint8).view(codes[part].shape)
+        scale[part] = factor.squeeze(-1).to(stored_as)
+    return codes, scale
+
+
+def _best_scale(rows: torch.Tensor, stored_as: torch.dtype) -> torch.Tensor:
+    """Scales ``[R, S, 1]`` of 4-bit integers for rows ``[R, S, group]``.
+
+    The range is -8 to 7: the largest element gets the -8, by a negative scale if it is positive. A smaller scale clips a few
+    large elements and serves the others better: the candidate of the least square error wins.
+    """
+    largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
+    best, scale = torch.full_like(largest, float("inf")), torch.zeros_like(largest)
     for clip in _CLIPS:
         candidate = (largest * (-clip / 8)).to(stored_as).float()
-        q = (rows / candidate.where(candidate != 0, 1)).round_().clamp_(-8, 7)
-        error = (q * candidate - rows).square_().sum(-1, keepdim=True)
+        q = (rows * (1 / candidate.where(candidate != 0, 1))).round_().clamp_(-8, 7)
+        error = q.mul_(candidate).sub_(rows).square_().sum(-1, keepdim=True)
         better = error < best
         best, scale = error.where(better, best), candidate.where(better, scale)
-        codes = q.where(better, codes)
-    return (codes + 8).to(torch.uint8).view(w.shape), scale.squeeze(-1).to(stored_as)
+    return scale
 
 
 def _words(elements: torch.Tensor, scheme: str) -> torch.Tensor:
