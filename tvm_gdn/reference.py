@@ -27,13 +27,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tvm_gdn.reference_moe import (
+    expert_stats,
+    fused_experts,
+    fused_experts_packed,
+    fused_experts_quantized,
+    moe_route,
+    moe_sort,
+)
+
 __all__ = [
     "causal_conv1d_fn",
     "causal_conv1d_update",
+    "expert_stats",
+    "fused_experts",
+    "fused_experts_packed",
+    "fused_experts_quantized",
     "fused_gdn_gating",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gated_delta_rule_update",
     "fused_sigmoid_gating_delta_rule_update",
+    "moe_route",
+    "moe_sort",
     "packed_decode_gated_delta_rule",
     "rms_norm_gated",
 ]

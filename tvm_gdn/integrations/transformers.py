@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
+from tvm_gdn.integrations import experts
 
 __all__ = ["SUPPORTED_LAYERS", "SUPPORTED_OPERATORS", "Patched", "patch"]
 
@@ -190,7 +191,8 @@ _REPLACEMENTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "fused_recurrent_gated_delta_rule": ("torch_recurrent_gated_delta_rule", _decode),
 }
 _NORM = "rms_norm_gated"
-SUPPORTED_OPERATORS = (*_REPLACEMENTS, _NORM)
+#: Operators of Gated DeltaNet layers, and that of the experts (`integrations/experts.py`).
+SUPPORTED_OPERATORS = (*_REPLACEMENTS, _NORM, "fused_experts")
 
 
 @dataclass(eq=False)
@@ -280,25 +282,32 @@ class _Layer(NamedTuple):
     def places(self, operators: tuple[str, ...]) -> list[tuple[ModuleType | type, str, str, Callable[..., Any]]]:
         """Owner and name of each function that is replaced, the operator, and what runs instead."""
         found: list[tuple[ModuleType | type, str, str, Callable[..., Any]]] = [
-            (self.source, _REPLACEMENTS[op][0], op, _REPLACEMENTS[op][1]) for op in operators if op != _NORM
+            (self.source, _REPLACEMENTS[op][0], op, _REPLACEMENTS[op][1]) for op in operators if op in _REPLACEMENTS
         ]
         return [*found, (self.norm, "forward", _NORM, _norm)] if _NORM in operators and self.norm else found
 
 
 class Patched:
-    """A model whose Gated DeltaNet layers are served by tvm_gdn until :meth:`unpatch`; made by :func:`patch`.
+    """A model whose Gated DeltaNet layers and experts are served by tvm_gdn until :meth:`unpatch`; made by :func:`patch`.
 
     Attributes
     ----------
     layers : tuple of str
-        Qualified names of the patched layers.
+        Qualified names of the patched Gated DeltaNet layers.
+    experts : tuple of str
+        Qualified names of the patched modules of experts.
     operators : tuple of str
         Names of the operators in use.
     """
 
-    def __init__(self, found: list[_Layer], operators: tuple[str, ...]) -> None:
+    def __init__(
+        self, found: list[_Layer], operators: tuple[str, ...], mixtures: dict[str, nn.Module], scheme: str | None
+    ) -> None:
         self.layers = tuple(entry.name for entry in found)
+        self.experts = tuple(mixtures)
         self.operators = operators
+        self._served = experts.Served(mixtures.values(), scheme)
+        self._active = True
         self._modules = tuple(entry.layer for entry in found)
         hook = functools.partial(_begin, operators)
         with _lock:
@@ -307,11 +316,13 @@ class Patched:
             self._handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self._modules]
             self._handles += [layer.register_forward_hook(_end, always_call=True) for layer in self._modules]
             _patched_layers.update(self._modules)
+            _patched_layers.update(mixtures.values())
+            self._mixtures = tuple(mixtures.values())
 
     @property
     def active(self) -> bool:
         """Whether the layers are still patched."""
-        return bool(self._handles)
+        return self._active
 
     def unpatch(self) -> None:
         """Restore the model and the modeling module; further calls do nothing."""
@@ -322,8 +333,9 @@ class Patched:
                 handle.remove()
             for route in self._routes:
                 _release_route(route)
-            _patched_layers.difference_update(self._modules)
-            self._handles, self._routes = [], []
+            _patched_layers.difference_update((*self._modules, *self._mixtures))
+            self._served.restore()
+            self._handles, self._routes, self._active = [], [], False
 
     def __enter__(self) -> Patched:
         if not self.active:
@@ -334,7 +346,9 @@ class Patched:
         self.unpatch()
 
     def __repr__(self) -> str:
-        return f"Patched(layers={len(self.layers)}, operators={self.operators}, active={self.active})"
+        return (
+            f"Patched(layers={len(self.layers)}, experts={len(self.experts)}, operators={self.operators}, active={self.active})"
+        )
 
 
 def _find_layers(model: nn.Module) -> list[_Layer]:
@@ -365,8 +379,8 @@ def _check_calls(found: _Layer, operators: tuple[str, ...]) -> None:
         )
 
 
-def patch(model: nn.Module, *, operators: Iterable[str] | None = None) -> Patched:
-    """Serve a model's Gated DeltaNet layers with tvm_gdn, for good or inside a ``with`` block.
+def patch(model: nn.Module, *, operators: Iterable[str] | None = None, pack: str | None = None) -> Patched:
+    """Serve a model's Gated DeltaNet layers and experts with tvm_gdn, for good or inside a ``with`` block.
 
     Convolution, delta rule and gated norm run compiled, for prompts and decode steps; the gates are computed in the layer's
     forward itself and stay there. A decode step updates the recurrent state in the cache's own tensor where the cache is
@@ -382,6 +396,9 @@ def patch(model: nn.Module, *, operators: Iterable[str] | None = None) -> Patche
         A transformers model (or any module that holds one) with layers of :data:`SUPPORTED_LAYERS`.
     operators : iterable of str, optional
         Which operators of tvm_gdn to use, out of :data:`SUPPORTED_OPERATORS`. Default: all of them.
+    pack : str, optional
+        Scheme of `pack_experts`: the experts run on packed (and maybe quantized) copies of their weights. Default: on the
+        weights as they are.
 
     Returns
     -------
@@ -410,19 +427,22 @@ def patch(model: nn.Module, *, operators: Iterable[str] | None = None) -> Patche
     if unknown or not chosen:
         raise ArgumentError(f"operators: got {unknown or 'no name'}; allowed are {', '.join(SUPPORTED_OPERATORS)}")
 
-    found = _find_layers(model)
-    if not found:
+    routed = tuple(name for name in chosen if name in _REPLACEMENTS)
+    found = _find_layers(model) if routed else []
+    mixtures = experts.find(model) if "fused_experts" in chosen else {}
+    if not found and not mixtures:
         present = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "layer_idx")})
         raise ArgumentError(
-            f"model: {type(model).__name__} has no Gated DeltaNet layer that can be patched; supported layer classes"
-            f" are {', '.join(SUPPORTED_LAYERS)}; found {', '.join(present) or 'no numbered transformers layer'}"
+            f"model: {type(model).__name__} has no Gated DeltaNet layer and no experts that can be patched; supported layer"
+            f" classes are {', '.join(SUPPORTED_LAYERS)}; found {', '.join(present) or 'no numbered transformers layer'}"
         )
     for entry in found:
-        _check_calls(entry, chosen)
+        _check_calls(entry, routed)
     with _lock:
         taken = [entry.name for entry in found if entry.layer in _patched_layers]
+        taken += [name for name, module in mixtures.items() if module in _patched_layers]
         if taken:
             raise ArgumentError(
                 f"model: layer {taken[0]!r} is patched already; call unpatch() of the Patched that holds it first"
             )
-        return Patched(found, chosen)
+        return Patched(found, chosen, mixtures, pack)

@@ -1,0 +1,277 @@
+"""Tile operations of the experts on CPUs: staged rows, register-blocked products of packed or raw weights.
+
+One micro-kernel serves every packed scheme: `rows` x 32 accumulators, one line of weights times a broadcast word of each row at a
+time; 1, 2, 4 ... rows, so that a decode step does not pay for rows that are not there. Raw weights (rows contiguous along the
+reduction axis) are multiplied vector by vector, and the vectors summed at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm_gdn.schedules.cpu import CpuTiles, local_array, sum_lanes, transpose_16
+from tvm_gdn.schedules.moe_weights import LANES
+
+#: Bytes between staged rows beyond the row itself: rows a power of two apart would share a set of the L1 cache.
+PAD_BYTES = 64
+#: Tokens up to which output columns are cut into narrow slices.
+NARROW_BELOW = 64
+#: Raw rows of weights that are multiplied at once.
+RAW_ROWS = 4
+
+
+class ExpertTiles(CpuTiles):
+    """Tile operations of one geometry.
+
+    Parameters
+    ----------
+    weights : object
+        How weights are multiplied (`moe_weights`).
+    few : int
+        Of raw weights: most rows of an expert that are multiplied without laying the weights out anew.
+    raw : bool
+        Whether weights are rows along the reduction axis instead of packed.
+    block : int
+        Rows of one expert that are staged together.
+    pieces : int
+        Pieces of equal cost that the gate-up products are cut into.
+    columns : int
+        Output columns of one piece of the down products, a multiple of 32; 64 for few tokens.
+    rows : int
+        Most rows of the micro-kernel, a power of two.
+    floor : int
+        Reading weights takes as long as multiplying them with so many blocks of 16 rows.
+    """
+
+    def __init__(
+        self, weights: Any, *, block: int, pieces: int, columns: int, rows: int, floor: int, few: int = 4, raw: bool = False
+    ) -> None:
+        self.weights, self.block, self.pieces, self.columns, self.floor = weights, block, pieces, columns, floor
+        self.operand, self.prelude, self.k_step = weights.operand, weights.prelude, weights.k_step
+        self.quantized, self.zero = weights.quantized, weights.zero
+        self.pad = PAD_BYTES // {"float32": 4, "bfloat16": 2, "int8": 1}[self.operand]
+        self.narrow_below = NARROW_BELOW
+        self.top, self.few, self.raw = rows, few, raw
+        self.product = self._raw_product() if raw else self._product()
+
+    def begin(self, steps: int) -> None:
+        """What a worker does before its first product."""
+        if self.raw:
+            self.panel = T.alloc_buffer((1, 1, steps, 512), "int32")
+
+    def end(self) -> None:
+        """What a worker does after its last product."""
+
+    def integers(self, count: int) -> Any:
+        """int32 scratch."""
+        return local_array(count, dtype="int32")
+
+    def rows(self, count: Any, columns: int) -> Any:
+        """Staged rows of the products' left operand, each padded."""
+        return T.alloc_buffer((count, columns + self.pad), self.operand)
+
+    def words(self, A: Any) -> Any:
+        """Rows of elements as what is multiplied: fp32 numbers, or words of several elements."""
+        if self.operand == "float32":
+            return A
+        *outer, last = A.shape
+        return T.decl_buffer((*outer, last // self.weights.per), "int32", data=A.data, align=4)
+
+    @staticmethod
+    def to_int8(x: Any) -> Any:
+        """Nearest integer of [-127, 127]; of NaN any."""
+        return T.Cast("int8", T.nearbyint(T.max(T.min(x, T.float32(127)), T.float32(-127))))
+
+    def _blocks(self, micro: Any, top: int) -> Any:
+        """Macro that gives rows to the micro-kernel of the least height that holds them."""
+
+        def shortest(height: int) -> Any:
+            below = shortest(height // 2) if height > 1 else None
+
+            @T.inline
+            def choose(left, args):
+                if below is None:
+                    micro(height, *args)
+                elif left > height // 2:
+                    micro(height, *args)
+                else:
+                    below(left, args)
+
+            return choose
+
+        return shortest(top)
+
+    def _micro(self) -> Any:
+        """C[r, :] = rows first + r of A times the 32 columns of group n, r < height."""
+        weights, k_step = self.weights, self.weights.k_step
+        lines, per, quantized = weights.lines, weights.per, weights.quantized
+
+        def groups(scale, steps):
+            """Groups of the reduction axis per step that have a scale of their own; 0: one scale for all steps."""
+            count = int(scale.shape[2]) if quantized else 1
+            return 0 if count == 1 else count // int(steps)
+
+        @T.inline
+        def clear(acc, height):
+            for r in T.unroll(height):
+                for c in T.unroll(2):
+                    acc[r, T.ramp(c * LANES, 1, LANES)] = T.broadcast(T.Cast(acc.dtype, 0), LANES)
+
+        @T.inline
+        def run(acc, A, first, W, e, n, s, line0, count, height):
+            for i in T.serial(count):
+                w = local_array(2, LANES, dtype="int32")
+                w[0, T.ramp(0, 1, LANES)] = weights.line(W, e, n, s, line0 + i, 0)
+                w[1, T.ramp(0, 1, LANES)] = weights.line(W, e, n, s, line0 + i, 1)
+                for r in T.unroll(height):
+                    for c in T.unroll(2):
+                        acc[r, T.ramp(c * LANES, 1, LANES)] = weights.dot(
+                            acc[r, T.ramp(c * LANES, 1, LANES)],
+                            A,
+                            first + r,
+                            s * k_step + (line0 + i) * per,
+                            w[c, T.ramp(0, 1, LANES)],
+                        )
+
+        @T.inline
+        def micro(height, C, A, sums, first, W, scale, e, n, steps):
+            acc = local_array(height, 2 * LANES, dtype=weights.sum)
+            clear(acc, height)
+            if groups(scale, steps) == 0:
+                for s in T.serial(steps):
+                    run(acc, A, first, W, e, n, s, 0, lines, height)
+                for r in T.unroll(height):
+                    for c in T.unroll(2):
+                        if quantized:
+                            C[r, T.ramp(c * LANES, 1, LANES)] = T.Cast(
+                                "float32x16",
+                                acc[r, T.ramp(c * LANES, 1, LANES)] - T.broadcast(sums[first + r, 0], LANES),
+                            ) * T.Cast("float32x16", scale[e, n, 0, T.ramp(c * LANES, 1, LANES)])
+                        else:
+                            C[r, T.ramp(c * LANES, 1, LANES)] = acc[r, T.ramp(c * LANES, 1, LANES)]
+            else:
+                scaled = local_array(height, 2 * LANES)
+                clear(scaled, height)
+                for s in T.serial(steps):
+                    for g in T.serial(groups(scale, steps)):
+                        run(acc, A, first, W, e, n, s, g * (lines // groups(scale, steps)), lines // groups(scale, steps), height)
+                        for r in T.unroll(height):
+                            for c in T.unroll(2):
+                                scaled[r, T.ramp(c * LANES, 1, LANES)] = scaled[r, T.ramp(c * LANES, 1, LANES)] + T.Cast(
+                                    "float32x16",
+                                    acc[r, T.ramp(c * LANES, 1, LANES)]
+                                    - T.broadcast(sums[first + r, s * (groups(scale, steps)) + g], LANES),
+                                ) * T.Cast("float32x16", scale[e, n, s * (groups(scale, steps)) + g, T.ramp(c * LANES, 1, LANES)])
+                        clear(acc, height)
+                for r in T.unroll(height):
+                    for c in T.unroll(2):
+                        C[r, T.ramp(c * LANES, 1, LANES)] = scaled[r, T.ramp(c * LANES, 1, LANES)]
+
+        return micro
+
+    def _product(self) -> Any:
+        top, choose = self.top, self._blocks(self._micro(), self.top)
+
+        @T.inline
+        def product(A, sums, first, m, W, scale, e, n, steps, shift, sink):
+            C = local_array(top, 2 * LANES)
+            for b in T.serial((m + top - 1) // top):
+                choose(T.min(m - b * top, top), (C, self.words(A), sums, first + b * top, W, scale, e, n, steps))
+                sink(C, b * top, T.min(m - b * top, top))
+
+        return product
+
+    def _raw_product(self) -> Any:
+        """Few rows: vectors along the reduction axis. Many: the weights of 32 columns are laid out as if packed, for all rows."""
+        few, many = self._along_rows(), self._product()
+
+        @T.inline
+        def product(A, sums, first, m, W, scale, e, n, steps, shift, sink):
+            if m <= self.few:
+                few(A, first, m, W, e, n, steps, shift, sink)
+            else:
+                self._lay_out(W, e, n, shift)
+                many(A, sums, first, m, self.panel, scale, 0, 0, steps, shift, sink)
+
+        return product
+
+    def _lay_out(self, W: Any, e: Any, n: Any, shift: int) -> None:
+        """Write the panel: steps of 32 raw rows, transposed word by word."""
+        W = self.words_of(W)
+        count, last = W.shape[2], W.shape[1] - 1
+        lanes = T.ramp(0, 1, LANES)
+
+        def word(row: Any, at: Any) -> Any:
+            value = W[e, T.min(row, last), at]
+            kind = "int32x16" if isinstance(at, type(lanes)) else "int32"
+            return value if self.operand != "float32" else T.reinterpret(kind, T.Cast(kind.replace("int", "float"), value))
+
+        for half in range(2):
+            base = n * LANES + half * shift
+            with T.serial(int(count) // LANES) as s:
+                transpose_16(
+                    lambda r, base=base, s=s: word(base + r, T.ramp(s * LANES, 1, LANES)),
+                    lambda c, column, s=s, half=half: T.buffer_store(
+                        self.panel, column, [0, 0, s, T.ramp((half * LANES + c) * LANES, 1, LANES)]
+                    ),
+                    "int32",
+                )
+            if int(count) % LANES:
+                done = int(count) // LANES * LANES
+                with T.serial(LANES) as c:
+                    with T.serial(LANES) as r:
+                        value = T.if_then_else(done + c < count, word(base + r, T.min(done + c, count - 1)), 0)
+                        T.buffer_store(self.panel, value, [0, 0, done // LANES, (half * LANES + c) * LANES + r])
+
+    def words_of(self, W: Any) -> Any:
+        """Raw weights as `words` has rows: as they are where products are in fp32."""
+        return W if self.operand == "float32" else self.words(W)
+
+    def _along_rows(self) -> Any:
+        weights, run = self.weights, self.weights.run
+        limit = min(self.few, 4)
+
+        @T.inline
+        def columns(height, C, A, elements, first, W, raw, e, base, at, K):
+            """C[:, at : at + 4] for rows base to base + 4 of the raw weights."""
+            acc = local_array(height, RAW_ROWS * LANES)
+            for r in T.unroll(height):
+                for c in T.unroll(RAW_ROWS):
+                    acc[r, T.ramp(c * LANES, 1, LANES)] = T.broadcast(T.float32(0), LANES)
+            for k in T.serial(K // run):
+                for r in T.unroll(height):
+                    for c in T.unroll(RAW_ROWS):
+                        acc[r, T.ramp(c * LANES, 1, LANES)] = weights.dot_row(
+                            acc[r, T.ramp(c * LANES, 1, LANES)], A, first + r, W, e, T.min(base + c, raw.shape[1] - 1), k * run
+                        )
+            for r in T.unroll(height):
+                for c in T.unroll(RAW_ROWS):
+                    part = local_array(LANES)
+                    part[T.ramp(0, 1, LANES)] = acc[r, T.ramp(c * LANES, 1, LANES)]
+                    C[r, at + c] = sum_lanes(part, LANES)
+                    for k in T.serial(K % run):
+                        C[r, at + c] = C[r, at + c] + T.Cast("float32", elements[first + r, K // run * run + k]) * T.Cast(
+                            "float32", raw[e, T.min(base + c, raw.shape[1] - 1), K // run * run + k]
+                        )
+
+        @T.inline
+        def micro(height, C, A, elements, first, W, raw, e, n, shift, K):
+            for half in T.serial(2):
+                for q in T.serial(LANES // RAW_ROWS):
+                    base = n * LANES + half * shift + q * RAW_ROWS
+                    columns(height, C, A, elements, first, W, raw, e, base, half * LANES + q * RAW_ROWS, K)
+
+        choose = self._blocks(micro, limit)
+
+        @T.inline
+        def product(A, first, m, W, e, n, steps, shift, sink):
+            C = local_array(limit, 2 * LANES)
+            for b in T.serial((m + limit - 1) // limit):
+                choose(
+                    T.min(m - b * limit, limit),
+                    (C, self.words(A), A, first + b * limit, self.words_of(W), W, e, n, shift, int(W.shape[2])),
+                )
+                sink(C, b * limit, T.min(m - b * limit, limit))
+
+        return product

@@ -1,0 +1,77 @@
+"""Routing of a mixture of experts on CPUs: row blocks, vectors of experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm_gdn.schedules.cpu import CpuTiles, local_array
+
+from tvm_gdn.schedule import NoKnobs, schedule
+from tvm_gdn.spec import Geometry
+
+
+class RouteTiles(CpuTiles):
+    """Loops of the routing operators.
+
+    Parameters
+    ----------
+    rows_per_worker : int
+        Tokens of one piece of work.
+    vector : int
+        Experts compared at once.
+    """
+
+    def __init__(self, rows_per_worker: int = 1, vector: int = 1) -> None:
+        self.rows_per_worker, self.vector = rows_per_worker, vector
+
+    def integers(self, count: int) -> Any:
+        """int32 scratch."""
+        return local_array(count, dtype="int32")
+
+
+class _Serial(NoKnobs):
+    """Scalar loops."""
+
+    @staticmethod
+    def tiles(geometry: Geometry) -> RouteTiles:
+        """One row per piece of work."""
+        del geometry
+        return RouteTiles()
+
+
+@schedule("moe_sort", "generic-cpu")
+class SortGeneric(_Serial):
+    """Counting sort: serial."""
+
+
+@schedule("moe_stats", "generic-cpu")
+class StatsGeneric(_Serial):
+    """Load statistics: serial."""
+
+
+@schedule("moe_route", "generic-cpu")
+class RouteGeneric(_Serial):
+    """Routing, expert by expert."""
+
+
+@schedule("moe_route", "x86")
+class RouteX86:
+    """Routing: vectors of experts; the knob is how many tokens make one piece of work."""
+
+    @staticmethod
+    def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
+        """Rows per worker, experts at once."""
+        del geometry
+        return {"rows_per_worker": (4, 16, 64), "vector": (8, 16)}
+
+    @staticmethod
+    def default(geometry: Geometry) -> dict[str, Any]:
+        """Some 10 us of work per piece."""
+        del geometry
+        return {"rows_per_worker": 16, "vector": 16}
+
+    @staticmethod
+    def tiles(geometry: Geometry, *, rows_per_worker: int, vector: int) -> RouteTiles:
+        """Vectors of experts over parallel row blocks."""
+        del geometry
+        return RouteTiles(rows_per_worker, vector)

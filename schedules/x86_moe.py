@@ -1,0 +1,122 @@
+"""Design spaces of the experts on CPUs: how weights are multiplied, how the work is cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm_gdn.schedules.cpu_moe import ExpertTiles
+from tvm_gdn.schedules.moe_weights import DotBf16, Float, Int4, Int8
+from tvm_gdn.schedules.x86_amx_moe import AmxExpertTiles
+
+from tvm_gdn.schedule import NoKnobs, schedule
+from tvm_gdn.spec import Geometry
+
+#: Bytes of staged rows that leave most of an L2 cache to the weights.
+STAGED_BYTES = 1 << 20
+
+
+def weights_of(geometry: Geometry, *, bf16: bool = False, vnni: bool = False) -> Any:
+    """How the weights of a geometry are multiplied, given what the target's vector unit has.
+
+    The dtype of the activations decides the precision: fp32 activations are multiplied in fp32 whatever the weights are.
+    """
+    scheme = geometry.attr.get("scheme")
+    if scheme in {"int4", "int4_kgroup"}:
+        return Int4(vnni)
+    if scheme == "int8":
+        return Int8(vnni)
+    if bf16 and geometry.dtype["x"] == "bfloat16" and (scheme == "bf16" or _is_raw_bf16(geometry)):
+        return DotBf16()
+    return Float(scheme or "fp32")
+
+
+def _is_raw_bf16(geometry: Geometry) -> bool:
+    """Raw weights of pairs: rows that hold a whole number of them."""
+    axis = geometry.axis
+    return geometry.dtype["w13"] == "bfloat16" and axis.get("I", 1) % 2 == 0 and axis["D"] % 2 == 0
+
+
+def _is_raw(geometry: Geometry) -> bool:
+    return "scheme" not in geometry.attr
+
+
+@schedule("moe_experts", "generic-cpu")
+class ExpertsGeneric(NoKnobs):
+    """Portable fallback: the same loops, one row at a time."""
+
+    @staticmethod
+    def tiles(geometry: Geometry) -> ExpertTiles:
+        """Products of single rows."""
+        weights = weights_of(geometry)
+        return ExpertTiles(weights, block=32, pieces=32, columns=64, rows=1, floor=2, few=1, raw=_is_raw(geometry))
+
+
+@schedule("moe_experts", "x86")
+class ExpertsX86:
+    """Vectors of 16 columns; fp32 multiply-add, bytes by integer multiplication."""
+
+    bf16 = vnni = False
+
+    @classmethod
+    def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
+        """Rows of the micro-kernel; rows staged at once; how both loops are cut."""
+        del geometry
+        return {
+            "rows": (2, 4, 8),
+            "block": (32, 64, 128, 256),
+            "pieces": (16, 32, 96),
+            "columns": (64, 128, 256, 512),
+            "floor": (1, 2, 6, 12),
+        }
+
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
+        """As many staged rows as leave most of the L2 cache to the weights."""
+        size = 4 if geometry.dtype["x"] == "float32" else 2
+        fitting = [rows for rows in cls.knobs(geometry)["block"] if rows * geometry.axis["D"] * size <= STAGED_BYTES]
+        return {"rows": 4, "block": max(fitting, default=32), "pieces": 32, "columns": 512, "floor": 2}
+
+    @classmethod
+    def tiles(cls, geometry: Geometry, **knobs: Any) -> ExpertTiles:
+        """Tile operations on vectors."""
+        weights = weights_of(geometry, bf16=cls.bf16, vnni=cls.vnni)
+        return ExpertTiles(weights, raw=_is_raw(geometry), **knobs)
+
+
+@schedule("moe_experts", "x86-avx512-bf16")
+class ExpertsAvx512Bf16(ExpertsX86):
+    """Dot products of bf16 pairs and of bytes."""
+
+    bf16 = vnni = True
+
+
+@schedule("moe_experts", "x86-amx")
+class ExpertsAmx(ExpertsX86):
+    """Matrix tiles for many rows of an expert, dot products for few; per-group scales and fp32 stay with the vector unit."""
+
+    bf16 = vnni = True
+
+    @classmethod
+    def _has_tiles(cls, geometry: Geometry) -> bool:
+        weights = weights_of(geometry, bf16=True, vnni=True)
+        return bool(weights.matrix) and geometry.attr.get("scheme") != "int4_kgroup"
+
+    @classmethod
+    def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
+        """Those of the vector unit, the threshold between the regimes, and the depth of a block of weights."""
+        more = {"few": (1, 2, 4, 8, 16), "depth": (8, 16, 32, 256)} if cls._has_tiles(geometry) else {}
+        return {**super().knobs(geometry), **more}
+
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
+        """Up to 4 rows reading the weights takes longer than their products; 16 KiB of weights stay in L1."""
+        more = {"few": 4, "depth": 8, "floor": 6} if cls._has_tiles(geometry) else {}
+        return {**super().default(geometry), **more}
+
+    @classmethod
+    def tiles(cls, geometry: Geometry, **knobs: Any) -> ExpertTiles:
+        """Tile operations on matrix tiles, where products have that form."""
+        if not cls._has_tiles(geometry):
+            return super().tiles(geometry, **knobs)
+        weights = weights_of(geometry, bf16=True, vnni=True)
+        return AmxExpertTiles(weights, raw=_is_raw(geometry), **knobs)

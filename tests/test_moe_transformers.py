@@ -1,0 +1,129 @@
+"""Mixture models of transformers with their experts on tvm_gdn, against the same models unpatched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers.models.qwen3_next")
+
+import transformers
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+import tvm_gdn
+from tvm_gdn.errors import ArgumentError
+from tvm_gdn.integrations import experts
+from tvm_gdn.integrations.transformers import patch
+
+COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 3,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+}
+
+
+def build(name):
+    torch.manual_seed(0)
+    if name == "qwen3-moe":
+        config = transformers.Qwen3MoeConfig(**COMMON, head_dim=16, num_experts=10)
+    elif name == "qwen3-next":
+        config = transformers.Qwen3NextConfig(
+            **COMMON, head_dim=16, num_experts=10, shared_expert_intermediate_size=48, linear_num_key_heads=2,
+            linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32,
+            layer_types=["linear_attention", "full_attention"],
+        )  # fmt: skip
+    else:
+        config = transformers.DeepseekV3Config(
+            **{**COMMON, "num_key_value_heads": 4}, n_routed_experts=16, n_group=4, topk_group=2, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32,
+            qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+        )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture(scope="module", params=["qwen3-moe", "qwen3-next", "deepseek-v3"])
+def model(request):
+    return build(request.param)
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return torch.randint(0, 256, (2, 33), generator=torch.Generator().manual_seed(1))
+
+
+def generate(model, prompt):
+    return model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
+
+
+def count_calls(monkeypatch):
+    """Calls of `fused_experts` while a test runs: equality alone would also hold if nothing were patched."""
+    calls = []
+    original = tvm_gdn.fused_experts
+    monkeypatch.setattr(tvm_gdn, "fused_experts", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
+    return calls
+
+
+@torch.no_grad()
+def test_same_logits_and_tokens(model, prompt, monkeypatch):
+    logits, tokens = model(prompt).logits, generate(model, prompt)
+    before = model.config._experts_implementation
+    calls = count_calls(monkeypatch)
+    with patch(model) as patched:
+        assert patched.experts
+        ours, ours_tokens = model(prompt).logits, generate(model, prompt)
+        assert len(calls) >= 13 * len(patched.experts)
+    assert ((ours - logits).square().mean().sqrt() / logits.square().mean().sqrt()) < 1e-5
+    assert torch.equal(ours_tokens, tokens)
+    assert model.config._experts_implementation == before
+    made = len(calls)
+    assert torch.equal(model(prompt).logits, logits)
+    assert len(calls) == made
+
+
+@torch.no_grad()
+def test_packed_copies(model, prompt):
+    logits = model(prompt).logits
+    scale = logits.square().mean().sqrt()
+    for scheme, limit in (("fp32", 1e-5), ("int8", 0.06)):
+        with patch(model, operators=["fused_experts"], pack=scheme) as patched:
+            assert patched.layers == ()
+            found = ((model(prompt).logits - logits).square().mean().sqrt() / scale).item()
+        assert found < limit
+        assert scheme == "fp32" or found > 1e-5
+    assert not experts._packs
+
+
+def test_an_error_inside_restores(model, prompt):
+    before = model.config._experts_implementation
+    with pytest.raises(RuntimeError, match="stop"), patch(model, operators=["fused_experts"]):
+        with pytest.raises(ArgumentError, match="is patched already"):
+            patch(model, operators=["fused_experts"])
+        raise RuntimeError("stop")
+    assert model.config._experts_implementation == before
+
+
+def test_gradients_run_on_transformers(model, prompt, monkeypatch):
+    calls = count_calls(monkeypatch)
+    with patch(model, operators=["fused_experts"]):
+        model(prompt).logits.sum().backward()
+    assert not calls
+    assert all(module.gate_up_proj.grad is not None for module in experts.find(model).values())
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_by_name(prompt):
+    """The name that transformers itself knows."""
+    experts.register()
+    assert "tvm_gdn" in ALL_EXPERTS_FUNCTIONS
+    model = build("qwen3-moe")
+    logits = model(prompt).logits
+    model.set_experts_implementation("tvm_gdn")
+    assert torch.allclose(model(prompt).logits, logits, atol=1e-4)
+    assert not torch.equal(model(prompt).logits, logits)

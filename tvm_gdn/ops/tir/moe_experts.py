@@ -1,0 +1,319 @@
+"""The experts of a mixture in TensorIR: sort by expert, two grouped products, weighted sum.
+
+For every pair (token t, choice j) of an expert e, with weights W1, W3 (gate, up) and W2 (down) of the expert::
+
+    h = silu(W1 x_t) * (W3 x_t)                      first loop: pieces of equal cost over (expert, 16 columns of h)
+    out_t = sum_j topk_weights[t, j] * (W2 h)        second loop: slices of output columns, experts in ascending order
+
+Rows of one expert stand together after the sort, so every weight is read once, for all rows of its expert, and experts without
+rows cost nothing. No two workers write to the same place, and a sum's order does not depend on their number: results are
+deterministic. Sums over the reduction axis and over the choices are fp32.
+
+With quantized weights the rows of the left operand are quantized too, each by its own largest element (``amax / 127``), before
+either product; see `tiles.quantized`.
+
+How a target plugs in. Its tiles object states `operand` (dtype of the left operand), `k_step` (elements of a step of packed
+weights), `block` (rows staged at once), `pieces`, `columns`, `narrow_below` and `floor` (how the loops are cut), and supplies
+
+- `rows(count, columns)`: memory for staged rows; `begin(steps)`, `end()`: around a worker's products;
+- `product(A, sums, first, m, W, scale, e, n, steps, shift, sink)`: rows first to first + m of A times the 32 columns of group n
+  of W[e] (packed: group n; raw: rows n * 16 to n * 16 + 16, and those `shift` further on), given to ``sink(C, r, rows)`` in
+  blocks, C[i, 0:32] being row r + i. Rows after the last one, up to `SLACK`, may be read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tvm_gdn.ops.tir.moe_sort import sort_macro
+from tvm_gdn.spec import Geometry
+
+#: Rows that the products may read past an expert's last one.
+SLACK = 32
+#: Elements of a row that are converted at once.
+LANES = 16
+#: Bits of infinity; those of NaN are larger.
+INFINITE = 0x7F800000
+
+
+def _magnitude(x: Any) -> Any:
+    """The bits of |x|, which order numbers as |x| does, with infinity and then NaN as the largest."""
+    return T.bitwise_and(T.reinterpret("int32", x), T.int32(0x7FFFFFFF))
+
+
+def moe_experts(geometry: Geometry, tiles: Any) -> Any:
+    """Build the kernel of one geometry.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        Static axes D, and I (raw weights) or G, KD, ND, KI (packed), S13 and S2 (groups of a quantized reduction axis);
+        dtypes of the tensors.
+    tiles : object
+        The target's tile operations.
+
+    Returns
+    -------
+    tvm.tirx.PrimFunc
+    """
+    axis, dtype = geometry.axis, geometry.dtype
+    D, k_step = axis["D"], tiles.k_step
+    packed = "G" in axis
+    if packed:
+        G, KD, N, KI = axis["G"], axis["KD"], axis["ND"], axis["KI"]
+        inner, shape13, shape2, words = G * 16, (G, KD, 512), (N, KI, 512), ("int32", "int32")
+    else:
+        inner = axis["I"]
+        G, KD, N, KI = -(-inner // 16), -(-D // k_step), -(-D // 32), -(-inner // k_step)
+        shape13, shape2, words = (2 * inner, D), (D, inner), (dtype["w13"], dtype["w2"])
+    DP, IP = KD * k_step, KI * k_step
+    quantized = tiles.quantized
+    S13, S2 = max(1, axis.get("S13", 0)), max(1, axis.get("S2", 0))
+    block, pieces = tiles.block, tiles.pieces
+
+    def groups(tokens: Any) -> Any:
+        """Groups of 32 output columns per slice: few for few tokens (every thread has some), many for many (each reads all h)."""
+        return T.Select(tokens > tiles.narrow_below, T.int64(tiles.columns // 32), T.int64(2))
+
+    sort = sort_macro()
+    staged = "float32" if quantized else tiles.operand
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        x_: T.handle,
+        w13_: T.handle,
+        w2_: T.handle,
+        topk_weights_: T.handle,
+        topk_ids_: T.handle,
+        w13_scale_: T.handle,
+        w2_scale_: T.handle,
+        out_: T.handle,
+    ):
+        T.func_attr({"global_symbol": "kernel"})
+        tokens, top_k, E = T.int64(), T.int64(), T.int64()
+        x0, t0, t1, i0, i1 = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        x = T.match_buffer(x_, (tokens, D), dtype["x"], strides=(x0, 1), align=2)
+        w13 = T.match_buffer(w13_, (E, *shape13), words[0], align=2 if words[0] != "int32" else 4)
+        w2 = T.match_buffer(w2_, (E, *shape2), words[1], align=2 if words[1] != "int32" else 4)
+        topk_weights = T.match_buffer(topk_weights_, (tokens, top_k), dtype["topk_weights"], strides=(t0, t1), align=2)
+        topk_ids = T.match_buffer(topk_ids_, (tokens, top_k), dtype["topk_ids"], strides=(i0, i1), align=4)
+        if quantized:
+            w13_scale = T.match_buffer(w13_scale_, (E, G, S13, 32), dtype["w13_scale"], align=2)
+            w2_scale = T.match_buffer(w2_scale_, (E, N, S2, 32), dtype["w2_scale"], align=2)
+        out = T.match_buffer(out_, (tokens, D), dtype["x"], align=2)
+
+        offsets = T.alloc_buffer((E + 1,), "int64")
+        cursor = T.alloc_buffer((E + 1,), "int64")
+        active = T.alloc_buffer((E + 1,), "int64")  # experts that have rows; their number at the end
+        cost = T.alloc_buffer((E + 1,), "int64")  # cumulated over them
+        order = T.alloc_buffer((tokens * top_k,), "int64")  # pairs by expert; then their tokens
+        shares = T.alloc_buffer((tokens * top_k,), "float32")  # their weights
+        hidden = T.alloc_buffer((tokens * top_k + SLACK, IP + tiles.pad), staged)
+        if quantized:
+            tokens_q = tiles.rows(tokens, DP)
+            tokens_scale = T.alloc_buffer((tokens,), "float32")
+            tokens_sums = T.alloc_buffer((tokens, S13), "int32")
+            hidden_q = tiles.rows(tokens * top_k + SLACK, IP)
+            hidden_scale = T.alloc_buffer((tokens * top_k,), "float32")
+            hidden_sums = T.alloc_buffer((tokens * top_k + SLACK, S2), "int32")
+
+        @T.inline
+        def costs():
+            active[E] = T.int64(0)
+            cost[0] = T.int64(0)
+            for e in T.serial(E):
+                if offsets[e + 1] > offsets[e]:
+                    active[active[E]] = e
+                    # Reading the weights takes as long as multiplying them with `floor` blocks of 16 rows.
+                    cost[active[E] + 1] = cost[active[E]] + G * T.max(
+                        T.int64(tiles.floor), (offsets[e + 1] - offsets[e] + 15) // 16
+                    )
+                    active[E] = active[E] + T.int64(1)
+
+        @T.inline
+        def split_pairs():
+            """Tokens and weights of the sorted pairs: a division per pair here, none per pair and column later."""
+            for i in T.serial(offsets[E]):
+                pair = order[i]
+                shares[i] = T.Cast("float32", topk_weights[pair // top_k, pair % top_k])
+                order[i] = pair // top_k
+
+        @T.inline
+        def convert(dst, r, src, row, used, padded):
+            """dst[r, :] = src[row, :], zero from `used` on."""
+            for c in T.serial(used // LANES):
+                for lane in T.vectorized(LANES):
+                    dst[r, c * LANES + lane] = T.Cast(dst.dtype, src[row, c * LANES + lane])
+            for c in T.serial(used % LANES):
+                dst[r, used // LANES * LANES + c] = T.Cast(dst.dtype, src[row, used // LANES * LANES + c])
+            for c in T.serial(padded - used):
+                dst[r, used + c] = T.Cast(dst.dtype, 0)
+
+        @T.inline
+        def quantize(dst, scale, sums, r, src, used, padded, groups):
+            """Row r of src in steps of its largest element / 127, and `zero` times the sum of every group of the result."""
+            part, count, number = tiles.integers(LANES), tiles.integers(1), tiles.scalars(2)
+            for lane in T.vectorized(LANES):
+                part[lane] = 0
+            for c in T.serial(used // LANES):
+                for lane in T.vectorized(LANES):
+                    part[lane] = T.max(part[lane], _magnitude(T.Cast("float32", src[r, c * LANES + lane])))
+            for c in T.serial(used % LANES):
+                part[0] = T.max(part[0], _magnitude(T.Cast("float32", src[r, used // LANES * LANES + c])))
+            count[0] = part[0]
+            for lane in T.serial(LANES - 1):
+                count[0] = T.max(count[0], part[lane + 1])
+            number[0] = T.reinterpret("float32", count[0])
+            number[1] = T.Select(number[0] > T.float32(1e-30), T.float32(127) / number[0], T.float32(0))
+            # A row with NaN or an infinity has no scale: NaN reaches its output.
+            scale[r] = T.Select(
+                count[0] >= INFINITE,
+                T.float32(float("nan")),
+                T.Select(number[0] > T.float32(1e-30), number[0] / T.float32(127), T.float32(0)),
+            )
+            for c in T.serial(used // LANES):
+                for lane in T.vectorized(LANES):
+                    dst[r, c * LANES + lane] = tiles.to_int8(T.Cast("float32", src[r, c * LANES + lane]) * number[1])
+            for c in T.serial(used % LANES):
+                dst[r, used // LANES * LANES + c] = tiles.to_int8(
+                    T.Cast("float32", src[r, used // LANES * LANES + c]) * number[1]
+                )
+            for c in T.serial(padded - used):
+                dst[r, used + c] = T.int8(0)
+            for g in T.serial(groups):
+                count[0] = 0
+                for c in T.serial(padded // groups):
+                    count[0] = count[0] + T.Cast("int32", dst[r, g * (padded // groups) + c])
+                sums[r, g] = count[0] * tiles.zero
+
+        @T.inline
+        def hidden_columns(pair0, n, C, r0, rows, scale):
+            """Elements of h of a block of pairs; C has 16 columns of W1 x and then as many of W3 x."""
+            gate, up = tiles.scalars(LANES), tiles.scalars(LANES)
+            for r in T.serial(rows):
+                for lane in T.vectorized(LANES):
+                    gate[lane] = C[r, lane]
+                for lane in T.vectorized(LANES):
+                    up[lane] = C[r, LANES + lane]
+                if quantized:
+                    for lane in T.vectorized(LANES):
+                        gate[lane] = gate[lane] * scale[r0 + r]
+                    for lane in T.vectorized(LANES):
+                        up[lane] = up[lane] * scale[r0 + r]
+                for lane in T.vectorized(LANES):
+                    gate[lane] = gate[lane] / (T.float32(1) + tiles.exp(-gate[lane])) * up[lane]
+                if inner % LANES == 0:
+                    for lane in T.vectorized(LANES):
+                        hidden[pair0 + r0 + r, n * LANES + lane] = T.Cast(staged, gate[lane])
+                else:
+                    for lane in T.serial(LANES):
+                        if n * LANES + lane < inner:
+                            hidden[pair0 + r0 + r, n * LANES + lane] = T.Cast(staged, gate[lane])
+
+        @T.inline
+        def add_columns(total, pair0, n, C, r0, rows):
+            """total[t, 32 columns of group n] += topk_weights * C."""
+            weight = tiles.scalars(1)
+            for r in T.serial(rows):
+                t = order[pair0 + r0 + r]
+                weight[0] = shares[pair0 + r0 + r]
+                if quantized:
+                    weight[0] = weight[0] * hidden_scale[pair0 + r0 + r]
+                for c in T.serial(2):
+                    for lane in T.vectorized(LANES):
+                        total[t, n * 32 + c * LANES + lane] = (
+                            total[t, n * 32 + c * LANES + lane] + weight[0] * C[r, c * LANES + lane]
+                        )
+
+        sort(topk_ids, tokens, top_k, E, offsets, cursor, order)
+        split_pairs()
+        costs()
+        with T.attr(0, "pragma_import_llvm", tiles.prelude):
+            if quantized:
+                for t in tiles.workers(tokens):
+                    quantize(tokens_q, tokens_scale, tokens_sums, t, x, D, DP, S13)
+
+            for p in tiles.workers(T.int64(pieces)):
+                tiles.begin(KD)
+                A = tiles.rows(block, DP)
+                if quantized:
+                    sums = T.alloc_buffer((block, S13), "int32")
+                    scale = T.alloc_buffer((block,), "float32")
+                for a in T.serial(active[E]):
+                    e = active[a]
+                    each = (cost[a + 1] - cost[a]) // G
+                    g0 = T.max(T.int64(0), T.min(T.int64(G), (cost[active[E]] * p // pieces - cost[a] + each - 1) // each))
+                    g1 = T.max(T.int64(0), T.min(T.int64(G), (cost[active[E]] * (p + 1) // pieces - cost[a] + each - 1) // each))
+                    if g1 > g0:
+                        for b in T.serial((offsets[e + 1] - offsets[e] + block - 1) // block):
+                            pair0 = offsets[e] + b * block
+                            m = T.min(T.int64(block), offsets[e + 1] - pair0)
+                            for r in T.serial(m):
+                                t = order[pair0 + r]
+                                if quantized:
+                                    convert(A, r, tokens_q, t, DP, DP)
+                                    scale[r] = tokens_scale[t]
+                                    for g in T.serial(S13):
+                                        sums[r, g] = tokens_sums[t, g]
+                                else:
+                                    convert(A, r, x, t, D, DP)
+                            for g in T.serial(g1 - g0):
+
+                                @T.inline
+                                def gate_up(C, r0, rows):
+                                    if quantized:
+                                        hidden_columns(pair0, g0 + g, C, r0, rows, scale)
+                                    else:
+                                        hidden_columns(pair0, g0 + g, C, r0, rows, None)
+
+                                if quantized:
+                                    tiles.product(A, sums, T.int64(0), m, w13, w13_scale, e, g0 + g, KD, inner, gate_up)
+                                else:
+                                    tiles.product(A, None, T.int64(0), m, w13, None, e, g0 + g, KD, inner, gate_up)
+                tiles.end()
+
+            if quantized:
+                for i in tiles.workers(offsets[E]):
+                    quantize(hidden_q, hidden_scale, hidden_sums, i, hidden, IP, IP, S2)
+            elif inner < IP:
+                for i in tiles.workers(offsets[E]):
+                    for c in T.serial(IP - inner):
+                        hidden[i, inner + c] = T.Cast(staged, 0)
+
+            for s in tiles.workers((N + groups(tokens) - 1) // groups(tokens)):
+                tiles.begin(KI)
+                total = T.alloc_buffer((tokens, groups(tokens) * 32), "float32")
+                for t in T.serial(tokens):
+                    for c in T.serial(groups(tokens) * 2):
+                        for lane in T.vectorized(LANES):
+                            total[t, c * LANES + lane] = T.float32(0)
+                for a in T.serial(active[E]):
+                    e = active[a]
+                    for n in T.serial(T.min(T.int64(groups(tokens)), N - s * groups(tokens))):
+
+                        @T.inline
+                        def down(C, r0, rows):
+                            add_columns(total, offsets[e], n, C, r0, rows)
+
+                        m2 = offsets[e + 1] - offsets[e]
+                        # Raw weights: 32 columns are rows n * 32 to n * 32 + 32, two runs of 16.
+                        n2 = s * groups(tokens) + n if packed else (s * groups(tokens) + n) * 2
+                        if quantized:
+                            tiles.product(hidden_q, hidden_sums, offsets[e], m2, w2, w2_scale, e, n2, KI, 16, down)
+                        else:
+                            tiles.product(hidden, None, offsets[e], m2, w2, None, e, n2, KI, 16, down)
+                tiles.end()
+                for t in T.serial(tokens):
+                    for c in T.serial(T.min(groups(tokens) * 32, D - s * groups(tokens) * 32) // LANES):
+                        for lane in T.vectorized(LANES):
+                            out[t, s * groups(tokens) * 32 + c * LANES + lane] = T.Cast(out.dtype, total[t, c * LANES + lane])
+                    if D % LANES != 0:
+                        if (s + 1) * groups(tokens) * 32 >= D:
+                            for c in T.serial(D % LANES):
+                                out[t, D - D % LANES + c] = T.Cast(
+                                    out.dtype, total[t, D - D % LANES - s * groups(tokens) * 32 + c]
+                                )
+
+    return kernel

@@ -1,0 +1,73 @@
+"""Sorting routed tokens by expert in TensorIR: counts, offsets, and the pairs (token, choice) in order of their experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from tvm_gdn.spec import Geometry
+
+
+def sort_macro() -> Any:
+    """Macro of a stable counting sort.
+
+    ``sort(ids, tokens, top_k, E, offsets, cursor, order)``: pair ``t * top_k + j`` goes to expert ``ids[t, j]``; an id outside
+    [0, E) is padding and goes nowhere. Afterwards the pairs of expert e are ``order[offsets[e]:offsets[e + 1]]``, ascending;
+    `cursor` ([E]) is scratch. Serial: 8 pairs take some 20 ns, their experts' products a thousand times longer.
+    """
+
+    @T.inline
+    def sort(ids, tokens, top_k, E, offsets, cursor, order):
+        for e in T.serial(E + 1):
+            offsets[e] = T.Cast(offsets.dtype, 0)
+        for t in T.serial(tokens):
+            for j in T.serial(top_k):
+                if ids[t, j] >= 0 and T.Cast("int64", ids[t, j]) < E:
+                    offsets[T.Cast("int64", ids[t, j]) + 1] = offsets[T.Cast("int64", ids[t, j]) + 1] + T.Cast(offsets.dtype, 1)
+        for e in T.serial(E):
+            cursor[e] = offsets[e]
+            offsets[e + 1] = offsets[e + 1] + offsets[e]
+        for t in T.serial(tokens):
+            for j in T.serial(top_k):
+                if ids[t, j] >= 0 and T.Cast("int64", ids[t, j]) < E:
+                    order[T.Cast("int64", cursor[T.Cast("int64", ids[t, j])])] = T.Cast(order.dtype, t * top_k + j)
+                    cursor[T.Cast("int64", ids[t, j])] = cursor[T.Cast("int64", ids[t, j])] + T.Cast(offsets.dtype, 1)
+
+    return sort
+
+
+def moe_sort(geometry: Geometry, tiles: Any) -> Any:
+    """Build the kernel of one geometry.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        Dtype of topk_ids.
+    tiles : object
+        Not used: the sort is serial on every CPU.
+
+    Returns
+    -------
+    tvm.tirx.PrimFunc
+    """
+    sort = sort_macro()
+
+    @T.prim_func(s_tir=True)
+    def kernel(topk_ids_: T.handle, counts_: T.handle, offsets_: T.handle, order_: T.handle):
+        T.func_attr({"global_symbol": "kernel"})
+        tokens, top_k, E, s0, s1 = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        topk_ids = T.match_buffer(topk_ids_, (tokens, top_k), geometry.dtype["topk_ids"], strides=(s0, s1), align=4)
+        counts = T.match_buffer(counts_, (E,), "int32", align=4)
+        offsets = T.match_buffer(offsets_, (E + 1,), "int32", align=4)
+        order = T.match_buffer(order_, (tokens, top_k), "int32", align=4)
+        flat = T.decl_buffer((tokens * top_k,), "int32", data=order.data)
+
+        for i in T.serial(tokens * top_k):
+            flat[i] = -1
+        # The counts serve as the sort's cursors and are made from the offsets afterwards.
+        sort(topk_ids, tokens, top_k, E, offsets, counts, flat)
+        for e in T.serial(E):
+            counts[e] = offsets[e + 1] - offsets[e]
+
+    return kernel
