@@ -162,7 +162,7 @@ def test_gates_far_out(value):
         ({"cache_indices": torch.tensor([0, -2])}, r"cache_indices\[1\] = -2"),
         ({"query_start_loc": torch.tensor([0, 5, 6])}, "query_start_loc must start with 0 and end with"),
         ({"query_start_loc": torch.tensor([0, 8, 7])}, "query_start_loc must never decrease"),
-        ({"has_initial_state": torch.tensor([True])}, "has_initial_state has 1 entries"),
+        ({"has_initial_state": torch.tensor([True])}, r"has_initial_state has 1 on axis 0 \(N\)"),
         ({"weight": torch.zeros(D + 1, W)}, "weight has 71"),
     ],
 )
