@@ -16,7 +16,6 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.tir.gates import gate_macros
 from tvm_gdn.spec import Geometry
 
 
@@ -46,7 +45,7 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
     slot_dtype = has.get("cache_indices", has.get("conv_state_indices", "int64"))
     block, strip, lanes = max(tiles.tokens, W - 1), tiles.channels, tiles.vector
     one = T.int64(1)  # here, not in the kernel: TVMScript would make a variable of it, and of every stride a product
-    sigmoids = {width: gate_macros(tiles, width)[1] for width in (1, lanes)}
+    sigmoids = {width: tiles.sigmoid(width) for width in (1, lanes)}
 
     def pick(condition: bool, yes: Any, no: Any) -> Any:
         """A choice made while the function is parsed."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.tir.gates import gate_macros
 from tvm_gdn.spec import Geometry
 
 
@@ -29,7 +28,7 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
     silu, norm_first = geometry.attr["activation"] == "silu", bool(geometry.attr["norm_before_gate"])
     block, lanes = tiles.rows_per_worker, min(tiles.vector, D)
     full, rest = D // lanes, D % lanes
-    sigmoids = {width: gate_macros(tiles, width)[1] for width in (1, lanes)}
+    sigmoids = {width: tiles.sigmoid(width) for width in (1, lanes)}
 
     @T.prim_func(s_tir=True)
     def kernel(x_: T.handle, weight_: T.handle, z_: T.handle, o_: T.handle, eps: T.float32):
