@@ -51,6 +51,10 @@ class WarpTiles:
         """Number of the worker that a thread of a block belongs to."""
         return block if self.group == 1 else block * self.group + lane // self.warp
 
+    def inside(self, worker: Any, count: Any) -> Any:
+        """Whether a worker is one of `count`: the last block may be larger than what is left."""
+        return True if self.group == 1 else worker < count
+
     @staticmethod
     def exp(x: Any) -> Any:
         """Exp in fp32."""
@@ -126,8 +130,9 @@ class RecurrentWarpTiles(WarpTiles):
         return (i // group * self.row_lanes + lane) * group + i % group
 
     def col(self, j: Any) -> Any:
-        """Index on the V axis of local column j."""
-        return self.lane % self.column_lanes * self.columns + j
+        """Index on the V axis of local column j: neighbouring threads hold neighbouring vectors of four."""
+        width = math.gcd(4, self.columns)
+        return (j // width * self.column_lanes + self.lane % self.column_lanes) * width + j % width
 
     def k_vector(self) -> Any:
         """This thread's share of an fp32 vector along K."""
@@ -163,7 +168,7 @@ class RecurrentWarpTiles(WarpTiles):
                 for i in T.unroll(rows):
                     for jo in T.unroll(columns // lanes):
                         for ji in vector(lanes):
-                            W[i, jo * lanes + ji] = T.Cast("float32", view[row(i), col(jo * lanes + ji)])
+                            W[i, jo * lanes + ji] = T.Cast("float32", view[row(i), col(jo * lanes) + ji])
 
         @T.inline
         def load(W, view):
@@ -194,7 +199,7 @@ class RecurrentWarpTiles(WarpTiles):
                 for i in T.unroll(rows):
                     for jo in T.unroll(columns // lanes):
                         for ji in vector(lanes):
-                            view[row(i), col(jo * lanes + ji)] = T.Cast(view.dtype, W[i, jo * lanes + ji])
+                            view[row(i), col(jo * lanes) + ji] = T.Cast(view.dtype, W[i, jo * lanes + ji])
 
         @T.inline
         def store(view, W):

@@ -20,7 +20,7 @@ from tvm_gdn.schedules.gpu import WarpTiles, aligned
 
 from tvm_gdn.errors import TargetError
 from tvm_gdn.ops.tir.chunk import chunk as chunk_rule
-from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
+from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
@@ -51,7 +51,7 @@ def when(condition: Any, body: Any) -> None:
 
 @dataclass
 class Storage:
-    """Where a shared tile's numbers are: `offset` bytes into the arena; allocated when its first use says what it holds."""
+    """Where a shared tile's numbers are: `offset` bytes into the arena; allocated at its first use."""
 
     rows: int
     cols: int
@@ -179,12 +179,19 @@ class GpuChunkTiles(WarpTiles):
         self.used = padded(offset + size, 16)
         return offset
 
-    def tile(self, rows: int, cols: int, place: str = "shared") -> Tile | Fragments:
+    def leave(self) -> None:
+        """Nothing is held."""
+
+    def _rounded(self, rows: Expr | None) -> Expr | None:
+        """Rows that are computed where `rows` are wanted: the same for all operations."""
+        return None if rows is None else T.min(T.int64(self.chunk), ceil_div(rows, GRANULE) * GRANULE)
+
+    def tile(self, rows: int, cols: int, place: str = "shared", dtype: str = "float32") -> Tile | Fragments:
         """Shared memory, or accumulator registers."""
         if place == "register":
             mi, ni, _, _ = self._grid(rows, cols)
             return Fragments(T.alloc_buffer((mi * ni * 4,), "float32", scope="local"), rows, cols)
-        return Tile(Storage(rows, cols), rows, cols)
+        return Tile(Storage(rows, cols, dtype=dtype), rows, cols)
 
     def state(self, index: Expr) -> Fragments:
         """The worker's one state."""
@@ -210,8 +217,9 @@ class GpuChunkTiles(WarpTiles):
         """The same numbers along the other axis."""
         return Tile(tile.storage, tile.cols, tile.rows, tile.row, tile.col, not tile.turned)
 
-    def _place(self, storage: Storage, dtype: str = "float32") -> None:
+    def _place(self, storage: Storage) -> None:
         """Give a tile its memory, at its first use."""
+        dtype = storage.dtype
         if storage.offset >= 0:
             return
         if storage.rows == 1 or storage.cols == 1:
@@ -223,7 +231,6 @@ class GpuChunkTiles(WarpTiles):
         else:
             storage.stride = storage.cols + 16 // _ITEMSIZE[dtype]
             elements = padded(storage.rows) * storage.stride
-        storage.dtype = dtype
         storage.offset = self._allocate(elements * _ITEMSIZE[dtype])
 
     def _index(self, tile: Tile, i: Expr, j: Expr) -> Expr:
@@ -289,6 +296,7 @@ class GpuChunkTiles(WarpTiles):
 
     def _over(self, dst: Any, body: Any, rows: Expr | None = None, *, cut: bool = False) -> None:
         """Call ``body(i, j, slot)`` for this thread's elements of a tile; `cut`: only those inside it."""
+        rows = self._rounded(rows)
         if isinstance(dst, Fragments):
             _, per_row, _, _ = self._grid(dst.rows, dst.cols)
 
@@ -304,7 +312,7 @@ class GpuChunkTiles(WarpTiles):
         total = dst.rows * dst.cols
         count = ceil_div(total, self.threads)
         if rows is not None:
-            count = ceil_div(ceil_div(rows, BLOCK) * (BLOCK * dst.cols), self.threads)
+            count = ceil_div(rows * dst.cols, self.threads)
         with T.serial(count) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
             even = rows is None and total % self.threads == 0
@@ -344,7 +352,7 @@ class GpuChunkTiles(WarpTiles):
 
     def _load_shared(self, dst: Tile, src: Window, rows: Expr | None) -> None:
         dtype = src.buffer.dtype
-        self._place(dst.storage, dtype if dst.cols > 1 else "float32")
+        self._place(dst.storage)
         storage, limit = dst.storage, dst.rows if rows is None else rows
         storage.version += 1
         view = self.views[storage.dtype]
@@ -497,9 +505,10 @@ class GpuChunkTiles(WarpTiles):
             owner.packed = packed
         return Operand(tile, side, transpose, rows, cols, packed)
 
-    def pack(self, operand: Operand, *, rows: Expr | None = None, lower: bool = False) -> None:
+    def pack(self, *operands: Operand, rows: Expr | None = None, lower: bool = False) -> None:
         """Split the tile into bf16 parts; tensor data in bf16 is its own operand."""
         del lower
+        operand, rows = operands[0], self._rounded(rows)
         tile, packed = operand.tile, operand.packed
         source = tile if isinstance(tile, Fragments) else tile.storage
         if packed.offset >= 0 and packed.version == source.version:
@@ -528,7 +537,7 @@ class GpuChunkTiles(WarpTiles):
             if wide > padded(tile.cols, 8):
                 self._clear(packed, high, padded(tile.cols, 8), wide)
             return
-        count = high * wide if rows is None else ceil_div(rows, BLOCK) * (BLOCK * wide)
+        count = high * wide if rows is None else rows * wide
         with T.serial(ceil_div(count, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
             i, j = index // wide, index % wide
@@ -586,7 +595,7 @@ class GpuChunkTiles(WarpTiles):
         sources: tuple[Any, ...] = (),
     ) -> None:
         """Fragment by fragment; the accumulators of a register tile are its own elements where nothing stands in between."""
-        terms = self._terms(a.packed, b.packed)
+        terms, rows = self._terms(a.packed, b.packed), self._rounded(rows)
         high, wide = ceil_div(dst.rows, BLOCK), ceil_div(dst.cols, 8)
         count_a, count_b, along, across = self._grid(dst.rows, dst.cols)
         left = self._registers("uint32", 4 * a.packed.parts)
