@@ -35,7 +35,7 @@ def run(*words):
 
 C_KERNELS = [
     ("fused_gdn_gating", "dtype=bfloat16"),
-    ("causal_conv1d_update", "W=4,L=3,dtype=bfloat16"),
+    ("moe_route", ""),
     (CHUNK, "K=32,V=16,dtype=float32,state_v_first=1"),
     ("chunk_kda", "K=16,V=32,dtype=bfloat16,with=initial_state+cu_seqlens"),
     ("packed_decode_gated_delta_rule", "K=32,V=16,dtype=float32,state=bfloat16"),

@@ -138,9 +138,12 @@ def plain(source: str, symbol: str) -> str:
     body = re.sub(r"\(\*\((float|int32_t|uint32_t|uint16_t) \*\)\(&\((\w+)\)\)\)", r"bits_as_\1(&\2)", body)
     body = re.sub(r"(\)args\)\[\d+\])\.(v_int64|v_float64|v_ptr)", r"\1.u.\2", body)
     body = re.sub(r"\binff\b", "INFINITY", body)
-    left = re.search(r"TVM_DLL|TVMBackend(?!AllocWorkspace|FreeWorkspace)\w*|\*\((?:float|u?int32_t) \*\)\(&", body)
+    left = re.search(
+        r"TVM_DLL|TVMBackend(?!AllocWorkspace|FreeWorkspace)\w*|\*\((?:float|u?int32_t) \*\)\(&|\b(?:u?int\d+_t|float)\d+\b",
+        re.sub(r'"[^"\n]*"', "", body),  # texts of errors name dtypes
+    )
     if left:
-        raise ExportError(f"{symbol}: the generated C still has {left[0]!r}, which needs TVM or is undefined in C99")
+        raise ExportError(f"{symbol}: the generated C still has {left[0]!r}: TVM, undefined in C99, or vector code of a schedule")
     return body.rstrip() + "\n"
 
 
