@@ -366,7 +366,7 @@ def test_gradients_keep_the_function_of_transformers(model, calls, monkeypatch):
         output = model(ids[:, :1], past_key_values=cache, use_cache=True)
     assert output.logits.requires_grad
     assert calls == {UPDATE: 0, FUNCTIONAL: 0}
-    assert len(messages) == 1
+    assert sum("DeltaNet" in message for message in messages) == 1
     assert "no_grad" in messages[0]
 
 
