@@ -17,6 +17,8 @@ from tvm_gdn.schedules.moe_weights import LANES
 PAD_BYTES = 64
 #: Tokens up to which output columns are cut into narrow slices.
 NARROW_BELOW = 64
+#: Lines of weights per iteration of the innermost loop.
+UNROLLED = 8
 #: Raw rows of weights that are multiplied at once.
 RAW_ROWS = 4
 
@@ -120,7 +122,7 @@ class ExpertTiles(CpuTiles):
 
         @T.inline
         def run(acc, A, first, W, e, n, s, line0, count, height):
-            for i in T.serial(count):
+            for i in T.unroll(count):
                 w = local_array(2, LANES, dtype="int32")
                 w[0, T.ramp(0, 1, LANES)] = weights.line(W, e, n, s, line0 + i, 0)
                 w[1, T.ramp(0, 1, LANES)] = weights.line(W, e, n, s, line0 + i, 1)
@@ -140,7 +142,8 @@ class ExpertTiles(CpuTiles):
             clear(acc, height)
             if groups(scale, steps) == 0:
                 for s in T.serial(steps):
-                    run(acc, A, first, W, e, n, s, 0, lines, height)
+                    for part in T.serial(lines // UNROLLED):
+                        run(acc, A, first, W, e, n, s, part * UNROLLED, UNROLLED, height)
                 for r in T.unroll(height):
                     for c in T.unroll(2):
                         if quantized:

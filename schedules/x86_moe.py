@@ -110,7 +110,9 @@ class ExpertsAmx(ExpertsX86):
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """Up to 4 rows reading the weights takes longer than their products; 16 KiB of weights stay in L1."""
-        more = {"few": 4, "depth": 8, "floor": 6} if cls._has_tiles(geometry) else {}
+        # Widening int4 for the tiles takes longer than the products of some more rows.
+        few = 8 if geometry.attr.get("scheme") == "int4" else 4
+        more = {"few": few, "depth": 8, "floor": 6} if cls._has_tiles(geometry) else {}
         return {**super().default(geometry), **more}
 
     @classmethod

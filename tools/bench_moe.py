@@ -93,7 +93,7 @@ def contenders(
 
         def run_peer(x: torch.Tensor, w: torch.Tensor, i: torch.Tensor, name: str = name) -> torch.Tensor:
             module.config._experts_implementation_internal = name  # type: ignore[union-attr]
-            return module(x, i, w.to(x.dtype))  # type: ignore[misc]
+            return module(x, i.long(), w.to(x.dtype))  # type: ignore[misc]
 
         found[f"transformers {name}"] = run_peer, plain
     try:
