@@ -10,7 +10,7 @@ from tvm_gdn import dispatch, schedule
 from tvm_gdn.commands import arguments
 from tvm_gdn.commands.text import as_json, emit, table
 from tvm_gdn.digest import version_of
-from tvm_gdn.errors import TvmGdnError
+from tvm_gdn.errors import TargetError, TvmGdnError
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import OpSpec
 from tvm_gdn.target import TargetSpec, named, resolve, target_names
@@ -19,7 +19,12 @@ _WORDS = """\
 tuned    knobs that `tvm_gdn tune` measured as the fastest
 default  a schedule shaped by hand for the target or one that it inherits from; `tvm_gdn tune` may find faster knobs
 generic  the portable fallback: right, but slow; the target has no schedule of its own for this operator
+none     no schedule yet: calls on the target raise, or under auto run the torch reference and say so
 (not here) marks a target that this machine cannot run; the table of targets says what it lacks"""
+
+
+#: Words for schedules, the best first: an operator has the best of its geometries' in its cell, the reason tells the rest.
+_ORDER = ("tuned", "default", "generic", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,17 +99,26 @@ def _target(target: TargetSpec) -> dict[str, Any]:
 def _schedule_of(spec: OpSpec, target: TargetSpec) -> dict[str, Any]:
     """Where an operator's schedule comes from, over its benchmark shapes (or parity shapes): records are per geometry."""
     geometries = {key.key: key for key in (arguments.geometry_of_case(spec, case) for case in spec.bench or spec.cases)}
-    origins = Counter(schedule.choose(spec, geometry, target).origin for geometry in geometries.values())
-    _, space = schedule.find_space(spec.algorithm, target)
-    tuned, total = origins["tuned"], sum(origins.values())
-    if space.startswith(schedule.GENERIC):
+    origins: Counter[str] = Counter()
+    refused = ""
+    for geometry in geometries.values():
+        try:
+            origins[schedule.choose(spec, geometry, target).origin] += 1
+        except TargetError as error:
+            origins["none"] += 1
+            refused = str(error)
+    tuned, total, none = origins["tuned"], sum(origins.values()), origins["none"]
+    space = "" if none == total else schedule.find_space(spec.algorithm, target)[1]
+    if none:
+        reason = refused if none == total else f"{none} of {total} benchmark geometries: {refused}"
+    elif space.startswith(schedule.GENERIC):
         reason = f"no schedule of {spec.algorithm!r} for {' or '.join(target.lineage)}"
     elif tuned == total:
         reason = f"schedule of {space}, tuned for all {total} benchmark geometries"
     else:
         reason = f"schedule of {space}; tuned records for {tuned} of {total} benchmark geometries"
     return {
-        "op": spec.name, "target": target.name, "word": "tuned" if tuned else next(iter(origins)), "tuned": tuned,
+        "op": spec.name, "target": target.name, "word": "tuned" if tuned else min(origins, key=_ORDER.index), "tuned": tuned,
         "geometries": total, "space": space, "runnable": not target.missing(), "missing": target.missing(),
         "reason": reason,
     }  # fmt: skip
