@@ -26,6 +26,8 @@ class CpuTiles:
     host_checks = True
     #: Lanes that share a worker's tiles.
     warp = 1
+    #: Workers side by side in a piece of work.
+    group = 1
 
     def workers(self, count: Any) -> Any:
         """Loop over independent pieces of work."""
@@ -37,6 +39,17 @@ class CpuTiles:
 
     def enter(self, lane: Any) -> None:
         """Take the lane that the following operations belong to."""
+
+    def worker(self, block: Any, lane: Any) -> Any:
+        """Number of the worker: every piece of work is one."""
+        del lane
+        return block
+
+    @staticmethod
+    def inside(worker: Any, count: Any) -> bool:
+        """Whether a worker is one of `count`: on CPUs no loop runs further."""
+        del worker, count
+        return True
 
     def scalars(self, count: int) -> Any:
         """fp32 scratch scalars."""

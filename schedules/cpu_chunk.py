@@ -11,7 +11,7 @@ down is then contiguous. In row-major order its rows, 512 bytes apart, fall into
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd, prod
 from typing import Any
@@ -43,7 +43,8 @@ define i32 @tvm_gdn_to_line(ptr %p) alwaysinline {
 class Tile:
     """A tile: `buffer` is [rows, cols], or [panels, rows, panel] if `panel`; `row`, `col` shift a block of a larger one.
 
-    ``(n, 1)`` tiles of the worker and their turned views are one-dimensional buffers.
+    ``(n, 1)`` tiles of the worker and their turned views are one-dimensional buffers. `v_first`: a state in memory whose columns
+    are contiguous.
     """
 
     buffer: Any
@@ -52,6 +53,7 @@ class Tile:
     panel: int = 0
     row: Expr = 0
     col: Expr = 0
+    v_first: bool = False
 
     @property
     def width(self) -> int:
@@ -188,7 +190,8 @@ class ChunkTiles(CpuTiles):
     def view(self, buffer: Any, offset: Expr, j0: Expr) -> Tile:
         """State in memory."""
         strides = (1, self.K) if self.v_first else (self.V, 1)
-        return self.window(buffer, offset + j0 * strides[1], self.K, self.v_tile, strides)
+        window = self.window(buffer, offset + j0 * strides[1], self.K, self.v_tile, strides)
+        return replace(window, v_first=self.v_first)
 
     def block(self, tile: Tile, row: Expr, col: Expr, rows: int, cols: int) -> Tile:
         """Part of a row-major tile."""
@@ -230,7 +233,7 @@ class ChunkTiles(CpuTiles):
 
     def load(self, dst: Tile, src: Tile, rows: Expr | None = None) -> None:
         """Converted to fp32; rows from `rows` on are zero."""
-        if self._is_v_first(src):
+        if src.v_first:
             self._copy_v_first(dst, src)
         elif dst.cols == 1 and rows is not None:
             with T.serial(dst.rows) as i:
@@ -251,13 +254,10 @@ class ChunkTiles(CpuTiles):
 
     def store(self, dst: Tile, src: Tile, rows: Expr | None = None) -> None:
         """Rounded to the tensor's dtype."""
-        if self._is_v_first(dst):
+        if dst.v_first:
             self._copy_v_first(dst, src)
         else:
             self._copy(dst, src, 0, src.rows if rows is None else rows)
-
-    def _is_v_first(self, tile: Tile) -> bool:
-        return self.v_first and tile.rows == self.K and tile.cols == self.v_tile and not tile.panel
 
     def _copy(self, dst: Tile, src: Tile, start: Expr, count: Expr) -> None:
         unit = self._vector(dst, src)

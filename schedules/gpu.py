@@ -28,21 +28,32 @@ class WarpTiles:
     #: Checking slots on the host would synchronize the device; the kernel treats a slot out of range as padding.
     host_checks = False
 
+    #: Workers of a block that run side by side, each on a warp of its own.
+    group = 1
+
     def __init__(self, warp: int) -> None:
         self.warp = warp
         self.lane: Any = None
 
     def workers(self, count: Any) -> Any:
-        """One block per worker."""
-        return T.thread_binding(count, thread="blockIdx.x")
+        """Blocks, of one worker each or of several."""
+        return T.thread_binding((count + self.group - 1) // self.group, thread="blockIdx.x")
 
     def lanes(self) -> Any:
-        """The threads of the worker's warp."""
-        return T.thread_binding(self.warp, thread="threadIdx.x")
+        """The threads of the block: of the worker's warp, or of several workers' warps."""
+        return T.thread_binding(self.warp * self.group, thread="threadIdx.x")
 
     def enter(self, lane: Any) -> None:
         """Take the thread index that the following operations belong to."""
-        self.lane = lane
+        self.lane = lane if self.group == 1 else lane % self.warp
+
+    def worker(self, block: Any, lane: Any) -> Any:
+        """Number of the worker that a thread of a block belongs to."""
+        return block if self.group == 1 else block * self.group + lane // self.warp
+
+    def inside(self, worker: Any, count: Any) -> Any:
+        """Whether a worker is one of `count`: the last block may be larger than what is left."""
+        return True if self.group == 1 else worker < count
 
     @staticmethod
     def exp(x: Any) -> Any:
@@ -87,17 +98,20 @@ class RecurrentWarpTiles(WarpTiles):
         Threads along K, threads along V, and columns per thread; ``v_tile`` is the product of the last two.
     v_first : bool
         Whether states are stored ``[V, K]``: a thread then holds groups of consecutive rows.
+    group : int
+        Workers per block. Neighbours read neighbouring columns of the same rows, at the same time when they share a block.
     """
 
     direct = False
 
-    def __init__(self, K: int, V: int, *, row_lanes: int, column_lanes: int, columns: int, v_first: bool) -> None:
+    def __init__(self, K: int, V: int, *, row_lanes: int, column_lanes: int, columns: int, v_first: bool, group: int = 1) -> None:
         super().__init__(row_lanes * column_lanes)
+        self.group = group
         self.K, self.V, self.v_first = K, V, v_first
         self.columns, self.column_lanes, self.row_lanes = columns, column_lanes, row_lanes
         self.v_tile = column_lanes * columns
         self.row_count = K // self.row_lanes
-        self.row_group = next(size for size in (8, 4, 2, 1) if self.row_count % size == 0) if v_first else 1
+        self.row_group = next(size for size in (4, 2, 1) if self.row_count % size == 0) if v_first else 1
         self.load, self.store, self.zero = self._load(), self._store(), self._zero()
         self.sum_rows = self._sum_rows()
         self.dot, self.gemv, self.ger_gemv = self._dot(), self._gemv(), self._ger_gemv()
@@ -116,8 +130,9 @@ class RecurrentWarpTiles(WarpTiles):
         return (i // group * self.row_lanes + lane) * group + i % group
 
     def col(self, j: Any) -> Any:
-        """Index on the V axis of local column j."""
-        return self.lane % self.column_lanes * self.columns + j
+        """Index on the V axis of local column j: neighbouring threads hold neighbouring vectors of four."""
+        width = math.gcd(4, self.columns)
+        return (j // width * self.column_lanes + self.lane % self.column_lanes) * width + j % width
 
     def k_vector(self) -> Any:
         """This thread's share of an fp32 vector along K."""
@@ -153,7 +168,7 @@ class RecurrentWarpTiles(WarpTiles):
                 for i in T.unroll(rows):
                     for jo in T.unroll(columns // lanes):
                         for ji in vector(lanes):
-                            W[i, jo * lanes + ji] = T.Cast("float32", view[row(i), col(jo * lanes + ji)])
+                            W[i, jo * lanes + ji] = T.Cast("float32", view[row(i), col(jo * lanes) + ji])
 
         @T.inline
         def load(W, view):
@@ -165,9 +180,9 @@ class RecurrentWarpTiles(WarpTiles):
         return load
 
     def _width(self, view: Any, group: int) -> int:
-        """Elements that move at once: 16 bytes, or what a thread has next to each other."""
-        elements = 4 if view.dtype == "float32" else 8
-        return math.gcd(elements, group if self.v_first else self.columns)
+        """Elements that move at once: four (the CUDA generator has no longer vectors of 16 bits), or what a thread has."""
+        del view
+        return math.gcd(4, group if self.v_first else self.columns)
 
     def _store(self) -> Any:
         row, col, rows, columns, v_first = self.row, self.col, self.row_count, self.columns, self.v_first
@@ -184,7 +199,7 @@ class RecurrentWarpTiles(WarpTiles):
                 for i in T.unroll(rows):
                     for jo in T.unroll(columns // lanes):
                         for ji in vector(lanes):
-                            view[row(i), col(jo * lanes + ji)] = T.Cast(view.dtype, W[i, jo * lanes + ji])
+                            view[row(i), col(jo * lanes) + ji] = T.Cast(view.dtype, W[i, jo * lanes + ji])
 
         @T.inline
         def store(view, W):

@@ -20,7 +20,7 @@ from tvm_gdn.schedules.gpu import WarpTiles, aligned
 
 from tvm_gdn.errors import TargetError
 from tvm_gdn.ops.tir.chunk import chunk as chunk_rule
-from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
+from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
@@ -51,7 +51,7 @@ def when(condition: Any, body: Any) -> None:
 
 @dataclass
 class Storage:
-    """Where a shared tile's numbers are: `offset` bytes into the arena; allocated when its first use says what it holds."""
+    """Where a shared tile's numbers are: `offset` bytes into the arena; allocated at its first use."""
 
     rows: int
     cols: int
@@ -163,6 +163,11 @@ class GpuChunkTiles(WarpTiles):
         }
         self.words = T.decl_buffer((size // 4,), "uint32", data=memory.data, scope="shared.dyn")
         self._state = self.tile(self.K, self.v_tile, "register")
+        # What products round up to is multiplied by zeros; what an earlier block left there may be no number.
+        with T.serial(ceil_div(size // 4, self.threads)) as step:
+            index = T.Bind(T.Cast("int32", step * self.threads + lane))
+            when(index < size // 4, lambda: T.buffer_store(self.words, T.uint32(0), [index]))
+        self.sync()
 
     def sync(self) -> None:
         """A barrier of the block."""
@@ -174,12 +179,19 @@ class GpuChunkTiles(WarpTiles):
         self.used = padded(offset + size, 16)
         return offset
 
-    def tile(self, rows: int, cols: int, place: str = "shared") -> Tile | Fragments:
+    def leave(self) -> None:
+        """Nothing is held."""
+
+    def _rounded(self, rows: Expr | None) -> Expr | None:
+        """Rows that are computed where `rows` are wanted: the same for all operations."""
+        return None if rows is None else T.min(T.int64(self.chunk), ceil_div(rows, GRANULE) * GRANULE)
+
+    def tile(self, rows: int, cols: int, place: str = "shared", dtype: str = "float32") -> Tile | Fragments:
         """Shared memory, or accumulator registers."""
         if place == "register":
             mi, ni, _, _ = self._grid(rows, cols)
             return Fragments(T.alloc_buffer((mi * ni * 4,), "float32", scope="local"), rows, cols)
-        return Tile(Storage(rows, cols), rows, cols)
+        return Tile(Storage(rows, cols, dtype=dtype), rows, cols)
 
     def state(self, index: Expr) -> Fragments:
         """The worker's one state."""
@@ -205,8 +217,9 @@ class GpuChunkTiles(WarpTiles):
         """The same numbers along the other axis."""
         return Tile(tile.storage, tile.cols, tile.rows, tile.row, tile.col, not tile.turned)
 
-    def _place(self, storage: Storage, dtype: str = "float32") -> None:
+    def _place(self, storage: Storage) -> None:
         """Give a tile its memory, at its first use."""
+        dtype = storage.dtype
         if storage.offset >= 0:
             return
         if storage.rows == 1 or storage.cols == 1:
@@ -218,7 +231,6 @@ class GpuChunkTiles(WarpTiles):
         else:
             storage.stride = storage.cols + 16 // _ITEMSIZE[dtype]
             elements = padded(storage.rows) * storage.stride
-        storage.dtype = dtype
         storage.offset = self._allocate(elements * _ITEMSIZE[dtype])
 
     def _index(self, tile: Tile, i: Expr, j: Expr) -> Expr:
@@ -284,6 +296,7 @@ class GpuChunkTiles(WarpTiles):
 
     def _over(self, dst: Any, body: Any, rows: Expr | None = None, *, cut: bool = False) -> None:
         """Call ``body(i, j, slot)`` for this thread's elements of a tile; `cut`: only those inside it."""
+        rows = self._rounded(rows)
         if isinstance(dst, Fragments):
             _, per_row, _, _ = self._grid(dst.rows, dst.cols)
 
@@ -299,7 +312,7 @@ class GpuChunkTiles(WarpTiles):
         total = dst.rows * dst.cols
         count = ceil_div(total, self.threads)
         if rows is not None:
-            count = ceil_div(ceil_div(rows, BLOCK) * (BLOCK * dst.cols), self.threads)
+            count = ceil_div(rows * dst.cols, self.threads)
         with T.serial(count) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
             even = rows is None and total % self.threads == 0
@@ -339,7 +352,7 @@ class GpuChunkTiles(WarpTiles):
 
     def _load_shared(self, dst: Tile, src: Window, rows: Expr | None) -> None:
         dtype = src.buffer.dtype
-        self._place(dst.storage, dtype if dst.cols > 1 else "float32")
+        self._place(dst.storage)
         storage, limit = dst.storage, dst.rows if rows is None else rows
         storage.version += 1
         view = self.views[storage.dtype]
@@ -492,9 +505,10 @@ class GpuChunkTiles(WarpTiles):
             owner.packed = packed
         return Operand(tile, side, transpose, rows, cols, packed)
 
-    def pack(self, operand: Operand, *, rows: Expr | None = None, lower: bool = False) -> None:
+    def pack(self, *operands: Operand, rows: Expr | None = None, lower: bool = False) -> None:
         """Split the tile into bf16 parts; tensor data in bf16 is its own operand."""
         del lower
+        operand, rows = operands[0], self._rounded(rows)
         tile, packed = operand.tile, operand.packed
         source = tile if isinstance(tile, Fragments) else tile.storage
         if packed.offset >= 0 and packed.version == source.version:
@@ -523,7 +537,7 @@ class GpuChunkTiles(WarpTiles):
             if wide > padded(tile.cols, 8):
                 self._clear(packed, high, padded(tile.cols, 8), wide)
             return
-        count = high * wide if rows is None else ceil_div(rows, BLOCK) * (BLOCK * wide)
+        count = high * wide if rows is None else rows * wide
         with T.serial(ceil_div(count, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
             i, j = index // wide, index % wide
@@ -581,54 +595,78 @@ class GpuChunkTiles(WarpTiles):
         sources: tuple[Any, ...] = (),
     ) -> None:
         """Fragment by fragment; the accumulators of a register tile are its own elements where nothing stands in between."""
-        terms = self._terms(a.packed, b.packed)
-        full = padded(a.cols)
-        left, right, acc = self._registers("uint32", 4), self._registers("uint32", 2), self._registers("float32", 4)
-        _, per_row, _, _ = self._grid(dst.rows, dst.cols)
+        terms, rows = self._terms(a.packed, b.packed), self._rounded(rows)
+        high, wide = ceil_div(dst.rows, BLOCK), ceil_div(dst.cols, 8)
+        count_a, count_b, along, across = self._grid(dst.rows, dst.cols)
+        left = self._registers("uint32", 4 * a.packed.parts)
+        right = self._registers("uint32", 2 * count_b * b.packed.parts)
+        acc = self._registers("float32", 4 * count_b)
+        warp = T.Bind(T.Cast("int32", self.lane) // WARP)
 
-        def fragment(na: int, nb: int, mi: Expr, ni: Expr) -> None:
-            slots = [(na * per_row + nb) * 4 + e for e in range(4)]
-            places = self._elements(mi, ni)
+        def row_of_fragments(na: int, mi: Expr) -> None:
+            columns = [(nb, warp // along + nb * across) for nb in range(count_b)]
 
-            def values(e: int) -> list[Expr]:
-                i, j = places[e]
-                i, j = self._clamped(dst, i, j)
-                return [self._get(source, i, j, slots[e]) for source in sources]
+            def wanted(nb: int, ni: Expr) -> Expr:
+                inside: Any = True if (nb + 1) * across <= wide else ni < wide
+                if lower == "result":
+                    inside = ni * 8 < (mi + 1) * BLOCK if inside is True else T.And(inside, ni * 8 < (mi + 1) * BLOCK)
+                if cols is not None:
+                    near = T.Cast("int64", ni) * 8 < cols
+                    inside = near if inside is True else T.And(inside, near)
+                return inside
 
-            for e, (i, j) in enumerate(places):
-                first: Any = T.float32(0)
-                if start is not None:
-                    first = start(i, j, self._get(dst, *self._clamped(dst, i, j), slots[e]), *values(e))
-                T.buffer_store(acc, first, [e])
-            steps: Any = full // BLOCK if depth is None else T.Cast("int32", ceil_div(depth, BLOCK))
+            def begin(nb: int, ni: Expr) -> None:
+                for e, (i, j) in enumerate(self._elements(mi, ni)):
+                    slot, (ci, cj) = (na * count_b + nb) * 4 + e, self._clamped(dst, i, j)
+                    first: Any = T.float32(0)
+                    if start is not None:
+                        values = [self._get(source, ci, cj, slot) for source in sources]
+                        first = start(i, j, self._get(dst, ci, cj, slot), *values)
+                    T.buffer_store(acc, first, [nb * 4 + e])
+
+            def end(nb: int, ni: Expr) -> None:
+                for e, (i, j) in enumerate(self._elements(mi, ni)):
+                    slot, (ci, cj) = (na * count_b + nb) * 4 + e, self._clamped(dst, i, j)
+                    last: Any = acc[nb * 4 + e]
+                    if finish is not None:
+                        last = finish(i, j, last, *(self._get(source, ci, cj, slot) for source in sources))
+                    inside: Any = True
+                    if isinstance(dst, Tile) and (dst.rows % BLOCK or dst.cols % 8):
+                        inside = T.And(i < dst.rows, j < dst.cols)
+                    when(inside, lambda last=last, i=i, j=j, slot=slot: self._put(dst, last, i, j, slot))
+
+            def load_right(nb: int, ni: Expr, kk: Expr) -> None:
+                for y in range(b.packed.parts):
+                    self._load_fragment("b", b, right, (nb * b.packed.parts + y) * 2, y, kk * BLOCK, ni * 8)
+
+            def multiply(nb: int, x: int, y: int) -> None:
+                places = acc[nb * 4], left[x * 4], right[(nb * b.packed.parts + y) * 2]
+                T.evaluate(T.call_extern("int32", "tvm_gdn_mma", *(T.address_of(place) for place in places)))
+
+            for nb, ni in columns:
+                when(wanted(nb, ni), lambda nb=nb, ni=ni: begin(nb, ni))
+            full = padded(a.cols) // BLOCK
+            steps: Any = full if depth is None else T.Cast("int32", ceil_div(depth, BLOCK))
             if lower == "left":
                 steps = T.min(mi + 1, steps)
-            with T.serial(steps) as kk:
-                for x in sorted({x for x, _ in terms}):
-                    self._load_fragment("a", a, left, x, mi * BLOCK, kk * BLOCK)
-                    for y in sorted({y for z, y in terms if z == x}):
-                        self._load_fragment("b", b, right, y, kk * BLOCK, ni * 8)
-                        T.evaluate(
-                            T.call_extern(
-                                "int32", "tvm_gdn_mma", T.address_of(acc[0]), T.address_of(left[0]), T.address_of(right[0])
-                            )
-                        )
-            for e, (i, j) in enumerate(places):
-                last: Any = acc[e] if finish is None else finish(i, j, acc[e], *values(e))
-                inside: Any = True
-                if isinstance(dst, Tile) and (dst.rows % BLOCK or dst.cols % 8):
-                    inside = T.And(i < dst.rows, j < dst.cols)
-                when(inside, lambda last=last, i=i, j=j, e=e: self._put(dst, last, i, j, slots[e]))
+            with T.unroll(steps) if isinstance(steps, int) and steps <= 8 else T.serial(steps) as kk:
+                for x in range(a.packed.parts):
+                    self._load_fragment("a", a, left, x * 4, x, mi * BLOCK, kk * BLOCK)
+                # Loads of all columns first, then products that do not wait for one another.
+                for nb, ni in columns:
+                    when(wanted(nb, ni), lambda nb=nb, ni=ni: load_right(nb, ni, kk))
+                for x, y in terms:
+                    for nb, ni in columns:
+                        when(wanted(nb, ni), lambda nb=nb, x=x, y=y: multiply(nb, x, y))
+            for nb, ni in columns:
+                when(wanted(nb, ni), lambda nb=nb, ni=ni: end(nb, ni))
 
-        def wanted(na: int, nb: int, mi: Expr, ni: Expr) -> None:
-            inside: Any = True
-            if lower == "result":
-                inside = ni * 8 < (mi + 1) * BLOCK
-            if cols is not None:
-                inside = T.Cast("int64", ni) * 8 < cols
-            when(inside, lambda: fragment(na, nb, mi, ni))
-
-        self._fragments(dst.rows, dst.cols, wanted, rows)
+        for na in range(count_a):
+            mi = warp % along + na * along
+            bound: Any = True if (na + 1) * along <= high else mi < high
+            if rows is not None:
+                bound = T.Cast("int64", mi) * BLOCK < rows
+            when(bound, lambda na=na, mi=mi: row_of_fragments(na, mi))
 
     def _registers(self, dtype: str, count: int) -> Any:
         return T.alloc_buffer((count,), dtype, scope="local")
@@ -647,8 +685,8 @@ class GpuChunkTiles(WarpTiles):
         depth = max(a.parts, b.parts)
         return [(x, y) for x in range(a.parts) for y in range(b.parts) if x + y < depth]
 
-    def _load_fragment(self, side: str, operand: Operand, registers: Any, part: int, row: Expr, col: Expr) -> None:
-        """Load a fragment of the operand at (row, col); `transposed` ones lie the other way round in memory."""
+    def _load_fragment(self, side: str, operand: Operand, registers: Any, slot: int, part: int, row: Expr, col: Expr) -> None:
+        """Load a fragment of an operand's part at (row, col); `transposed` ones lie the other way round in memory."""
         packed = operand.packed
         if operand.transposed:
             row, col = col, row
@@ -657,7 +695,7 @@ class GpuChunkTiles(WarpTiles):
         place = packed.offset // 2 + part * packed.plane + row * packed.stride + col
         name = f"tvm_gdn_load_{side}{'_turned' if operand.transposed else ''}"
         address = T.address_of(self.views["bfloat16"][place])
-        T.evaluate(T.call_extern("int32", name, T.address_of(registers[0]), address, packed.stride))
+        T.evaluate(T.call_extern("int32", name, T.address_of(registers[slot]), address, packed.stride))
 
     def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
         """A thread per column of a block: forward substitution in registers."""

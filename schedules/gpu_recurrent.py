@@ -35,10 +35,14 @@ class RecurrentGpu:
 
     @staticmethod
     def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Threads along V, and columns per thread."""
+        """Threads along V, columns per thread, and workers per block."""
         fits, columns = RecurrentGpu._fits, (1, 2, 4, 8, 16)
         lanes = tuple(n for n in (1, 2, 4, 8, 16, 32) if any(fits(geometry, n, c) for c in columns))
-        return {"column_lanes": lanes, "columns": tuple(c for c in columns if any(fits(geometry, n, c) for n in lanes))}
+        return {
+            "column_lanes": lanes,
+            "columns": tuple(c for c in columns if any(fits(geometry, n, c) for n in lanes)),
+            "group": (1, 2, 4, 8),
+        }
 
     @staticmethod
     def default(geometry: Geometry) -> dict[str, Any]:
@@ -51,18 +55,30 @@ class RecurrentGpu:
             if RecurrentGpu._fits(geometry, n, c)
         ]
         _, _, lanes, columns = max(choices)
-        return {"column_lanes": lanes, "columns": columns}
+        # Side by side in a block only where a worker is a whole warp: shuffles are a warp's.
+        whole = lanes * math.gcd(geometry.axis["K"], WARP // lanes) == WARP
+        return {
+            "column_lanes": lanes,
+            "columns": columns,
+            "group": math.gcd(4, geometry.axis["V"] // (lanes * columns)) if whole else 1,
+        }
 
     @staticmethod
-    def tiles(geometry: Geometry, *, column_lanes: int, columns: int) -> RecurrentWarpTiles:
+    def tiles(geometry: Geometry, *, column_lanes: int, columns: int, group: int) -> RecurrentWarpTiles:
         """Tile operations in registers."""
         K, V = geometry.axis["K"], geometry.axis["V"]
         if V % (column_lanes * columns):
             raise ValueError(f"{column_lanes} threads of {columns} columns do not divide V = {V}")
+        row_lanes = math.gcd(K, WARP // column_lanes)
+        if group > 1 and (row_lanes * column_lanes < WARP or V // (column_lanes * columns) % group):
+            raise ValueError(
+                f"{row_lanes} x {column_lanes} threads of {columns} columns cannot stand {group} to a block at V = {V}"
+            )
         return RecurrentWarpTiles(
             K,
             V,
-            row_lanes=math.gcd(K, WARP // column_lanes),
+            group=group,
+            row_lanes=row_lanes,
             column_lanes=column_lanes,
             columns=columns,
             v_first=bool(geometry.attr.get("state_v_first")),

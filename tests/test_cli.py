@@ -130,7 +130,7 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
         (["build", "--op", PACKED, "--dims", "K=0"], "each at least 1; got {'K': 0"),
         (["build", "--op", PACKED, "--dims", "K=ten"], "--dims K=ten: give a whole number"),
         (["build", "--op", PACKED, "--dims", "Q=8"], f"--dims Q: {PACKED} has K, V, dtype"),
-        (["build", "--op", PACKED, "--dims", "dtype=int8"], "--dims dtype=int8: allowed: float32"),
+        (["build", "--op", PACKED, "--dims", "dtype=int9"], "--dims dtype=int9: allowed: float32"),
         (["build", "--op", PACKED, "--dims", "dtype=int32"], "mixed_qkv: 'int32' is not allowed"),
         (["build", "--op", PACKED, "--dims", "with=cu_seqlens"], "cu_seqlens: allowed for"),
         (["build", "--op", PACKED, "--dims", "K"], "write NAME=VALUE"),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import subprocess
 
 import pytest
 import torch
 
+import tvm_gdn
 from tvm_gdn import cli, parity, reference
 from tvm_gdn.commands import arguments
-from tvm_gdn.export import c_files, onnx_files
+from tvm_gdn.export import c_files, onnx_files, torch_program
 from tvm_gdn.export.artifact import ExportError, Request, all_passed, draw, fill
 from tvm_gdn.export.command import export
 from tvm_gdn.export.formats import FORMATS
@@ -33,6 +35,7 @@ def run(*words):
 
 C_KERNELS = [
     ("fused_gdn_gating", "dtype=bfloat16"),
+    ("moe_route", ""),
     (CHUNK, "K=32,V=16,dtype=float32,state_v_first=1"),
     ("chunk_kda", "K=16,V=32,dtype=bfloat16,with=initial_state+cu_seqlens"),
     ("packed_decode_gated_delta_rule", "K=32,V=16,dtype=float32,state=bfloat16"),
@@ -106,6 +109,8 @@ MODELS = [
     (CHUNK, "K=32,V=16,dtype=bfloat16,state_v_first=1", {"profile": "chunked", "chunk": 16, "tokens": 37}),
     (CHUNK, "K=32,V=16,dtype=bfloat16,state=bfloat16", {"profile": "standard", "l2norm": False, "scale": 0.5}),
     ("fused_gdn_gating", "dtype=bfloat16", {"profile": "standard"}),
+    ("rms_norm_gated", "D=20,dtype=float32", {"profile": "standard"}),
+    ("rms_norm_gated", "D=20,dtype=bfloat16,norm_before_gate=0", {"profile": "decomposed"}),
 ]  # fmt: skip
 
 
@@ -117,9 +122,8 @@ def test_onnx(op, dims, options, tmp_path):
     checks = onnx_files.verify(wanted, tmp_path)
     assert all_passed(checks), "\n".join(map(str, checks))
     evaluators = {check.by.split()[0] for check in checks if check.passed and check.what.startswith("numbers")}
-    expected = {"onnxruntime"} if options["profile"] == "ort" else {"onnxruntime", "onnx.reference"}
-    if pytest.importorskip("onnxruntime"):
-        assert evaluators == expected
+    pytest.importorskip("onnxruntime")
+    assert evaluators == ({"onnxruntime"} if options["profile"] == "ort" else {"onnxruntime", "onnx.reference"})
 
 
 @pytest.mark.parametrize("tokens", [0, 130])
@@ -244,3 +248,77 @@ def test_force_leaves_other_files_alone(tmp_path, capsys):
     assert run(*ONNX_WORDS, "-o", folder) == 2
     assert run(*ONNX_WORDS, "--force", "--no-verify", "-o", folder) == 0
     assert sorted(p.name for p in folder.iterdir()) == [f"{CHUNK}.onnx", "precious"]
+
+
+# --- torch, and torch to ONNX
+
+
+def test_torch_program(tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert run("--op", CHUNK, "--format", "torch", "--dims", "K=32,V=16,dtype=float32", "-o", tmp_path / "x.pt2") == 0
+    text = capsys.readouterr().out
+    assert "one node" in text and text.count(" ok ") == 3 and (tmp_path / "x.pt2").is_file()
+
+
+def test_a_model_goes_to_onnx_with_its_operators_as_linear_attention(tmp_path):
+    """Both profiles, symbolic batch and time, bf16-free; the numbers are those of the model in torch."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(24, 2 * 2 * 32 + 4 * 16 + 8)
+
+        def forward(self, x, state):
+            q, k, v, g, beta = self.inner(x).split([64, 64, 64, 4, 4], -1)
+            o, last = tvm_gdn.chunk_gated_delta_rule(
+                q.unflatten(-1, (2, 32)), k.unflatten(-1, (2, 32)), v.unflatten(-1, (4, 16)), -g.exp(), beta.sigmoid(),
+                initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True,
+            )  # fmt: skip
+            return o.flatten(2), last
+
+    model = Layer().eval()
+    dims = {0: torch.export.Dim("batch"), 1: torch.export.Dim("time")}
+    example = (torch.randn(2, 6, 24), torch.randn(2, 4, 32, 16))
+    program = torch.export.export(model, example, dynamic_shapes=(dims, {0: dims[0]}))
+    x, state = torch.randn(3, 19, 24), torch.randn(3, 4, 32, 16)
+    for profile, domain in (("ort", "com.microsoft"), ("standard", "")):
+        path = tmp_path / f"{profile}.onnx"
+        torch_program.to_onnx(program, profile).save(str(path))
+        onnx.checker.check_model(str(path), full_check=True)
+        nodes = {(node.domain, node.op_type) for node in onnx.load(str(path)).graph.node}
+        assert (domain, "LinearAttention") in nodes
+        got = onnx_files.run_onnxruntime(path, {"x": x, "state": state}, None)
+        for value, want in zip(got, model(x, state), strict=True):
+            assert parity.rms_ratio(value, want) < 1e-5
+    with pytest.raises(ExportError, match="allowed: ort, standard"):
+        torch_program.to_onnx(program, "old")
+
+
+# --- GPU sources
+
+
+@pytest.mark.parametrize(("form", "suffix"), [("opencl-src", ".cl"), ("cuda-src", ".cu")])
+def test_gpu_source(form, suffix, tmp_path, capsys):
+    path = tmp_path / "kernel"
+    words = ("--op", "fused_recurrent_gated_delta_rule_update", "--format", form, "--dims", "K=16,V=32,dtype=float32")
+    assert run(*words, "-o", path) == 0
+    assert "device emulation on the CPU  ok" in capsys.readouterr().out
+    (source,), (description,) = path.glob(f"*{suffix}"), path.glob("*.json")
+    kernel = json.loads(description.read_text())["kernels"][0]
+    text = source.read_text()
+    assert kernel["name"] in text and set(kernel["launch"]) == {"blockIdx.x", "threadIdx.x"}
+    assert {"q_ptr", "k_ptr", "v_ptr", "o_ptr", "scale", "HV"} <= {argument["name"] for argument in kernel["arguments"]}
+    if form == "opencl-src":
+        assert "shuffle" not in text and "barrier" not in text and "__local" not in text
+
+
+def test_gpu_sources_refuse_by_name(tmp_path, capsys):
+    assert run("--op", CHUNK, "--format", "metal-src", "--dims", "K=32,V=32", "-o", tmp_path / "x") == 2
+    assert "recurrent, gating" in capsys.readouterr().err
+    words = ("--op", "fused_gdn_gating", "--format", "webgpu-src", "--dims", "dtype=bfloat16", "-o", tmp_path / "x")
+    assert run(*words) == 2
+    assert "a bfloat16" in capsys.readouterr().err and not list(tmp_path.iterdir())

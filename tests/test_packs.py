@@ -264,7 +264,7 @@ def test_batches_install_under_the_lock_of_first_calls(small_pack, tmp_path, mon
     @contextlib.contextmanager
     def compile_nothing(*_):
         compiled.set()
-        yield [kernel, kernel], small_pack / pack.LAUNCHER
+        yield [kernel, kernel], small_pack / pack.read(small_pack).manifest.launcher.file
 
     monkeypatch.setattr(kernel_cache, "_compiled", compile_nothing)
     wanted = {tmp_path / name: build.Request(SPEC, entry.geometry) for name in ("first", "second")}
@@ -288,9 +288,10 @@ def test_each_kernel_runs_on_the_launcher_of_its_pack(small_pack, tmp_path):
         folder = tmp_path / name
         shutil.copytree(small_pack, folder)
         if name == "other":
-            data = (folder / pack.LAUNCHER).read_bytes() + b"\0"
-            (folder / pack.LAUNCHER).write_bytes(data)
-            edit(folder, launcher={"file": pack.LAUNCHER, "sha256": hashlib.sha256(data).hexdigest()})
+            launcher = pack.read(folder).manifest.launcher.file
+            data = (folder / launcher).read_bytes() + b"\0"
+            (folder / launcher).write_bytes(data)
+            edit(folder, launcher={"file": launcher, "sha256": hashlib.sha256(data).hexdigest()})
         read = pack.read(folder)
         load.load_kernel(read, read.manifest.kernels[0])
         library = ctypes.CDLL(str(folder / read.manifest.kernels[0].file))

@@ -216,3 +216,28 @@ def test_malformed_pools_are_named_where_final_states_are_asked_for():
     ):
         with pytest.raises(ValueError, match=named):
             chunk(tensors, pool, initial_state_indices=indices)
+
+
+SQUARE = [
+    pytest.param((CHUNK, {**SHAPE, "B": 1, "T": 7, "K": size, "V": size, "with": STATE, "state_v_first": True}), id=str(size))
+    for size in (32, 64)
+] + [
+    pytest.param(
+        (CHUNK, {**SHAPE, "B": 1, "T": 7, "K": 128, "V": 128, "with": STATE, "state_v_first": True}),
+        id="128",
+        marks=pytest.mark.slow,
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", SQUARE)
+def test_a_chunk_of_as_many_tokens_as_K_is_no_state(kernel):
+    """A window of values ``[chunk, V]`` has the shape of a V-first state where the chunk is K tokens; it is not read as one."""
+    op, case = kernel
+    arguments = cases.draw(OPS[op], case)
+    behind = torch.full((1, 7 + 128, 4, case["V"]), 7.0)
+    arguments["v"] = behind[:, :7].copy_(arguments["v"])
+    o, final = getattr(tvm_gdn, op)(**arguments)
+    want, last = reference.chunk_gated_delta_rule(**arguments, exact=True)
+    assert rms_ratio(o, want) < 1e-5 and rms_ratio(final, last) < 1e-5
+    assert (behind[:, 7:] == 7).all()

@@ -173,16 +173,34 @@ def test_other_families(calls, family):
     assert (patched_logits - logits).abs().max() < 1e-5
 
 
+@torch.no_grad()
+def forced(model, ids, mask, steps=8):
+    """Logits of a prompt's last token and of steps with given tokens."""
+    output = model(ids, attention_mask=mask, use_cache=True)
+    logits = [output.logits[:, -1].float()]
+    for step in range(steps):
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        tokens = torch.full((len(ids), 1), 5 * step + 9)
+        output = model(tokens, attention_mask=mask, past_key_values=output.past_key_values, use_cache=True)
+        logits.append(output.logits[:, -1].float())
+    return torch.stack(logits)
+
+
 def test_bf16(calls):
-    model = build().to(torch.bfloat16)
+    def error(left, right):
+        return ((left - right).pow(2).mean().sqrt() / right.pow(2).mean().sqrt()).item()
+
+    model = build("Qwen3_5").to(torch.bfloat16)  # without experts, whose choice jumps on a rounding
     ids, mask = prompt(3)
-    _, logits = greedy(model, ids, mask, steps=4)
+    exact = forced(copy.deepcopy(model).float(), ids, mask)
+    own = forced(model, ids, mask)
+    with patch(model, operators=("chunk_gated_delta_rule", FUNCTIONAL)):
+        assert error(forced(model, ids, mask), own) < 5e-3
     with patch(model):
-        _, patched_logits = greedy(model, ids, mask, steps=4)
-    assert calls[UPDATE] == 3 * 4
-    assert patched_logits.dtype == torch.bfloat16
-    error = (patched_logits - logits).float().pow(2).mean().sqrt() / logits.float().pow(2).mean().sqrt()
-    assert error < 5e-3
+        patched = forced(model, ids, mask)
+    assert calls[UPDATE] == 2 * 3 * 8
+    # Transformers rounds the norm before it multiplies, tvm_gdn does not: the logits of both are off, ours not further.
+    assert error(patched, exact) < 1.05 * error(own, exact) < 0.05
 
 
 @pytest.mark.parametrize(
@@ -348,7 +366,7 @@ def test_gradients_keep_the_function_of_transformers(model, calls, monkeypatch):
         output = model(ids[:, :1], past_key_values=cache, use_cache=True)
     assert output.logits.requires_grad
     assert calls == {UPDATE: 0, FUNCTIONAL: 0}
-    assert len(messages) == 1
+    assert sum("DeltaNet" in message for message in messages) == 1
     assert "no_grad" in messages[0]
 
 

@@ -97,7 +97,7 @@ def _cases(facts: Model) -> Iterator[tuple[str, dict[str, Any]]]:
     base = {**facts.axes, "dtype": facts.dtype}
     # Checkpoints keep dt_bias in the dtype of the activations; engines that upcast it once hold it in fp32.
     for dt_bias in (facts.dtype, "float32"):
-        yield "fused_gdn_gating", {**base, "dtypes": {"dt_bias": dt_bias}}
+        yield "fused_gdn_gating", {**base, "M": 1, "dtypes": {"dt_bias": dt_bias}}
     states = [{"state_dtype": dtype, "state_v_first": v_first} for dtype in ("float32", facts.dtype) for v_first in (False, True)]
     for op, calls in _CALLS.items():
         for given in calls:

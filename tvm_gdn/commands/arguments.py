@@ -12,7 +12,7 @@ from tvm_gdn import cases, dispatch, env
 from tvm_gdn.check import TORCH_DTYPES, geometry_of
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import OPS
-from tvm_gdn.spec import Axis, Geometry, OpSpec, Scalar
+from tvm_gdn.spec import INTS, Axis, Geometry, OpSpec, Scalar
 from tvm_gdn.target import TargetSpec, resolve, runnable, target_names
 
 #: Keys of --dims that are no axis, attribute or tensor of the operator.
@@ -106,10 +106,21 @@ def parse_dims(spec: OpSpec, text: str) -> Geometry:
         else:
             known = [*spec.static_axes, *_DIMS_KEYS, "with", *spec.static_attrs, *tensors]
             raise ArgumentError(f"--dims {key}: {spec.name} has {', '.join(known)}")
+    _check_data_dtype(spec, case)
     lacking = [axis for axis in spec.static_axes if axis not in case]
     if lacking:
         raise ArgumentError(f"--dims: {spec.name} also needs {', '.join(f'{axis}=SIZE' for axis in lacking)}")
     return checked_geometry(spec, geometry_of_case(spec, case))
+
+
+def _check_data_dtype(spec: OpSpec, case: Mapping[str, Any]) -> None:
+    """Refuse a dtype that no data tensor takes; tensors that have a dtype of their own keep it."""
+    data = [tensor for tensor in spec.tensors if not tensor.usual and tensor.dtypes != INTS]
+    dtype = case.get("dtype")
+    if dtype and data and not any(dtype in tensor.dtypes for tensor in data):
+        raise ArgumentError(
+            f"--dims dtype={dtype}: {data[0].name}: {dtype!r} is not allowed; allowed: {', '.join(data[0].dtypes)}"
+        )
 
 
 def _attribute(scalar: Scalar, text: str) -> Any:
@@ -156,8 +167,8 @@ def checked_geometry(spec: OpSpec, geometry: Geometry) -> Geometry:
     """The same geometry, or an error that says in what it does not fit the operator."""
     tensors = {tensor.name: tensor for tensor in spec.tensors}
     wrong = []
-    if set(geometry.axis) != set(spec.static_axes) or min(geometry.axis.values(), default=0) < 0:
-        wrong.append(f"axes must be {{{', '.join(spec.static_axes)}}}, none negative; got {geometry.axis}")
+    if set(geometry.axis) != set(spec.static_axes) or _too_small(spec, geometry):
+        wrong.append(f"axes must be {{{', '.join(spec.static_axes)}}}, each at least 1; got {geometry.axis}")
     if set(geometry.attr) != {*spec.static_attrs, *dict(spec.traits)}:
         wrong.append(f"attrs must be {{{', '.join(spec.static_attrs)}}}; got {geometry.attr}")
     missing = [name for name, tensor in tensors.items() if not tensor.optional and name not in geometry.dtype]
@@ -176,3 +187,11 @@ def checked_geometry(spec: OpSpec, geometry: Geometry) -> Geometry:
     if wrong:
         raise ArgumentError(f"{spec.name} has no such geometry: {'; '.join(wrong)}")
     return geometry
+
+
+def _too_small(spec: OpSpec, geometry: Geometry) -> bool:
+    """Whether an axis of a tensor that is present is below 1; an axis that only absent tensors have is 0."""
+    present = [tensor for tensor in spec.tensors if tensor.name in geometry.dtype]
+    given = {**geometry.attr, **dict.fromkeys(geometry.dtype, True)}
+    used = {Axis.parse(axis).name for tensor in present for axis in tensor.axis_names(given)}
+    return any(size < (axis in used) for axis, size in geometry.axes)

@@ -103,7 +103,12 @@ def draw(request: Request, seed: int = 0, **sizes: Any) -> tuple[dict[str, Any],
             case[scalar.name] = request.l2norm
         if scalar.name == "scale":
             case[scalar.name] = request.scale
-    arguments = cases.draw(request.spec, case, seed)
+    try:
+        arguments = cases.draw(request.spec, case, seed)
+    except KeyError as error:
+        raise ExportError(
+            f"{request.spec.name}: inputs to verify it with need the size {error}, which no format states"
+        ) from error
     return arguments, parity.expected(request.spec, arguments)
 
 

@@ -220,7 +220,7 @@ def _test(interface: Interface) -> str:
         if expected is not None:
             step = max(1, expected.numel() // _SAMPLES) | 1
             data.append(f"static const double want_{name}[] = {{{_numbers(expected.double().flatten()[::step])}}};")
-            read = f"(double)got[i * {step}]" if kind == "float32" else f"bf16(got[i * {step}])"
+            read = f"bf16(got[i * {step}])" if kind == "bfloat16" else f"(double)got[i * {step}]"
             limit = parity.limit(request.spec, name, getattr(torch, kind))
             compares.append(_COMPARE.format(name=name, type=C_TYPES[kind], read=read, limit=limit))
     call += [str(sizes[name]) for name in interface.sizes]

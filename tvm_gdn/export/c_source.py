@@ -74,6 +74,8 @@ static inline uint16_t bits_as_uint16_t(const void* p) { uint16_t x; memcpy(&x, 
 PREAMBLE = PREAMBLE.replace("void* v_ptr; };", "void* v_ptr; } u;")
 
 
+#: Where the chunked tiles start in a worker's array: vector code wants a cache line, this code nothing.
+ALIGN = "static inline int32_t tvm_gdn_to_line(const void* p) { (void)p; return 0; }\n"
 #: Scratch memory whose size depends on a call (the check that slots are distinct).
 WORKSPACE = """\
 static void* TVMBackendAllocWorkspace(int type, int id, uint64_t size, int code, int bits) {
@@ -118,7 +120,8 @@ def generate(request: Request, timeout: float = 600.0) -> str:
     if done.returncode:
         raise ExportError(f"{request.spec.name}: TVM's C generator failed:\n{done.stderr[-1500:]}")
     code = plain(json.loads(done.stdout.splitlines()[-1])["source"], request.symbol)
-    return "\n".join((PREAMBLE, *((WORKSPACE,) if "TVMBackendAllocWorkspace" in code else ()), code))
+    parts = {"TVMBackendAllocWorkspace": WORKSPACE, "tvm_gdn_to_line": ALIGN}
+    return "\n".join((PREAMBLE, *(part for name, part in parts.items() if name in code), code))
 
 
 def plain(source: str, symbol: str) -> str:
@@ -134,9 +137,13 @@ def plain(source: str, symbol: str) -> str:
     )
     body = re.sub(r"\(\*\((float|int32_t|uint32_t|uint16_t) \*\)\(&\((\w+)\)\)\)", r"bits_as_\1(&\2)", body)
     body = re.sub(r"(\)args\)\[\d+\])\.(v_int64|v_float64|v_ptr)", r"\1.u.\2", body)
-    left = re.search(r"TVM_DLL|TVMBackend(?!AllocWorkspace|FreeWorkspace)\w*|\*\((?:float|u?int32_t) \*\)\(&", body)
+    body = re.sub(r"\binff\b", "INFINITY", body)
+    left = re.search(
+        r"TVM_DLL|TVMBackend(?!AllocWorkspace|FreeWorkspace)\w*|\*\((?:float|u?int32_t) \*\)\(&|\b(?:u?int\d+_t|float)\d+\b",
+        re.sub(r'"[^"\n]*"', "", body),  # texts of errors name dtypes
+    )
     if left:
-        raise ExportError(f"{symbol}: the generated C still has {left[0]!r}, which needs TVM or is undefined in C99")
+        raise ExportError(f"{symbol}: the generated C still has {left[0]!r}: TVM, undefined in C99, or vector code of a schedule")
     return body.rstrip() + "\n"
 
 

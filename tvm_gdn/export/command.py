@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", required=True, choices=list(FORMATS), metavar="FORMAT", help=formats)
     variants = "; ".join(f"{name}: {', '.join(entry.profiles)}" for name, entry in FORMATS.items() if entry.profiles)
     parser.add_argument("--profile", metavar="NAME", help=f"variant of the format; {variants or 'none so far'}")
-    parser.add_argument("--model", metavar="NAME", help="export what this model calls first; with --dims its sizes are set")
+    parser.add_argument("--model", metavar="NAME", help="export what this model calls: with a state, sequences of one length")
     parser.add_argument(
         "--dims",
         action="append",
@@ -58,7 +58,8 @@ def main(args: argparse.Namespace) -> int:
     wanted, _ = aot.selection(args)
     if not wanted:
         raise ArgumentError(f"--model {args.model} does not call {args.op[0]}")
-    spec, geometry = wanted[0]
+    # Of a model's calls: one that takes a state, of sequences of one length.
+    spec, geometry = max(wanted, key=lambda pair: ("initial_state" in pair[1].dtype) - 2 * ("cu_seqlens" in pair[1].dtype))
     if len(wanted) > 1 and not args.model:
         raise ArgumentError("one export holds one kernel: give --dims or --geometry once")
     request = Request(spec, geometry, profile, not args.no_l2norm, args.scale, args.chunk, args.tokens, heads)

@@ -124,8 +124,31 @@ def gating(graph: Graph, request: Request) -> None:
     graph.add_output("beta", graph.cast(graph.Sigmoid(x["b"]), "float32", dtypes["b"]), dtypes["b"], ("rows", HV))
 
 
+def norm(graph: Graph, request: Request) -> None:
+    """`rms_norm_gated` with its default eps: ``norm(x) * act(z)`` or ``norm(x * act(z))``."""
+    dtypes, attrs, rows = request.geometry.dtype, request.geometry.attr, ("rows", "groups", request.geometry.axis["D"])
+    shapes = {"x": rows, "z": rows, "weight": rows[-1:]}
+    given = {
+        n: graph.cast(graph.add_input(n, dtypes[n], shapes[n]), dtypes[n], "float32") for n in ("x", "weight", "z") if n in dtypes
+    }
+    x, gate = given["x"], None
+    if "z" in given:
+        gate = graph.Sigmoid(given["z"])
+        gate = graph.Mul(gate, given["z"]) if attrs["activation"] == "silu" else gate
+    if gate is not None and not attrs["norm_before_gate"]:
+        x, gate = graph.Mul(x, gate), None
+    mean = graph.ReduceMean(graph.Mul(x, x), axes=[-1], keepdims=1) if OPSET[request.profile] < 18 else (
+        graph.ReduceMean(graph.Mul(x, x), graph.ints(-1), keepdims=1)
+    )  # fmt: skip
+    x = graph.Mul(graph.Div(x, graph.Sqrt(graph.Add(mean, graph.constant(_NORM_EPS)))), given["weight"])
+    x = x if gate is None else graph.Mul(x, gate)
+    graph.add_output("o", graph.cast(x, "float32", dtypes["x"]), dtypes["x"], rows)
+
+
 #: Algorithm of a SPEC -> what makes its graph.
-BUILDERS: dict[str, Callable[[Graph, Request], None]] = {"chunk": delta_rule, "recurrent": delta_rule, "gating": gating}
+BUILDERS: dict[str, Callable[[Graph, Request], None]] = {
+    "chunk": delta_rule, "recurrent": delta_rule, "gating": gating, "norm": norm,
+}  # fmt: skip
 
 
 def verify(request: Request, folder: Path) -> list[Check]:
@@ -139,7 +162,7 @@ def verify(request: Request, folder: Path) -> list[Check]:
     # Two lengths, so that a size frozen by mistake shows.
     lengths = (request.tokens,) if request.tokens else (19, 65)
     for tokens in lengths:
-        arguments, want = draw(request, B=2, T=tokens, M=tokens, **_heads(request))
+        arguments, want = draw(request, B=2, T=tokens, M=tokens, G=3, **_heads(request))
         feeds = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
         what = f"numbers against float64 reference, {tokens} tokens"
         if request.profile == "ort":

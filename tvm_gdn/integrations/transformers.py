@@ -1,10 +1,9 @@
 """Serve the Gated DeltaNet layers of a transformers model with tvm_gdn's operators.
 
-A layer's ``forward`` calls ``torch_chunk_gated_delta_rule`` of its modeling module for a prompt and
-``torch_recurrent_gated_delta_rule`` for a cached single-token step.
-:func:`patch` puts a router in the place of these module-level functions, and a forward pre-hook on every Gated DeltaNet
-layer of *one* model. The hook adds a keyword that ``forward`` hands on to the function; the router serves calls that
-carry it and passes all others on. So other models of the same class, and other threads, are not affected.
+Between its projections a layer's ``forward`` calls functions of its modeling module (convolution and recurrence, for a prompt and
+for a cached single-token step) and a gated norm. :func:`patch` puts a router in the place of these functions, and forward hooks
+on every Gated DeltaNet layer of *one* model, which note for their thread that such a layer runs. Routers serve the calls of such
+a layer and pass all others on. So other models of the same class, and other threads, are not affected.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ SUPPORTED_LAYERS = (
     "OlmoHybridGatedDeltaNet",
 )
 
-_KEYWORD = "tvm_gdn_offer"
 _Result = tuple[torch.Tensor, "torch.Tensor | None"]
 
 
@@ -47,6 +45,15 @@ class _Offer(NamedTuple):
 
     operators: tuple[str, ...]
     in_place: bool
+
+
+class _Thread(threading.local):
+    """The patched layer that runs in this thread, if any."""
+
+    offer: _Offer | None = None
+
+
+_here = _Thread()
 
 
 @functools.cache
@@ -128,20 +135,71 @@ def _prefill(
     return tvm_gdn.chunk_gated_delta_rule(query, key, value, g, beta, **options)
 
 
+def _conv(
+    original: Callable[..., torch.Tensor],
+    in_place: bool,
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    **others: Any,
+) -> torch.Tensor:
+    """Take the place of transformers' ``causal_conv1d_fn``, on the tokens of a prompt behind the cached ones."""
+    import tvm_gdn
+
+    del in_place
+    if activation not in {"silu", "swish", None} or _needs_gradients((hidden_states, weight, bias)):
+        return original(hidden_states, weight, bias, activation=activation, **others)
+    return tvm_gdn.causal_conv1d_fn(hidden_states, weight, bias, activation=activation)
+
+
+def _conv_step(
+    original: Callable[..., torch.Tensor],
+    in_place: bool,
+    hidden_states: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """Take the place of transformers' ``causal_conv1d_update``, which writes to the cache's tensor as well."""
+    import tvm_gdn
+
+    del in_place
+    if activation not in {"silu", "swish", None} or _needs_gradients((hidden_states, weight, bias)):
+        return original(hidden_states, conv_state, weight, bias, activation)
+    return tvm_gdn.causal_conv1d_update(hidden_states, conv_state, weight, bias, activation)
+
+
+def _norm(
+    original: Callable[..., torch.Tensor], in_place: bool, layer: Any, hidden_states: torch.Tensor, gate: torch.Tensor
+) -> torch.Tensor:
+    """Take the place of the forward of transformers' gated norm; the product with the weight is not rounded in between."""
+    import tvm_gdn
+
+    del in_place
+    if layer.activation not in {"silu", "swish", "sigmoid"} or _needs_gradients((hidden_states, layer.weight, gate)):
+        return original(layer, hidden_states, gate)
+    return tvm_gdn.rms_norm_gated(hidden_states, layer.weight, gate, layer.variance_epsilon, activation=layer.activation)
+
+
 # Operator of tvm_gdn -> (function of the modeling module that it replaces, what runs instead).
 _REPLACEMENTS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "causal_conv1d_fn": ("causal_conv1d_fn", _conv),
+    "causal_conv1d_update": ("causal_conv1d_update", _conv_step),
     "chunk_gated_delta_rule": ("torch_chunk_gated_delta_rule", _prefill),
     "fused_recurrent_gated_delta_rule": ("torch_recurrent_gated_delta_rule", _decode),
 }
+_NORM = "rms_norm_gated"
 #: Operators of Gated DeltaNet layers, and that of the experts (`integrations/experts.py`).
-SUPPORTED_OPERATORS = (*_REPLACEMENTS, "fused_experts")
+SUPPORTED_OPERATORS = (*_REPLACEMENTS, _NORM, "fused_experts")
 
 
 @dataclass(eq=False)
 class _Route:
-    """A module-level function under a router, shared by all patched models whose layers call it."""
+    """A function of a module, or a method of a class, under a router; shared by all patched models whose layers call it."""
 
-    module: ModuleType
+    owner: ModuleType | type
     name: str
     original: Callable[..., Any]
     router: Callable[..., Any]
@@ -149,14 +207,14 @@ class _Route:
 
 
 _lock = threading.RLock()
-_routes: dict[tuple[str, str], _Route] = {}
+_routes: dict[tuple[ModuleType | type, str], _Route] = {}
 _patched_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _make_router(original: Callable[..., Any], operator: str, replacement: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original, updated=())
     def router(*args: Any, **kwargs: Any) -> Any:
-        offer = kwargs.pop(_KEYWORD, None)
+        offer = _here.offer
         if offer is None or operator not in offer.operators:
             return original(*args, **kwargs)
         return replacement(original, offer.in_place, *args, **kwargs)
@@ -164,14 +222,13 @@ def _make_router(original: Callable[..., Any], operator: str, replacement: Calla
     return router
 
 
-def _acquire_route(module: ModuleType, operator: str) -> _Route:
-    name, replacement = _REPLACEMENTS[operator]
-    current = getattr(module, name)
-    route = _routes.get((module.__name__, name))
+def _acquire_route(owner: ModuleType | type, name: str, operator: str, replacement: Callable[..., Any]) -> _Route:
+    current = getattr(owner, name)
+    route = _routes.get((owner, name))
     if route is None or current is not route.router:
-        route = _Route(module, name, current, _make_router(current, operator, replacement))
-        _routes[module.__name__, name] = route
-        setattr(module, name, route.router)
+        route = _Route(owner, name, current, _make_router(current, operator, replacement))
+        _routes[owner, name] = route
+        setattr(owner, name, route.router)
     route.users += 1
     return route
 
@@ -181,9 +238,9 @@ def _release_route(route: _Route) -> None:
     if route.users:
         return
     # Somebody may have wrapped the router meanwhile: then it stays, and passes calls on.
-    if getattr(route.module, route.name) is route.router:
-        setattr(route.module, route.name, route.original)
-    key = (route.module.__name__, route.name)
+    if getattr(route.owner, route.name) is route.router:
+        setattr(route.owner, route.name, route.original)
+    key = (route.owner, route.name)
     if _routes.get(key) is route:
         del _routes[key]
 
@@ -206,17 +263,28 @@ def _copies_into_own_tensor(cache: Any, layer: nn.Module) -> bool:
     )
 
 
-def _make_offer(
-    operators: tuple[str, ...], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    offer = _Offer(operators, _copies_into_own_tensor(kwargs.get("cache_params"), layer))
-    return args, {**kwargs, _KEYWORD: offer}
+def _begin(operators: tuple[str, ...], layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    del args
+    _here.offer = _Offer(operators, _copies_into_own_tensor(kwargs.get("cache_params"), layer))
+
+
+def _end(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    del layer, args, output
+    _here.offer = None
 
 
 class _Layer(NamedTuple):
     name: str
     layer: nn.Module
     source: ModuleType  # the transformers module that defines its class, with the functions that its forward calls
+    norm: type | None  # the class of its gated norm
+
+    def places(self, operators: tuple[str, ...]) -> list[tuple[ModuleType | type, str, str, Callable[..., Any]]]:
+        """Owner and name of each function that is replaced, the operator, and what runs instead."""
+        found: list[tuple[ModuleType | type, str, str, Callable[..., Any]]] = [
+            (self.source, _REPLACEMENTS[op][0], op, _REPLACEMENTS[op][1]) for op in operators if op in _REPLACEMENTS
+        ]
+        return [*found, (self.norm, "forward", _NORM, _norm)] if _NORM in operators and self.norm else found
 
 
 class Patched:
@@ -241,12 +309,12 @@ class Patched:
         self._served = experts.Served(mixtures.values(), scheme)
         self._active = True
         self._modules = tuple(entry.layer for entry in found)
-        hook = functools.partial(_make_offer, operators)
+        hook = functools.partial(_begin, operators)
         with _lock:
-            sources = {entry.source for entry in found}
-            routed = [operator for operator in operators if operator in _REPLACEMENTS]
-            self._routes = [_acquire_route(source, operator) for source in sources for operator in routed]
+            places = dict.fromkeys(place for entry in found for place in entry.places(operators))
+            self._routes = [_acquire_route(*place) for place in places]
             self._handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in self._modules]
+            self._handles += [layer.register_forward_hook(_end, always_call=True) for layer in self._modules]
             _patched_layers.update(self._modules)
             _patched_layers.update(mixtures.values())
             self._mixtures = tuple(mixtures.values())
@@ -289,7 +357,8 @@ def _find_layers(model: nn.Module) -> list[_Layer]:
     for name, layer in model.named_modules():
         for cls in type(layer).__mro__:
             if cls.__name__ in SUPPORTED_LAYERS and cls.__module__.startswith("transformers.models."):
-                found.append(_Layer(name, layer, sys.modules[cls.__module__]))
+                norms = [type(m) for m in layer.children() if type(m).__name__.endswith("RMSNormGated")]
+                found.append(_Layer(name, layer, sys.modules[cls.__module__], norms[0] if norms else None))
                 break
     return found
 
@@ -299,7 +368,7 @@ def _check_calls(found: _Layer, operators: tuple[str, ...]) -> None:
     forward = inspect.unwrap(type(found.layer).forward)
     ours = getattr(forward, "__globals__", None) is vars(found.source)
     called = forward.__code__.co_names if ours else ()
-    missing = [name for name in (_REPLACEMENTS[op][0] for op in operators) if name not in called]
+    missing = [name for name in (_REPLACEMENTS[op][0] for op in operators if op != _NORM) if name not in called]
     if missing:
         import transformers
 
@@ -313,10 +382,11 @@ def _check_calls(found: _Layer, operators: tuple[str, ...]) -> None:
 def patch(model: nn.Module, *, operators: Iterable[str] | None = None, pack: str | None = None) -> Patched:
     """Serve a model's Gated DeltaNet layers and experts with tvm_gdn, for good or inside a ``with`` block.
 
-    A decode step updates the recurrent state in the
-    cache's own tensor where the cache is one of transformers' classes (those copy the new state into that tensor
-    anyway, so beam search, reordering and reset behave as before); with any other cache class a new state tensor is
-    returned. A step that would need gradients runs transformers' own function, with one log line that says so.
+    Convolution, delta rule and gated norm run compiled, for prompts and decode steps; the gates are computed in the layer's
+    forward itself and stay there. A decode step updates the recurrent state in the cache's own tensor where the cache is
+    one of transformers' classes (those copy the new state into that tensor anyway, so beam search, reordering and reset
+    behave as before); with any other cache class a new state tensor is returned. A step that would need gradients runs
+    transformers' own functions, with one log line that says so.
 
     Patch before ``torch.compile``: a compiled model need not notice hooks that are added later.
 
@@ -357,7 +427,7 @@ def patch(model: nn.Module, *, operators: Iterable[str] | None = None, pack: str
     if unknown or not chosen:
         raise ArgumentError(f"operators: got {unknown or 'no name'}; allowed are {', '.join(SUPPORTED_OPERATORS)}")
 
-    routed = tuple(name for name in chosen if name in _REPLACEMENTS)
+    routed = tuple(name for name in chosen if name != "fused_experts")
     found = _find_layers(model) if routed else []
     mixtures = experts.find(model) if "fused_experts" in chosen else {}
     if not found and not mixtures:

@@ -245,6 +245,8 @@ def causal_conv1d_fn(
     -----
     Source: the convolution of Mamba (arXiv:2312.00752); signature of SGLang's causal_conv1d.
     """
+    if isinstance(conv_states, torch.Tensor) and conv_states.ndim == 3 and conv_states.shape[2] == 0:
+        conv_states = cache_indices = has_initial_state = None  # width 1: nothing to remember
     return torch.ops.tvm_gdn.causal_conv1d_fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, activation, pad_slot_id
     )

@@ -16,7 +16,6 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.tir.gates import gate_macros
 from tvm_gdn.spec import Geometry
 
 
@@ -45,7 +44,8 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
     state_dtype = has.get("conv_states", has.get("conv_state", data))
     slot_dtype = has.get("cache_indices", has.get("conv_state_indices", "int64"))
     block, strip, lanes = max(tiles.tokens, W - 1), tiles.channels, tiles.vector
-    sigmoids = {width: gate_macros(tiles, width)[1] for width in (1, lanes)}
+    one = T.int64(1)  # here, not in the kernel: TVMScript would make a variable of it, and of every stride a product
+    sigmoids = {width: tiles.sigmoid(width) for width in (1, lanes)}
 
     def pick(condition: bool, yes: Any, no: Any) -> Any:
         """A choice made while the function is parsed."""
@@ -96,7 +96,6 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
         has_initial_state = T.match_buffer(has_initial_state_, (NF,), "bool", align=1)
         o = T.match_buffer(o_, of_batch(B, D, TT), data, strides=of_batch(ob, oc, ot), align=2)
 
-        one = T.int64(1)
         weight_flat = T.decl_buffer((D * W,), has["weight"], data=weight.data)
         shape = of_batch(B, D, TT)
         x_rows = T.decl_buffer(shape, data, data=x.data, strides=of_batch(xb, one, xt))

@@ -273,19 +273,20 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         )
 
         # Workers of a sequence: one per v tile of every `span` value heads (the last of a q/k head may have fewer).
-        shared: T.let[T.int64] = pick(span > 1, HV // T.max(heads, T.int64(1)), T.int64(1))
-        per_head: T.let[T.int64] = (shared + span - 1) // span
+        per_key: T.let[T.int64] = pick(span > 1, HV // T.max(heads, T.int64(1)), T.int64(1))
+        per_head: T.let[T.int64] = (per_key + span - 1) // span
         units: T.let[T.int64] = pick(span > 1, heads * per_head, HV)
-        for w in tiles.workers(n_seq * units * NV):
+        for block in tiles.workers(n_seq * units * NV):
             for lane in tiles.lanes():
                 tiles.enter(lane)
+                w: T.let[T.int64] = T.Cast("int64", tiles.worker(block, lane))
                 # Workers fit in 32 bits, where a division is several times cheaper than in 64, above all on GPUs.
                 n: T.let[T.int64] = div(w, units * NV)
                 place: T.let[T.int64] = mod(div(w, NV), units)
                 j0: T.let[T.int64] = mod(w, NV) * VT
                 h: T.let[T.int64] = pick(span > 1, div(place, per_head), div(place, div(HV, heads)))
-                hv: T.let[T.int64] = pick(span > 1, h * shared + mod(place, per_head) * span, place)
-                count: T.let[T.int64] = pick(span > 1, T.min(T.int64(span), (h + 1) * shared - hv), T.int64(1))
+                hv: T.let[T.int64] = pick(span > 1, h * per_key + mod(place, per_head) * span, place)
+                count: T.let[T.int64] = pick(span > 1, T.min(T.int64(span), (h + 1) * per_key - hv), T.int64(1))
                 row: T.let[T.int64] = pick(varlen, T.int64(0), n)
                 first: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n), T.int64(0))
                 length: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)

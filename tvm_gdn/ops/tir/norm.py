@@ -6,7 +6,6 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.tir.gates import gate_macros
 from tvm_gdn.spec import Geometry
 
 
@@ -29,7 +28,7 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
     silu, norm_first = geometry.attr["activation"] == "silu", bool(geometry.attr["norm_before_gate"])
     block, lanes = tiles.rows_per_worker, min(tiles.vector, D)
     full, rest = D // lanes, D % lanes
-    sigmoids = {width: gate_macros(tiles, width)[1] for width in (1, lanes)}
+    sigmoids = {width: tiles.sigmoid(width) for width in (1, lanes)}
 
     @T.prim_func(s_tir=True)
     def kernel(x_: T.handle, weight_: T.handle, z_: T.handle, o_: T.handle, eps: T.float32):
@@ -76,23 +75,27 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
             for lane in T.vectorized(width):
                 o[m, g, at + lane] = T.Cast(data, row[at + lane])
 
-        for w in tiles.workers((M * G + block - 1) // block):
-            for r in T.serial(T.min(T.int64(block), M * G - w * block)):
-                m: T.let[T.int64] = (w * block + r) // G
-                g: T.let[T.int64] = (w * block + r) % G
-                row, squares, tail, factor = tiles.scalars(D), tiles.scalars(lanes), tiles.scalars(1), tiles.scalars(1)
-                for lane in T.vectorized(lanes):
-                    squares[lane] = T.float32(0)
-                tail[0] = T.float32(0)
-                for i in T.serial(full):
-                    load(row, squares, m, g, i * lanes, lanes)
-                for i in T.serial(rest):
-                    load(row, tail, m, g, full * lanes + i, 1)
-                factor[0] = tiles.sum(squares, lanes)
-                factor[0] = T.float32(1) / T.sqrt((factor[0] + tail[0]) * T.float32(1 / D) + eps)
-                for i in T.serial(full):
-                    store(row, factor, m, g, i * lanes, lanes)
-                for i in T.serial(rest):
-                    store(row, factor, m, g, full * lanes + i, 1)
+        pieces: T.let[T.int64] = (M * G + block - 1) // block
+        for unit in tiles.workers(pieces):
+            for member in tiles.lanes():
+                w: T.let[T.int64] = T.Cast("int64", tiles.worker(unit, member))
+                if tiles.inside(w, pieces):
+                    for r in T.serial(T.min(T.int64(block), M * G - w * block)):
+                        m: T.let[T.int64] = (w * block + r) // G
+                        g: T.let[T.int64] = (w * block + r) % G
+                        row, squares, tail, factor = tiles.scalars(D), tiles.scalars(lanes), tiles.scalars(1), tiles.scalars(1)
+                        for lane in T.vectorized(lanes):
+                            squares[lane] = T.float32(0)
+                        tail[0] = T.float32(0)
+                        for i in T.serial(full):
+                            load(row, squares, m, g, i * lanes, lanes)
+                        for i in T.serial(rest):
+                            load(row, tail, m, g, full * lanes + i, 1)
+                        factor[0] = tiles.sum(squares, lanes)
+                        factor[0] = T.float32(1) / T.sqrt((factor[0] + tail[0]) * T.float32(1 / D) + eps)
+                        for i in T.serial(full):
+                            store(row, factor, m, g, i * lanes, lanes)
+                        for i in T.serial(rest):
+                            store(row, factor, m, g, full * lanes + i, 1)
 
     return kernel
