@@ -1,7 +1,7 @@
 """Serve the experts of a transformers model with tvm_gdn's `fused_experts`.
 
-transformers looks an experts implementation up by the name in a model's configuration; importing :func:`register` adds
-``"tvm_gdn"`` to those names. :func:`use` sets it for one model, and takes it back.
+transformers looks an experts implementation up by the name in a model's configuration; :func:`register` adds ``"tvm_gdn"`` to
+those names. :class:`Served` sets it for one model, and takes it back.
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ class Served:
     """
 
     def __init__(self, modules: Iterable[nn.Module], scheme: str | None = None) -> None:
-        register()
         self._modules = tuple(modules)
+        if self._modules:
+            register()
         configs: dict[int, Any] = {id(module.config): module.config for module in self._modules}
         if scheme is not None:
             for module in self._modules:

@@ -427,7 +427,7 @@ def patch(model: nn.Module, *, operators: Iterable[str] | None = None, pack: str
     if unknown or not chosen:
         raise ArgumentError(f"operators: got {unknown or 'no name'}; allowed are {', '.join(SUPPORTED_OPERATORS)}")
 
-    routed = tuple(name for name in chosen if name in _REPLACEMENTS)
+    routed = tuple(name for name in chosen if name != "fused_experts")
     found = _find_layers(model) if routed else []
     mixtures = experts.find(model) if "fused_experts" in chosen else {}
     if not found and not mixtures:
