@@ -19,6 +19,7 @@ _WORDS = """\
 tuned    knobs that `tvm_gdn tune` measured as the fastest
 default  a schedule shaped by hand for the target or one that it inherits from; `tvm_gdn tune` may find faster knobs
 generic  the portable fallback: right, but slow; the target has no schedule of its own for this operator
+none     no schedule yet: calls on such a device run on the torch reference
 (not here) marks a target that this machine cannot run; the table of targets says what it lacks"""
 
 
@@ -94,8 +95,14 @@ def _target(target: TargetSpec) -> dict[str, Any]:
 def _schedule_of(spec: OpSpec, target: TargetSpec) -> dict[str, Any]:
     """Where an operator's schedule comes from, over its benchmark shapes (or parity shapes): records are per geometry."""
     geometries = {key.key: key for key in (arguments.geometry_of_case(spec, case) for case in spec.bench or spec.cases)}
-    origins = Counter(schedule.choose(spec, geometry, target).origin for geometry in geometries.values())
-    _, space = schedule.find_space(spec.algorithm, target)
+    try:
+        origins = Counter(schedule.choose(spec, geometry, target).origin for geometry in geometries.values())
+        _, space = schedule.find_space(spec.algorithm, target)
+    except TvmGdnError as error:
+        return {
+            "op": spec.name, "target": target.name, "word": "none", "tuned": 0, "geometries": len(geometries), "space": None,
+            "runnable": not target.missing(), "missing": target.missing(), "reason": str(error),
+        }  # fmt: skip
     tuned, total = origins["tuned"], sum(origins.values())
     if space.startswith(schedule.GENERIC):
         reason = f"no schedule of {spec.algorithm!r} for {' or '.join(target.lineage)}"
