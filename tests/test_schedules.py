@@ -22,11 +22,14 @@ CPU_ONLY = {"conv", "moe_route", "moe_sort", "moe_stats", "moe_experts"}
 
 def why_not(name, target):
     """Words of the error where an operator has no schedule on a target; empty where it has one."""
-    device = named(target).device != "cpu"
-    if device and OPS[name].algorithm in CPU_ONLY:
+    device, algorithm = named(target).device, OPS[name].algorithm
+    if device == "cpu":
+        return ""
+    # The chunked schedule is right in emulation only: it is offered where nothing but emulation runs.
+    if algorithm in CPU_ONLY or (algorithm == "chunk" and device != "musa"):
         return "no schedule"
     # A gate per channel keeps more tiles in shared memory than the 64 KiB that a block has there.
-    return "shared memory" if name.startswith("chunk_kda") and target.startswith(("rocm", "musa")) else ""
+    return "shared memory" if name.startswith("chunk_kda") and target == "musa" else ""
 
 
 @pytest.mark.parametrize("target", target_names())

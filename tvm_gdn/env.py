@@ -18,7 +18,7 @@ def _flag(name: str, default: bool) -> bool:
 
 
 def target_name() -> str:
-    """`TVM_GDN_TARGET`: the target of CPU calls; an explicit name that cannot be served raises. Default ``auto``."""
+    """`TVM_GDN_TARGET`: the target of calls on its device type; one that cannot be served raises. Default ``auto``."""
     return os.environ.get("TVM_GDN_TARGET", "auto") or "auto"
 
 

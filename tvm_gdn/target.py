@@ -278,10 +278,12 @@ def named(name: str) -> TargetSpec:
 
 def emulation_of(spec: TargetSpec) -> TargetSpec:
     """The target whose kernels are the same device code, run on the CPU in an emulation."""
+    # Generated C is what can be emulated; other generators' schedules are run in that form.
+    warp = dict(spec.codegen).get("thread_warp_size", 32)
     return replace(
         spec, name=f"{EMULATED}{spec.name}", description=f"{spec.name}, emulated on the CPU", device="cpu", dispatch_key="CPU",
         requires=(), serves=(), rank=0, lineage=(f"{EMULATED}{spec.name}", *spec.lineage), image="emulation",
-        compiler=(), driver=_EMULATION_DRIVER,
+        codegen=(("kind", "cuda"), ("arch", "sm_80"), ("thread_warp_size", warp)), compiler=(), driver=_EMULATION_DRIVER,
     )  # fmt: skip
 
 
