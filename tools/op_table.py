@@ -3,9 +3,9 @@
     tvm_gdn parity --target x86-avx512 --json parity-x86-avx512.json
     python tools/op_table.py parity-*.json
 
-Rows and columns come from the registry, the cells from the recorded outcomes: *works* (every case within its limits on
-that target), *fallback* (right, but the torch reference served some), *compiles* (every kernel compiled, nothing run:
-``parity --compile-only``), *planned* (nothing recorded).
+Rows come from the registry, columns are the targets with a recorded run, cells the outcomes: *works* (every case within its
+limits on that target), *fallback* (right, but the torch reference served some), *compiles* (every kernel compiled, nothing
+run: ``parity --compile-only``), *planned* (nothing recorded).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def markdown(runs: Sequence[Parity]) -> str:
         Markdown, one line per operator.
     """
     found = cells(runs)
-    targets = target_names()
+    targets = [name for name in target_names() if any(target == name for _, target in found)]
     lines = [f"| operator | {' | '.join(targets)} |", f"|---|{'---|' * len(targets)}"]
     for op, spec in OPS.items():
         texts = [found.get((op, target), PLANNED).text for target in targets]
