@@ -1,8 +1,8 @@
 """Tile operations of the chunked delta rules on x86 matrix units (AMX): products of bf16 operands with fp32 sums.
 
-Numbers that are not exact in bf16 are split into two of them, ``x = high + low + O(2^-17 x)``, and a product of split operands is
-three products (low times low is below the error): with bf16 data, whose K and Q need no splitting, results stay within the fp32
-tolerance. Everything that is no product runs as in `cpu_chunk.py`.
+Numbers that are not exact in bf16 are split into two or three of them, ``x = high + low + O(2^-17 x)``, and a product of split
+operands is one of every pair of parts whose product is above the error: with bf16 data, whose K and Q need no splitting, states
+stay within the fp32 tolerance. Everything that is no product runs as in `cpu_chunk.py`.
 
 Layouts are made of blocks of 1 KiB, one tile register each: left operands ``[parts, rows / 16, depth / 32, 16, 16]``, right
 ones ``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that follow each other along the depth.
@@ -188,15 +188,17 @@ def low_part(pairs: Any) -> Any:
 class AmxChunkTiles(ChunkTiles):
     """Tile operations with products on the matrix unit; K, v_tile and chunk are multiples of 32, gates per head or none.
 
-    `emulated` computes the same without AMX.
+    Operands that are not exact in bf16 are split into `parts` of them. `emulated` computes the same without AMX.
     """
 
-    def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, span: int, v_first: bool, emulated: bool = False) -> None:
+    def __init__(
+        self, K: int, V: int, *, v_tile: int, chunk: int, span: int, v_first: bool, parts: int, emulated: bool = False
+    ) -> None:
         super().__init__(K, V, v_tile=v_tile, chunk=chunk, rows=8, columns=32, span=span, v_first=v_first)
         self.unit = EmulatedMatrixUnit() if emulated else MatrixUnit()
         self.helpers = TO_LINE + HELPERS + (ROUND_EMULATED if emulated else ROUND)
         self.granule = self.triangle = GRANULE
-        self.exact: set[Any] = set()
+        self.parts, self.exact = parts, set[Any]()
 
     def enter(self, lane: Expr) -> None:
         """Allocate, and configure the thread's tile registers."""
@@ -209,7 +211,7 @@ class AmxChunkTiles(ChunkTiles):
         self.unit.leave()
 
     def tile(self, rows: int, cols: int, place: str = "shared", dtype: str = "float32") -> Tile:
-        """Array on the worker's stack; remembers whether its numbers are exact in bf16."""
+        """Array on the worker's stack; remembers whether bf16 is all that its numbers need."""
         tile = super().tile(rows, cols, place)
         if dtype == "bfloat16":
             self.exact.add(tile.buffer)
@@ -219,7 +221,7 @@ class AmxChunkTiles(ChunkTiles):
         """Blocks of bf16 pairs; small blocks of a tile stay with the vector unit."""
         if tile.rows < tile.buffer.shape[-2]:
             return super().operand(tile, side, transpose=transpose)
-        parts = 1 if tile.buffer in self.exact else 2
+        parts = 1 if tile.buffer in self.exact else self.parts
         rows, cols = (tile.cols, tile.rows) if transpose else (tile.rows, tile.cols)
         blocks = (rows // 16, cols // 32) if side == "left" else (rows // 32, cols // 16)
         return MatrixOperand(self.array(parts, *blocks, ROWS, ROWS, dtype="int32"), tile, side, transpose, parts)
@@ -248,11 +250,12 @@ class AmxChunkTiles(ChunkTiles):
         T.buffer_store(kept, b, [1, LANES])
         x, y = kept[0, LANES], kept[1, LANES]
         T.buffer_store(dst.buffer, helper(format_, x, y), [0, *index, LANES])
-        if dst.parts == 2:
+        for part in range(1, dst.parts):
             pairs = local_array(ROWS, dtype="int32")
             T.buffer_store(pairs, helper("pair", x, y), [LANES])
-            rest = helper(format_, x - low_part(pairs[LANES]), y - high_part(pairs[LANES]))
-            T.buffer_store(dst.buffer, rest, [1, *index, LANES])
+            T.buffer_store(kept, x - low_part(pairs[LANES]), [0, LANES])
+            T.buffer_store(kept, y - high_part(pairs[LANES]), [1, LANES])
+            T.buffer_store(dst.buffer, helper(format_, x, y), [part, *index, LANES])
 
     def _left(self, dst: MatrixOperand, rows: Expr, lower: bool) -> None:
         src = dst.source
@@ -357,11 +360,13 @@ class AmxChunkTiles(ChunkTiles):
                 unit.load(2 * x + y, dst.buffer, result(x, y), dst.width)
             else:
                 unit.clear(2 * x + y)
+        # The rest of the pairs are below the rounding that the split leaves; two parts are plenty for an output in bf16.
+        limit = min(max(a.parts, b.parts), 2 if dst.buffer in self.exact else self.parts)
         with T.serial(steps) as kk:
             for part in range(a.parts):
                 for x in (0, 1):
                     unit.load(4 + x, a.buffer, lambda r, x=x, part=part: [part, io * 2 + x, kk, r, 0], ROWS)
-                for other in range(b.parts if part == 0 else 1):
+                for other in range(min(b.parts, limit - part)):
                     for y in (0, 1):
                         unit.load(6 + y, b.buffer, lambda r, y=y, other=other: [other, kk, jo * 2 + y, r, 0], ROWS)
                     for x, y in halves:

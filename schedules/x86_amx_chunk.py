@@ -19,6 +19,13 @@ def _on_matrix_unit(geometry: Geometry) -> bool:
     return whole and geometry.dtype["k"] in {"bfloat16", "float16"} and not geometry.attr.get("channel_gate")
 
 
+def _parts(geometry: Geometry) -> int:
+    """How many bf16 stand for an fp32 operand: two are exact to 2^-17, too coarse for an fp32 state after correlated keys."""
+    states = [geometry.dtype.get(name) for name in ("initial_state", "initial_state_source", "final_state")]
+    kept = geometry.attr.get("output_final_state") and not any(states)
+    return 3 if kept or "float32" in states else 2
+
+
 @schedule("chunk", "x86-amx")
 class ChunkAmx:
     """Chunked delta rules on AMX for 16-bit data; as on other x86 CPUs where the matrix unit does not apply."""
@@ -50,7 +57,9 @@ class ChunkAmx:
         if not _on_matrix_unit(geometry):
             return ChunkX86.tiles(geometry, **knobs)
         v_first = bool(geometry.attr.get("state_v_first"))
-        return AmxChunkTiles(geometry.axis["K"], geometry.axis["V"], v_first=v_first, emulated=cls.emulated, **knobs)
+        return AmxChunkTiles(
+            geometry.axis["K"], geometry.axis["V"], v_first=v_first, parts=_parts(geometry), emulated=cls.emulated, **knobs
+        )
 
 
 @schedule("chunk", "x86-amx-emulated")

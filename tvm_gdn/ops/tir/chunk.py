@@ -90,7 +90,7 @@ class _Chunks:
         # One value head overwrites the products of q and k with its own A and P; several need them again.
         self.A, self.P = (self.kk, self.qk) if tiles.span == 1 or gate == "channel" else (tile(C, C), tile(C, C))
         self.inverse, self.merge = tile(C, C), tile(C, C)
-        self.R, self.U, self.out = tile(C, VT, "register"), tile(C, VT, "register"), tile(C, VT, "register")
+        self.R, self.U, self.out = tile(C, VT, "register"), tile(C, VT, "register"), tile(C, VT, "register", data)
         self.R_right, self.U_right = operand(self.R, "right"), operand(self.U, "right")
         self.P_left, self.inverse_left = operand(self.P, "left"), operand(self.inverse, "left")
         if gate == "channel":

@@ -93,7 +93,7 @@ class ChunkTiles(Protocol):
 
     # Tiles.
     def tile(self, rows: int, cols: int, place: Place = "shared", dtype: str = "float32") -> Tile:
-        """Tile of numbers that are exact in `dtype`: fp32 for results, a tensor's dtype for its data; contents undefined."""
+        """Tile of numbers that are exact in `dtype`, or of results that only go into a tensor of it; contents undefined."""
 
     def state(self, index: Expr) -> Tile:
         """fp32 state ``[K, v_tile]`` of the worker's value head `index` < `span`; the same tile at every call."""
