@@ -20,7 +20,10 @@ def test_case(kernel, device):
     arguments = cases.draw(spec, case)
     want = parity.expected(spec, arguments)
     assert set(result.limits) == set(want)
+    assert any(value.nan_to_num(1).any() for value in want.values())
     for name, limit in result.limits.items():
+        if not want[name].nan_to_num(1).any():
+            continue  # zeros are right: the only expert's id, the entropy of one expert
         # A kernel that writes zeros, or that leaves a state as it was, must not pass.
         assert parity.rms_ratio(want[name].where(~want[name].isfinite(), 0.0), want[name]) > limit
         if name in arguments and not arguments.get("disable_state_update"):

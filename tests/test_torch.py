@@ -44,7 +44,11 @@ CALLS = {
     "packed": (PACKED, PACKED_STEP),
     "packed-v-first": (PACKED, {**PACKED_STEP, "state_v_first": True}),
 }
-CALLS |= {op: (op, spec.cases[-1]) for op, spec in OPS.items() if op not in {name for name, _ in CALLS.values()}}
+#: Cases whose last one has zeros as right answer.
+FIRST = {"moe_route", "expert_stats"}
+CALLS |= {
+    op: (op, spec.cases[0 if op in FIRST else -1]) for op, spec in OPS.items() if op not in {name for name, _ in CALLS.values()}
+}
 each_call = pytest.mark.parametrize("kernel", CALLS.values(), ids=CALLS)
 
 
@@ -135,7 +139,7 @@ def test_export_keeps_the_operator_as_one_node(kernel):
     for output, value in zip([o.name for o in OPS[op].outputs if o.name in want], got, strict=True):
         assert same_bits(value, want[output])
     for tensor in OPS[op].tensors:
-        if tensor.mutated and a[tensor.name] is not None:
+        if tensor.mutated and a[tensor.name] is not None and tensor.name in want:
             assert same_bits(a[tensor.name], want[tensor.name])
 
 
@@ -151,7 +155,10 @@ def test_fake_outputs_are_like_real_ones(kernel):
     for results in (fake, meta):
         pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (results, real)), strict=True)
         for symbolic, value in pairs:
-            assert (symbolic.shape, symbolic.dtype, symbolic.stride()) == (value.shape, value.dtype, value.stride())
+            assert (symbolic.shape, symbolic.dtype) == (value.shape, value.dtype)
+            # The stride of an axis of one element says nothing.
+            strides = zip(value.shape, symbolic.stride(), value.stride(), strict=True)
+            assert all(size == 1 or one == other for size, one, other in strides)
     assert (meta if isinstance(meta, torch.Tensor) else meta[0]).device.type == "meta"
 
 
@@ -191,7 +198,7 @@ def test_inputs_that_require_grad(kernel):
     for name, value in want.items():
         assert same_bits(got[name].detach(), value)
     if op in tvm_gdn.__all__:
-        for name in set(got) - written:
+        for name in {name for name in set(got) - written if got[name].is_floating_point() and got[name].requires_grad}:
             with pytest.raises(BackwardError, match=op):
                 got[name].sum().backward()
     assert all(x.grad is None for x in leaves.values())

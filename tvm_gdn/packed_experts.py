@@ -270,12 +270,17 @@ def pack_experts(
 
     Returns
     -------
-    PackedExperts
+    packed : PackedExperts
+        The weights of all experts, `scheme` and scales.
 
     Raises
     ------
     ArgumentError, ArgumentTypeError
         Shapes, dtypes, an unknown scheme or group, or weights that cannot be packed in place.
+
+    Notes
+    -----
+    Scales per output channel with activations quantized by row at run time: LLM.int8() (arXiv:2208.07339).
     """
     _check(w13, w2, scheme, group)
     group = group if scheme == "int4_kgroup" else 0

@@ -94,7 +94,7 @@ def _knobs(spec: OpSpec, geometry: Geometry, target: TargetSpec, language: str) 
     if language in _NATIVE or spec.algorithm != "recurrent":
         return schedule.choose(spec, geometry, target).knobs
     # All threads along the value columns: no sum crosses threads, so no shuffles.
-    return {"column_lanes": math.gcd(geometry.axis["V"], 32), "columns": 1}
+    return {"column_lanes": math.gcd(geometry.axis["V"], 32), "columns": 1, "group": 1}
 
 
 def _source(spec: OpSpec, geometry: Geometry, language: str) -> dict[str, Any]:

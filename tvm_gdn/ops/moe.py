@@ -159,6 +159,7 @@ SPECS = (MOE_ROUTE, MOE_SORT, EXPERT_STATS)
 
 
 @forward_only
+@forward_only
 def moe_route(
     logits: torch.Tensor,
     top_k: int,
@@ -236,6 +237,10 @@ def moe_sort(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, to
     ------
     ArgumentError
         `topk_ids` is not ``[T, k]``, or `num_experts` is less than one.
+
+    Notes
+    -----
+    A counting sort, stable within an expert. Source of the layout: MegaBlocks (arXiv:2211.15841).
     """
     return torch.ops.tvm_gdn.moe_sort(topk_ids, num_experts)
 
@@ -263,5 +268,9 @@ def expert_stats(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
     ------
     ArgumentError
         `topk_ids` is not ``[T, k]``, or `num_experts` is less than one.
+
+    Notes
+    -----
+    Why balance matters: Switch Transformers (arXiv:2101.03961).
     """
     return torch.ops.tvm_gdn.expert_stats(topk_ids, num_experts)

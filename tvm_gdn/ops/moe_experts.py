@@ -209,6 +209,7 @@ SPECS = (FUSED_EXPERTS, FUSED_EXPERTS_PACKED, FUSED_EXPERTS_QUANTIZED)
 
 
 @forward_only
+@forward_only
 def fused_experts(
     x: torch.Tensor,
     w13: torch.Tensor | PackedExperts,
@@ -248,7 +249,8 @@ def fused_experts(
     -----
     fp32 activations are multiplied in fp32; bf16 ones by bf16 dot products where the target has them, with fp32 sums. With int8
     and int4 packs the rows of `x` and of the intermediate are quantized to int8, each by its own largest element, and integer
-    dot products do the work. A row with NaN or an infinity gives NaN.
+    dot products do the work. A row with NaN or an infinity gives NaN. Source: sparse mixtures (arXiv:1701.06538), SwiGLU
+    (arXiv:2002.05202).
     """
     if isinstance(w13, PackedExperts):
         if w2 is not None:
@@ -262,6 +264,7 @@ def fused_experts(
     return torch.ops.tvm_gdn.fused_experts(x, w13, w2, topk_weights, topk_ids, activation)
 
 
+@forward_only
 @forward_only
 def shared_expert(
     x: torch.Tensor,
@@ -297,7 +300,8 @@ def shared_expert(
 
     Notes
     -----
-    The kernel of `fused_experts`, with one expert that every token chooses. Source: Qwen3-Next; without a gate DeepSeek-V3.
+    The kernel of `fused_experts`, with one expert that every token chooses. Source: DeepSeekMoE
+    (arXiv:2401.06066); the gate is Qwen3-Next's.
     """
     if isinstance(w13, PackedExperts):
         if w13.experts != 1:

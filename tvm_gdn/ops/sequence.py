@@ -48,7 +48,7 @@ def _cases(pool: bool) -> tuple[Mapping[str, Any], ...]:
     more: dict[str, Any] = {} if pool else {"output_final_state": True}
     shapes: tuple[dict[str, Any], ...] = (
         {"B": 2, "T": 65, "H": 2, "HV": 4, "K": 64, "V": 128, "S": 3, "with": (*state, *final), **more},
-        {"B": 2, "T": 4, "H": 2, "HV": 2, "K": 8, "V": 8, "with": state, "S": 2},
+        {"B": 2, "T": 5, "H": 2, "HV": 2, "K": 8, "V": 8, "with": state, "S": 2},
         {"lengths": (63, 0, 1, 7, 129), "H": 2, "HV": 2, "K": 32, "V": 256, "S": 6, "with": (*state, *final, "cu_seqlens"),
          "padding": pool, **more},
     )  # fmt: skip

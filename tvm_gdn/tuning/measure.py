@@ -183,7 +183,8 @@ def select_cases(spec: OpSpec, key: str) -> tuple[list[dict[str, Any]], list[dic
     fixed = {name: timed[0][name] for name in shared if name in timed[0]}
     own = {geometry_of_case(spec, case) for case in timed}
     checked, others = [], []
-    for variant in {repr({**case, **fixed}): {**case, **fixed} for case in spec.cases}.values():
+    variants = [{name: value for name, value in case.items() if name not in shared} | fixed for case in spec.cases]
+    for variant in {repr(variant): variant for variant in variants}.values():
         geometry = geometry_of_case(spec, variant)
         if geometry in own:
             checked.append(variant)
