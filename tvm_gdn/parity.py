@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -142,3 +143,8 @@ def check_all(ops: list[str] | None = None, device: str = "cpu") -> Iterator[Res
     for name in ops or list(OPS):
         for case in OPS[name].cases:
             yield check_case(OPS[name], case, device=device)
+
+
+def share(error: float, limit: float) -> float:
+    """Error as a share of its limit; integers have the limit 0 and are right or not."""
+    return error / limit if limit else (0.0 if error == 0 else math.inf)

@@ -82,7 +82,7 @@ def _summary(op: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "tensor": name,
             "error": row["errors"][name],
             "limit": limit,
-            "of_limit": row["errors"][name] / limit,
+            "of_limit": parity.share(row["errors"][name], limit),
         }
         for row in rows
         for name, limit in row["limits"].items()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_gdn.errors import ArgumentError
+from tvm_gdn.parity import share
 
 #: The ``"format"`` that this version reads.
 FORMAT = 1
@@ -126,7 +127,7 @@ class Parity(Run):
 
 def nearest(errors: Mapping[str, float], limits: Mapping[str, float]) -> str | None:
     """Name of the tensor that comes nearest to its limit, or furthest above it; None without tensors."""
-    shares = {name: errors[name] / limits[name] for name in limits}
+    shares = {name: share(errors[name], limits[name]) for name in limits}
     return max(shares, key=lambda name: severity(shares[name]), default=None)
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tvm_gdn.parity import share
 from tvm_gdn.report.data import Parity, ParityCase, nearest, severity
 
 #: Words of a case's label that name a storage dtype (``bf16``, ``state-fp32``); index dtypes (``i64``) are none.
@@ -37,7 +38,7 @@ class Heat:
     @property
     def of_limit(self) -> float:
         """Error as a share of the limit."""
-        return self.error / self.limit
+        return share(self.error, self.limit)
 
 
 def newest(runs: Sequence[Parity]) -> dict[tuple[str, str], Parity]:
