@@ -353,7 +353,7 @@ def test_bad_input_is_refused_and_nothing_is_written(capsys, tmp_path, write):
     assert "expected positive median, q1 and q3" in refused(broken(us=zero), fine, "-o", page)
     assert "cases[0]: errors: 'o': expected int or float, got str" in refused(broken(errors={"o": "small"}), fine, "-o", page)
     assert "'errors' and 'limits' name different tensors" in refused(broken(errors={}), fine, "-o", page)
-    assert "'limits': expected positive numbers" in refused(broken(limits={"o": 0}), fine, "-o", page)
+    assert "'limits': expected no negative numbers" in refused(broken(limits={"o": -1}), fine, "-o", page)
     assert "'passed': expected bool, got int" in refused(broken(passed=1), fine, "-o", page)
     assert "give a percentage, such as 10%" in refused(good, fine, "-o", page, "--fail-on-regression", "0.1")
     assert "give a percentage" in refused(good, fine, "-o", page, "--fail-on-regression", "nan%")

@@ -268,8 +268,8 @@ def _outcome(row: _Object) -> dict[str, Any]:
     errors, limits = row.numbers("errors"), row.numbers("limits")
     if set(errors) != set(limits):
         raise ArgumentError(f"{row.where}: 'errors' and 'limits' name different tensors")
-    if not all(limit > 0 for limit in limits.values()):
-        raise ArgumentError(f"{row.where}: 'limits': expected positive numbers, got {limits}")
+    if not all(limit >= 0 for limit in limits.values()):
+        raise ArgumentError(f"{row.where}: 'limits': expected no negative numbers, got {limits}")
     texts = {name: row.get(name, str) for name in ("op", "case", "served_by")}
     return {**texts, "passed": row.get("passed", bool), "errors": errors, "limits": limits}
 
