@@ -22,7 +22,6 @@ PACKED = "packed_decode_gated_delta_rule"
 POOL = ("initial_state_source", "initial_state_indices")
 BUFFER = ("intermediate_states_buffer", "intermediate_state_indices")
 TREE = (*BUFFER, "retrieve_parent_token")
-STATES = ("initial_state_source", "intermediate_states_buffer")
 
 
 def every_case():
@@ -62,7 +61,8 @@ def call(op, arguments):
     assert dispatch.served_by(op).startswith("compiled")
     values = result if isinstance(result, tuple) else (result,)
     outputs = {output.name: value for output, value in zip(OPS[op].outputs, values, strict=True) if value is not None}
-    return outputs | {name: arguments[name] for name in STATES if arguments.get(name) is not None}
+    written = [tensor.name for tensor in OPS[op].tensors if tensor.mutated]
+    return outputs | {name: arguments[name] for name in written if arguments.get(name) is not None}
 
 
 def oracle(op, arguments):

@@ -139,7 +139,7 @@ def test_export_keeps_the_operator_as_one_node(kernel):
     for output, value in zip([o.name for o in OPS[op].outputs if o.name in want], got, strict=True):
         assert same_bits(value, want[output])
     for tensor in OPS[op].tensors:
-        if tensor.mutated and a[tensor.name] is not None and tensor.name in want:
+        if tensor.mutated and a[tensor.name] is not None:
             assert same_bits(a[tensor.name], want[tensor.name])
 
 
@@ -198,7 +198,8 @@ def test_inputs_that_require_grad(kernel):
     for name, value in want.items():
         assert same_bits(got[name].detach(), value)
     if op in tvm_gdn.__all__:
-        for name in {name for name in set(got) - written if got[name].is_floating_point() and got[name].requires_grad}:
+        differentiable = any(leaf.requires_grad for leaf in leaves.values())
+        for name in {name for name in set(got) - written if differentiable and got[name].is_floating_point()}:
             with pytest.raises(BackwardError, match=op):
                 got[name].sum().backward()
     assert all(x.grad is None for x in leaves.values())

@@ -159,7 +159,6 @@ SPECS = (MOE_ROUTE, MOE_SORT, EXPERT_STATS)
 
 
 @forward_only
-@forward_only
 def moe_route(
     logits: torch.Tensor,
     top_k: int,

@@ -209,7 +209,6 @@ SPECS = (FUSED_EXPERTS, FUSED_EXPERTS_PACKED, FUSED_EXPERTS_QUANTIZED)
 
 
 @forward_only
-@forward_only
 def fused_experts(
     x: torch.Tensor,
     w13: torch.Tensor | PackedExperts,
@@ -264,7 +263,6 @@ def fused_experts(
     return torch.ops.tvm_gdn.fused_experts(x, w13, w2, topk_weights, topk_ids, activation)
 
 
-@forward_only
 @forward_only
 def shared_expert(
     x: torch.Tensor,
