@@ -131,6 +131,11 @@ def local_array(*shape: int, dtype: str = "float32") -> Any:
     return T.decl_buffer(shape, dtype, data=memory.data, scope="local")
 
 
+def prefetch(element: Any, level: int) -> None:
+    """Ask for the cache line of a buffer element, to be in the level 1 or 2 cache when it is read; any address is allowed."""
+    T.evaluate(tvm.tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), T.int32(0), T.int32(4 - level), T.int32(1)))
+
+
 def transpose_16(get: Callable[[int], Any], put: Callable[[int, Any], None], dtype: str = "float32") -> None:
     """Transpose a 16 x 16 block of 32-bit elements in registers: `get(r)` reads row r, ``put(c, vector)`` writes column c.
 

@@ -99,9 +99,12 @@ class Int8:
 
 
 class Int4(Int8):
-    """Nibbles, stored with 8 added; a word's low nibbles belong to the first 16 columns, its high ones to the others."""
+    """Nibbles, stored with 8 added; a word's low nibbles belong to the first 16 columns, its high ones to the others.
 
-    zero, k_step, lines = 8, 128, 32
+    The matrix unit takes them as signed bytes, which they become when they are widened.
+    """
+
+    zero, k_step, lines, matrix = 8, 128, 32, "bssd"
 
     def line(self, W: Any, e: Any, n: Any, s: Any, line: Any, half: int) -> Any:
         """A line of one half of the 32 columns, a nibble per byte."""
@@ -111,3 +114,8 @@ class Int4(Int8):
 def nibbles(words: Any, half: int) -> Any:
     """Low or high nibbles of bytes, a byte each."""
     return T.bitwise_and(words if half == 0 else T.shift_right(words, _all(4)), _all(0x0F0F0F0F))
+
+
+def signed_nibbles(words: Any, half: int) -> Any:
+    """Low or high nibbles of bytes as signed bytes, without the 8 that was added to them."""
+    return T.reinterpret("int32x16", T.reinterpret("int8x64", nibbles(words, half)) - T.broadcast(T.int8(8), 4 * LANES))

@@ -10,21 +10,16 @@ ones ``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import local_array, transpose_16
 from tvm_gdn.schedules.cpu_chunk import TO_LINE, ChunkTiles, Operand, Tile, ceil_div
+from tvm_gdn.schedules.x86_matrix import LANES, ROWS, EmulatedMatrixUnit, MatrixUnit, Rows, high_part, low_part
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
 
-#: Index of a row's first element.
-Rows = Callable[[Any], list[Any]]
-#: Rows of a tile register, and 32-bit elements of each.
-ROWS = 16
-LANES = T.ramp(0, 1, ROWS)
 #: Two fp32 vectors as bf16, one after the other: by the instruction, and in steps that every CPU has.
 ROUND = """
 declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
@@ -95,94 +90,9 @@ class MatrixOperand:
     parts: int
 
 
-class MatrixUnit:
-    """The instructions of AMX; a tile register is 16 rows of 16 32-bit elements."""
-
-    def enter(self) -> None:
-        """Configure the thread's eight registers as 16 rows of 64 bytes (palette 1)."""
-        values = {0: 1, **{16 + 2 * n: 64 for n in range(8)}, **{48 + n: ROWS for n in range(8)}}
-        config = local_array(64, dtype="uint8")
-        for at in range(64):
-            T.buffer_store(config, T.uint8(values.get(at, 0)), [at])
-        self._emit("ldtilecfg", T.address_of(config[0]))
-
-    def leave(self) -> None:
-        """Let the system forget the registers."""
-        self._emit("tilerelease")
-
-    def clear(self, n: int) -> None:
-        """Register n = 0."""
-        self._emit("tilezero", T.uint8(n))
-
-    def load(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
-        """Register n from memory; `row(r)` is the index of the first element of row r, rows are `stride` elements apart."""
-        self._emit("tileloadd64", T.uint8(n), T.address_of(buffer[tuple(row(0))]), T.int64(4 * stride))
-
-    def store(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
-        """Register n to memory."""
-        self._emit("tilestored64", T.uint8(n), T.address_of(buffer[tuple(row(0))]), T.int64(4 * stride))
-
-    def dot(self, c: int, a: int, b: int) -> None:
-        """Register c += a b on pairs of bf16."""
-        self._emit("tdpbf16ps", T.uint8(c), T.uint8(a), T.uint8(b))
-
-    @staticmethod
-    def _emit(name: str, *arguments: Any) -> None:
-        T.evaluate(T.call_llvm_intrin("void", f"llvm.x86.{name}", *arguments))
-
-
-class EmulatedMatrixUnit(MatrixUnit):
-    """The same as loops over arrays, for CPUs without AMX: to test what is computed, not how fast."""
-
-    def enter(self) -> None:
-        """Registers of sums, and of operands."""
-        self.sums = local_array(4, ROWS, ROWS)
-        self.pairs = local_array(8, ROWS, ROWS, dtype="int32")
-
-    def leave(self) -> None:
-        """Nothing to give back."""
-
-    def clear(self, n: int) -> None:
-        """Register n = 0."""
-        with T.serial(ROWS) as r:
-            T.buffer_store(self.sums, T.broadcast(T.float32(0), ROWS), [n, r, LANES])
-
-    def load(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
-        """Register n from memory."""
-        del stride
-        with T.serial(ROWS) as r:
-            *outer, lane = row(r)
-            T.buffer_store(self.sums if n < 4 else self.pairs, buffer[(*outer, T.ramp(lane, 1, ROWS))], [n, r, LANES])
-
-    def store(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
-        """Register n to memory."""
-        del stride
-        with T.serial(ROWS) as r:
-            *outer, lane = row(r)
-            T.buffer_store(buffer, self.sums[n, r, LANES], [*outer, T.ramp(lane, 1, ROWS)])
-
-    def dot(self, c: int, a: int, b: int) -> None:
-        """Register c += a b, two products of bf16 for each pair."""
-        with T.serial(ROWS) as r:
-            with T.serial(ROWS) as k:
-                left, right = T.broadcast(self.pairs[a, r, k], ROWS), self.pairs[b, k, LANES]
-                total = self.sums[c, r, LANES] + low_part(left) * low_part(right) + high_part(left) * high_part(right)
-                T.buffer_store(self.sums, total, [c, r, LANES])
-
-
 def helper(name: str, a: Any, b: Any) -> Any:
     """Call one of `HELPERS`."""
     return T.call_pure_extern("int32x16", f"tvm_gdn_{name}", a, b)
-
-
-def high_part(pairs: Any) -> Any:
-    """The upper bf16 of every pair in fp32."""
-    return T.reinterpret("float32x16", T.bitwise_and(pairs, T.broadcast(T.int32(-65536), ROWS)))
-
-
-def low_part(pairs: Any) -> Any:
-    """The lower bf16 of every pair in fp32."""
-    return T.reinterpret("float32x16", T.shift_left(pairs, T.broadcast(T.int32(16), ROWS)))
 
 
 class AmxChunkTiles(ChunkTiles):

@@ -7,36 +7,41 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import local_array
 from tvm_gdn.schedules.cpu_moe import ExpertTiles
-from tvm_gdn.schedules.moe_weights import LANES, nibbles
-from tvm_gdn.schedules.x86_products import Amx
+from tvm_gdn.schedules.moe_weights import LANES, signed_nibbles
+from tvm_gdn.schedules.x86_matrix import ROWS, EmulatedMatrixUnit, MatrixUnit
 
 
 class AmxExpertTiles(ExpertTiles):
     """Experts with at most `few` rows run on the micro-kernel of `ExpertTiles`, others on AMX tiles.
+
+    Blocks of 32 rows times 32 columns stay in four registers for the whole reduction: rows and weights both come from the L2
+    cache then, which feeds the unit at three quarters of its peak; visits to accumulators in memory cost more than they save.
 
     Parameters
     ----------
     few : int
         Most rows of an expert for the micro-kernel.
     depth : int
-        Elements of the reduction axis, in AMX steps, between two visits of the accumulators: what of the weights stays in the
-        L1 cache while the blocks of rows pass.
+        Words of the reduction axis per product: 8 where a scale belongs to 32 bytes of it, else 16.
+    emulated : bool
+        Compute the same without AMX.
     """
 
-    def __init__(self, weights: Any, *, few: int, depth: int, **options: Any) -> None:
-        self.depth, self.amx = depth, Amx()
+    def __init__(self, weights: Any, *, few: int, depth: int = ROWS, emulated: bool = False, **options: Any) -> None:
+        self.depth, self.unit = depth, EmulatedMatrixUnit() if emulated else MatrixUnit()
+        self.widened = weights.lines == 2 * LANES
         super().__init__(weights, few=few, **options)
 
     def begin(self, steps: int) -> None:
         """Configure the tiles; memory for weights that have to be laid out anew."""
         super().begin(steps)
-        self.amx.configure()
-        if self.weights.lines == 2 * LANES:
-            self.panel = T.alloc_buffer((1, 1, 2 * steps, 512), "int32")
+        self.unit.enter(self.depth, self.weights.sum)
+        if self.widened:
+            self.panel = T.alloc_buffer((1, 1, steps, 1024), "int32")
 
     def end(self) -> None:
         """Give the tiles up."""
-        self.amx.release()
+        self.unit.leave()
 
     def _product(self) -> Any:
         few, many, limit = super()._product(), self._many(), self.few
@@ -50,79 +55,117 @@ class AmxExpertTiles(ExpertTiles):
 
         return product
 
+    def _fetch(self, W: Any, e: Any, n: Any, s: Any) -> None:
+        """What the first block of rows does with a step of weights: ask for a later one, and widen nibbles for all blocks."""
+        self.ask(W, e, n, s)
+        if self.widened:
+            with T.serial(2 * LANES) as line:
+                words = W[e, n, s, T.ramp(line * LANES, 1, LANES)]
+                for half in range(2):
+                    at = T.ramp((half * 2 * LANES + line) * LANES, 1, LANES)
+                    T.buffer_store(self.panel, signed_nibbles(words, half), [0, 0, s, at])
+
+    def _clear(self, height: int) -> None:
+        for tile in range(2 * height):
+            self.unit.clear(tile)
+
+    def _multiply(self, A: Any, first: Any, W: Any, e: Any, n: Any, s: Any, start: Any, count: int, height: int) -> None:
+        """Registers += `count` words, from `start` on, of step s of 16 `height` rows and of the weights."""
+        unit, lines = self.unit, self.weights.lines
+        for line in range(0, count, self.depth):
+            for x in range(height):
+                row = lambda r, x=x, line=line: [first + x * ROWS + r, s * lines + start + line]  # noqa: E731
+                unit.load(4 + x, A, row, int(A.shape[1]))
+            for y in range(2):
+                column = lambda r, y=y, line=line: [e, n, s, (y * lines + start + line + r) * LANES]  # noqa: E731
+                unit.load(6 + y, W, column, LANES)
+            for x in range(height):
+                for y in range(2):
+                    unit.dot(2 * x + y, 4 + x, 6 + y, self.weights.matrix)
+
+    def _store(self, C: Any, height: int) -> None:
+        for x in range(height):
+            for y in range(2):
+                self.unit.store(2 * x + y, C, lambda r, x=x, y=y: [x * ROWS + r, y * LANES], 2 * LANES)
+
     def _many(self) -> Any:
-        """Blocks of 32 rows, two by two tiles; int4 weights are widened to bytes once for all rows."""
-        amx, weights, block = self.amx, self.weights, self.block
-        matrix, widen = weights.matrix, weights.lines == 2 * LANES
-        depth, k_step = self.depth, weights.k_step // (2 if widen else 1)
+        """Blocks of 32 rows, two by two tiles, or of the last 16, one by two."""
+        weights, lines, widened = self.weights, self.weights.lines, self.widened
+        fetch, clear, multiply, store = self._fetch, self._clear, self._multiply, self._store
 
         @T.inline
-        def multiply(A, first, W, e, n, s0, steps, both):
+        def whole(C, A, first, b, W, e, n, steps, height):
+            """C = rows times weights."""
+            clear(height)
             for s in T.serial(steps):
-                amx.load(4, A[first, (s0 + s) * k_step], A.shape[1] * 64 // k_step)
-                if both:
-                    amx.load(5, A[first + 16, (s0 + s) * k_step], A.shape[1] * 64 // k_step)
-                amx.load(6, W[e, n, s0 + s, 0], 64)
-                amx.load(7, W[e, n, s0 + s, 256], 64)
-                amx.multiply(matrix, 0, 4, 6)
-                amx.multiply(matrix, 1, 4, 7)
-                if both:
-                    amx.multiply(matrix, 2, 5, 6)
-                    amx.multiply(matrix, 3, 5, 7)
+                if b == 0:
+                    fetch(W, e, n, s)
+                if widened:
+                    multiply(A, first, self.panel, 0, 0, s, 0, lines, height)
+                else:
+                    multiply(A, first, W, e, n, s, 0, lines, height)
+            store(C, height)
 
         @T.inline
-        def rows(C, r0, A, first, W, e, n, s0, steps, both):
-            if s0 == 0:
-                for i in T.unroll(4 if both else 2):
-                    amx.zero(i)
-            else:
-                for i in T.unroll(4 if both else 2):
-                    amx.load(i, C[r0 + i // 2 * 16, i % 2 * LANES], 128)
-            multiply(A, first + r0, W, e, n, s0, steps, both)
-            for i in T.unroll(4 if both else 2):
-                amx.store(i, C[r0 + i // 2 * 16, i % 2 * LANES], 128)
-
-        @T.inline
-        def blocks(C, A, first, m, W, e, n, steps):
-            for d in T.serial((steps + depth - 1) // depth):
-                for r in T.serial((m + 31) // 32):
-                    if m - r * 32 > 16:
-                        rows(C, r * 32, A, first, W, e, n, d * depth, T.min(depth, steps - d * depth), True)
+        def scaled(Y, C, sums, first, scale, e, n, height):
+            """Y = what C stands for; the nibbles were made signed when they were widened."""
+            for r in T.serial(height * ROWS):
+                for c in T.unroll(2):
+                    if widened:
+                        Y[r, T.ramp(c * LANES, 1, LANES)] = T.Cast("float32x16", C[r, T.ramp(c * LANES, 1, LANES)]) * T.Cast(
+                            "float32x16", scale[e, n, 0, T.ramp(c * LANES, 1, LANES)]
+                        )
                     else:
-                        rows(C, r * 32, A, first, W, e, n, d * depth, T.min(depth, steps - d * depth), False)
+                        Y[r, T.ramp(c * LANES, 1, LANES)] = T.Cast(
+                            "float32x16", C[r, T.ramp(c * LANES, 1, LANES)] - T.broadcast(sums[first + r, 0], LANES)
+                        ) * T.Cast("float32x16", scale[e, n, 0, T.ramp(c * LANES, 1, LANES)])
 
         @T.inline
-        def unpack(panel, W, e, n, steps):
+        def grouped(Y, C, A, first, b, W, scale, e, n, steps, groups, height):
+            """Y = rows times weights, the sums of every group times its scales."""
+            factor = local_array(2 * LANES)
+            for r in T.serial(height * ROWS):
+                for c in T.unroll(2):
+                    Y[r, T.ramp(c * LANES, 1, LANES)] = T.broadcast(T.float32(0), LANES)
             for s in T.serial(steps):
-                for i in T.serial(2 * LANES):
-                    panel[0, 0, s * 2 + i // LANES, T.ramp(i % LANES * LANES, 1, LANES)] = nibbles(
-                        W[e, n, s, T.ramp(i * LANES, 1, LANES)], 0
-                    )
-                    panel[0, 0, s * 2 + i // LANES, T.ramp((LANES + i % LANES) * LANES, 1, LANES)] = nibbles(
-                        W[e, n, s, T.ramp(i * LANES, 1, LANES)], 1
-                    )
+                if b == 0:
+                    fetch(W, e, n, s)
+                for g in T.serial(groups):
+                    clear(height)
+                    multiply(A, first, self.panel, 0, 0, s, g * (lines // groups), lines // groups, height)
+                    store(C, height)
+                    for c in T.unroll(2):
+                        factor[T.ramp(c * LANES, 1, LANES)] = T.Cast(
+                            "float32x16", scale[e, n, s * groups + g, T.ramp(c * LANES, 1, LANES)]
+                        )
+                    for r in T.serial(height * ROWS):
+                        for c in T.unroll(2):
+                            Y[r, T.ramp(c * LANES, 1, LANES)] = (
+                                Y[r, T.ramp(c * LANES, 1, LANES)]
+                                + T.Cast("float32x16", C[r, T.ramp(c * LANES, 1, LANES)]) * factor[T.ramp(c * LANES, 1, LANES)]
+                            )
+
+        @T.inline
+        def block(C, Y, A, sums, first, b, W, scale, e, n, steps, height):
+            if self.groups(scale, steps) > 0:
+                grouped(Y, C, A, first, b, W, scale, e, n, steps, self.groups(scale, steps), height)
+            else:
+                whole(C, A, first, b, W, e, n, steps, height)
+                if weights.quantized:
+                    scaled(Y, C, sums, first, scale, e, n, height)
 
         @T.inline
         def product(A, sums, first, m, W, scale, e, n, steps, sink):
-            C = local_array(block, 2 * LANES, dtype=weights.sum)
-            if widen:
-                unpack(self.panel, W, e, n, steps)
-            for b in T.serial((m + block - 1) // block):
-                left = T.min(m - b * block, block)
-                if widen:
-                    blocks(C, A, first + b * block, left, self.panel, 0, 0, 2 * steps)
+            C = local_array(2 * ROWS, 2 * LANES, dtype=weights.sum)
+            Y = local_array(2 * ROWS, 2 * LANES)
+            for b in T.serial((m + 2 * ROWS - 1) // (2 * ROWS)):
+                if m - b * (2 * ROWS) > ROWS:
+                    block(C, Y, self.words(A), sums, first + b * (2 * ROWS), b, W, scale, e, n, steps, 2)
                 else:
-                    blocks(C, A, first + b * block, left, W, e, n, steps)
+                    block(C, Y, self.words(A), sums, first + b * (2 * ROWS), b, W, scale, e, n, steps, 1)
                 if weights.quantized:
-                    Y = local_array(block, 2 * LANES)
-                    for r in T.serial(left):
-                        for c in T.unroll(2):
-                            Y[r, T.ramp(c * LANES, 1, LANES)] = T.Cast(
-                                "float32x16",
-                                C[r, T.ramp(c * LANES, 1, LANES)] - T.broadcast(sums[first + b * block + r, 0], LANES),
-                            ) * T.Cast("float32x16", scale[e, n, 0, T.ramp(c * LANES, 1, LANES)])
-                    sink(Y, b * block, left)
+                    sink(Y, b * (2 * ROWS), T.min(m - b * (2 * ROWS), 2 * ROWS))
                 else:
-                    sink(C, b * block, left)
+                    sink(C, b * (2 * ROWS), T.min(m - b * (2 * ROWS), 2 * ROWS))
 
         return product

@@ -48,7 +48,7 @@ class ExpertsGeneric(NoKnobs):
     def tiles(geometry: Geometry) -> ExpertTiles:
         """Products of single rows."""
         weights = weights_of(geometry)
-        return ExpertTiles(weights, block=32, pieces=32, columns=64, rows=1, floor=2, few=1, raw=_is_raw(geometry))
+        return ExpertTiles(weights, block=32, pieces=32, columns=64, rows=1, floor=2, few=1, raw=_is_raw(geometry), hints=False)
 
 
 @schedule("moe_experts", "x86")
@@ -92,27 +92,27 @@ class ExpertsAvx512Bf16(ExpertsX86):
 
 @schedule("moe_experts", "x86-amx")
 class ExpertsAmx(ExpertsX86):
-    """Matrix tiles for many rows of an expert, dot products for few; per-group scales and fp32 stay with the vector unit."""
+    """Matrix tiles for many rows of an expert, dot products for few; fp32 and fp16 stay with the vector unit."""
 
     bf16 = vnni = True
+    emulated = False
 
     @classmethod
     def _has_tiles(cls, geometry: Geometry) -> bool:
-        weights = weights_of(geometry, bf16=True, vnni=True)
-        return bool(weights.matrix) and geometry.attr.get("scheme") != "int4_kgroup"
+        return bool(weights_of(geometry, bf16=cls.bf16).matrix)
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Those of the vector unit, the threshold between the regimes, and the depth of a block of weights."""
-        more = {"few": (1, 2, 4, 8, 16), "depth": (8, 16, 32, 256)} if cls._has_tiles(geometry) else {}
+        """Those of the vector unit, and the threshold between the regimes."""
+        more = {"few": (1, 2, 4, 8, 16)} if cls._has_tiles(geometry) else {}
         return {**super().knobs(geometry), **more}
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
-        """Up to 4 rows reading the weights takes longer than their products; 16 KiB of weights stay in L1."""
+        """Up to 4 rows reading the weights takes longer than their products."""
         # Widening int4 for the tiles takes longer than the products of some more rows.
         few = 8 if geometry.attr.get("scheme") == "int4" else 4
-        more = {"few": few, "depth": 8, "floor": 6} if cls._has_tiles(geometry) else {}
+        more = {"few": few, "floor": 6} if cls._has_tiles(geometry) else {}
         return {**super().default(geometry), **more}
 
     @classmethod
@@ -120,5 +120,21 @@ class ExpertsAmx(ExpertsX86):
         """Tile operations on matrix tiles, where products have that form."""
         if not cls._has_tiles(geometry):
             return super().tiles(geometry, **knobs)
-        weights = weights_of(geometry, bf16=True, vnni=True)
-        return AmxExpertTiles(weights, raw=_is_raw(geometry), **knobs)
+        weights = weights_of(geometry, bf16=cls.bf16, vnni=cls.vnni)
+        depth = _words_per_scale(geometry)
+        return AmxExpertTiles(weights, raw=_is_raw(geometry), depth=depth, emulated=cls.emulated, **knobs)
+
+
+def _words_per_scale(geometry: Geometry) -> int:
+    """Words of the reduction axis that one matrix product may add up: 16, or 8 where a scale belongs to 32 bytes."""
+    axis = geometry.axis
+    fine = any(axis.get(count, 1) >= 4 * axis.get(steps, 1) > 1 for count, steps in (("S13", "KD"), ("S2", "KI")))
+    return 8 if fine else 16
+
+
+@schedule("moe_experts", "x86-amx-emulated")
+class ExpertsAmxEmulated(ExpertsAmx):
+    """The same without the instructions: for tests on any CPU."""
+
+    bf16 = vnni = False
+    emulated = True
