@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from tvm_gdn.export import onnx_files
+from tvm_gdn.export import onnx_parts as parts
+from tvm_gdn.export import onnx_run
 from tvm_gdn.export.artifact import Check, ExportError, Request, compared, draw
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import Axis, OpSpec
@@ -27,7 +28,7 @@ from tvm_gdn.spec import Axis, OpSpec
 #: Opset that torch's own operators are written in.
 _OPSET = 18
 #: Profile of `to_onnx` -> domain of `LinearAttention`, and the version that torch takes for it.
-DOMAINS = {"ort": (onnx_files.MICROSOFT, 1), "standard": ("", _OPSET)}
+DOMAINS = {"ort": (parts.MICROSOFT, 1), "standard": ("", _OPSET)}
 _NORM_EPS = 1e-6
 _SIZES = {"B": 3, "T": 5, "M": 5, "S": 6}
 
@@ -58,7 +59,7 @@ def verify(request: Request, folder: Path) -> list[Check]:
     values = program.module()(tensors)
     got = dict(zip([o.name for o in request.spec.outputs if not o.when or arguments[o.when]], values, strict=True))
     got |= {name: tensors[name] for name in want if name in tensors}
-    checks.append(compared(request, "numbers against float64 reference", by, got, want))
+    checks.append(compared(request.spec, "numbers against float64 reference", by, got, want))
     what = "translated to ONNX, numbers against float64 reference"
     if request.spec.algorithm not in {"chunk", "recurrent"} or not _has_translation(request):
         return [*checks, Check(what, "onnxruntime", None, "the operator updates a pool, or takes arguments that ONNX has not")]
@@ -66,12 +67,12 @@ def verify(request: Request, folder: Path) -> list[Check]:
     feeds = {f"tensors_{name}": value for name, value in tensors.items()}
     try:
         to_onnx(torch.export.load(path)).save(str(model))
-        results = onnx_files.run_onnxruntime(model, feeds, None)
+        results = onnx_run.run_onnxruntime(model, feeds, None)
     except ImportError as error:
         return [*checks, Check(what, "onnxruntime", None, str(error))]
     finally:
         model.unlink(missing_ok=True)
-    return [*checks, compared(request, what, "onnxruntime", dict(zip(want, results, strict=True)), want)]
+    return [*checks, compared(request.spec, what, "onnxruntime", dict(zip(want, results, strict=True)), want)]
 
 
 def to_onnx(program: torch.export.ExportedProgram, profile: str = "ort") -> Any:
@@ -108,7 +109,7 @@ def to_onnx(program: torch.export.ExportedProgram, profile: str = "ort") -> Any:
         )
     if profile == "standard":
         # torch writes no opset that has LinearAttention; what it writes for 18 must mean the same there: check the model.
-        translated.model.opset_imports[""] = onnx_files.OPSET["standard"]
+        translated.model.opset_imports[""] = parts.OPSET["standard"]
     return translated
 
 
