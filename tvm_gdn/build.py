@@ -97,6 +97,20 @@ def required_features(target: TargetSpec) -> list[str]:
     return list(target.requires) if dict(target.codegen).get("mcpu") != HOST else host_isa()
 
 
+def scheduled(request: Request, target: TargetSpec) -> tuple[Any, Any]:
+    """The schedule of a kernel on a target, and its TIR function as the target's code generator takes it."""
+    import tvm
+
+    from tvm_gdn import schedule
+
+    choice = schedule.choose(request.spec, request.geometry, target, request.knobs)
+    function: Any = prim_func(request.spec, request.geometry, choice.tiles(request.geometry))
+    if dict(target.codegen)["kind"] == "c":
+        # The generator's only storage scope is "global"; small arrays become C arrays by their annotation.
+        function = tvm.ir.load_json(tvm.ir.save_json(function).replace('"local"', '"global"'))
+    return choice, function
+
+
 def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltKernel:
     """Compile one kernel in this process.
 
@@ -115,10 +129,7 @@ def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltK
     """
     import tvm
 
-    from tvm_gdn import schedule
-
-    choice = schedule.choose(request.spec, request.geometry, target, request.knobs)
-    function = prim_func(request.spec, request.geometry, choice.tiles(request.geometry))
+    choice, function = scheduled(request, target)
     symbol = symbol_of(request.spec, request.geometry)
     path = folder / f"{symbol}.so"
     device: dict[str, Any] = {}
