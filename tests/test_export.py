@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import subprocess
 
 import pytest
 import torch
 
 import tvm_gdn
-from tvm_gdn import cli, parity, reference, reference_moe
+from tvm_gdn import cli, dispatch, parity, reference, reference_moe
 from tvm_gdn.commands import arguments
+from tvm_gdn.errors import ArgumentError
 from tvm_gdn.export import c_files, onnx_files, onnx_layer, onnx_moe, onnx_parts, onnx_run, torch_program
 from tvm_gdn.export.artifact import ExportError, Request, all_passed, draw, fill
 from tvm_gdn.export.command import export
@@ -36,12 +38,24 @@ def run(*words):
 # --- C
 
 
+CONV = ("conv_states", "has_initial_state", "query_start_loc", "cache_indices", "bias")
 C_KERNELS = [
     ("fused_gdn_gating", "dtype=bfloat16"),
     ("moe_route", ""),
     (CHUNK, "K=32,V=16,dtype=float32,state_v_first=1"),
     ("chunk_kda", "K=16,V=32,dtype=bfloat16,with=initial_state+cu_seqlens"),
     ("packed_decode_gated_delta_rule", "K=32,V=16,dtype=float32,state=bfloat16"),
+    ("causal_conv1d_fn", f"W=4,L=3,dtype=float32,state=float32,with={'+'.join(CONV)}"),
+    ("rms_norm_gated", "D=33,dtype=bfloat16,norm_before_gate=0,activation=sigmoid"),
+    ("fused_experts", "D=51,I=33,dtype=float32"),
+]
+C_MORE = [
+    ("causal_conv1d_update", "W=4,L=5,dtype=bfloat16,state=bfloat16,activation=silu,with=conv_state_indices"),
+    ("moe_sort", ""),
+    ("expert_stats", ""),
+    ("fused_experts_packed", "D=20,G=4,KD=1,ND=1,KI=2,dtype=float32,scheme=bf16"),
+    ("fused_experts_quantized", "D=60,G=4,KD=1,ND=2,KI=1,S13=1,S2=1,dtype=float32,scheme=int8"),
+    ("fused_experts_quantized", "D=60,G=8,KD=1,ND=2,KI=1,S13=4,S2=4,scheme=int4_kgroup,w13_scale=bfloat16,w2_scale=bfloat16"),
 ]
 C_TREE = (
     "fused_recurrent_gated_delta_rule_update",
@@ -49,20 +63,37 @@ C_TREE = (
 )
 
 
-@pytest.mark.parametrize(("op", "dims"), [*C_KERNELS, pytest.param(*C_TREE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("op", "dims"), [*C_KERNELS, *(pytest.param(*kernel, marks=pytest.mark.slow) for kernel in (*C_MORE, C_TREE))]
+)
 def test_c_compiles_without_warnings_and_its_self_test_passes(op, dims, tmp_path):
     wanted = request(op, dims)
     files = c_files.build(wanted)
     assert b"tvm/" not in files[f"{wanted.symbol}.c"]
     fill(tmp_path, files)
-    (check,) = c_files.verify(wanted, tmp_path)
-    assert check.passed, check.detail
+    *checks, cmake = c_files.verify(wanted, tmp_path)
+    assert checks and all(check.passed for check in checks), checks
+    assert cmake.passed is (None if shutil.which("cmake") is None else True) and cmake.by == "cmake", cmake
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     # The self-test itself must notice a wrong result.
     source = (tmp_path / f"{wanted.symbol}.c").read_text()
     spoiled = source.replace("return (int)kernel(args", "args[0].type_index = 7; return 0; (void)kernel; (void)(args")
     assert spoiled != source
     (tmp_path / f"{wanted.symbol}.c").write_text(spoiled)
-    assert not c_files.verify(wanted, tmp_path)[0].passed
+    assert not any(check.passed for check in c_files.verify(wanted, tmp_path))
+
+
+@pytest.mark.parametrize("op", ["fused_recurrent_gated_delta_rule", "fused_experts"])
+def test_target_c_serves_calls_in_this_process(op, monkeypatch):
+    """The kernels that are exported are those of a target like any other: parity runs on them."""
+    monkeypatch.setenv("TVM_GDN_TARGET", "c")
+    dispatch.reset()
+    try:
+        result = parity.check_case(OPS[op], OPS[op].cases[0])
+    finally:
+        monkeypatch.undo()
+        dispatch.reset()
+    assert result.passed and result.served == "compiled (c, generic)", result
 
 
 def test_c_library_called_by_a_program_that_is_not_ours(tmp_path):
@@ -366,8 +397,99 @@ def test_a_model_goes_to_onnx_with_its_operators_as_linear_attention(tmp_path):
         got = onnx_run.run_onnxruntime(path, {"x": x, "state": state}, None)
         for value, want in zip(got, model(x, state), strict=True):
             assert parity.rms_ratio(value, want) < 1e-5
-    with pytest.raises(ExportError, match="allowed: ort, standard"):
+    with pytest.raises(ArgumentError, match="allowed: ort, standard"):
         torch_program.to_onnx(program, "old")
+
+
+class Block(torch.nn.Module):
+    """A gated-delta-net layer with its projections, and a mixture of experts behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(24, 192 + 64 + 8), torch.nn.Linear(64, 24)
+        self.router = torch.nn.Linear(24, 6)
+        for name, shape in {
+            "taps": (192, 4), "A_log": (4,), "dt_bias": (4,), "norm": (16,), "w13": (6, 2 * 20, 24), "w2": (6, 24, 20)
+        }.items():  # fmt: skip
+            setattr(self, name, torch.nn.Parameter(torch.randn(shape) / 4))
+
+    def forward(self, x, conv_state, state):
+        mixed, z, a, b = self.inner(x).split([192, 64, 4, 4], -1)
+        conv_state = conv_state.clone()
+        mixed = tvm_gdn.causal_conv1d_update(mixed.transpose(1, 2), conv_state, self.taps, None, "silu").transpose(1, 2)
+        q, k, v = (
+            part.unflatten(-1, (-1, width)) for part, width in zip(mixed.split([64, 64, 64], -1), (32, 32, 16), strict=True)
+        )
+        g, beta = tvm_gdn.fused_gdn_gating(self.A_log, a, b, self.dt_bias)
+        o, state = tvm_gdn.chunk_gated_delta_rule(
+            q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+        o = tvm_gdn.rms_norm_gated(o.reshape(-1, 16), self.norm, z.reshape(-1, 16)).view(*x.shape[:2], 64)
+        rows = (x + self.outer(o)).flatten(0, 1)
+        weights, ids = tvm_gdn.moe_route(self.router(rows), 2)
+        out = rows + tvm_gdn.fused_experts(rows, self.w13, self.w2, weights, ids)
+        return out.view(x.shape), conv_state, state
+
+
+def test_a_layer_with_experts_goes_to_onnx(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    block = Block().eval().requires_grad_(False)
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
+    example = (torch.randn(2, 6, 24), torch.randn(2, 192, 3), torch.randn(2, 4, 32, 16))
+    program = torch.export.export(block, example, dynamic_shapes=({0: batch, 1: time}, {0: batch}, {0: batch}))
+    own = [str(node.target) for node in program.graph.nodes if "tvm_gdn" in str(node.target)]
+    names = ["causal_conv1d_update", "fused_gdn_gating", "chunk_gated_delta_rule", "rms_norm_gated", "moe_route", "fused_experts"]
+    assert own == [f"tvm_gdn.{name}.default" for name in names]
+    feeds = {"x": torch.randn(3, 19, 24), "conv_state": torch.randn(3, 192, 3), "state": torch.randn(3, 4, 32, 16)}
+    want = block(*feeds.values())
+    for profile, domain in (("ort", "com.microsoft"), ("standard", "")):
+        path = tmp_path / f"{profile}.onnx"
+        torch_program.to_onnx(program, profile).save(str(path))
+        onnx.checker.check_model(str(path), full_check=True)
+        nodes = {(node.domain, node.op_type) for node in onnx.load(str(path)).graph.node}
+        assert {(domain, "LinearAttention"), (domain, "CausalConvWithState")} <= nodes
+        for value, right in zip(onnx_run.run_onnxruntime(path, feeds, None), want, strict=True):
+            assert parity.rms_ratio(value, right) < 1e-5
+    # The program is as it was.
+    assert own == [str(node.target) for node in program.graph.nodes if "tvm_gdn" in str(node.target)]
+
+
+def test_what_onnx_cannot_say_of_a_model_is_refused():
+    pytest.importorskip("onnxscript")
+
+    class Updates(torch.nn.Module):
+        def forward(self, x, state, taps):
+            return tvm_gdn.causal_conv1d_update(x, state, taps)
+
+    class Pool(torch.nn.Module):
+        def forward(self, q, v, g, pool):
+            return tvm_gdn.fused_recurrent_gated_delta_rule_update(q, q, v, g, g, initial_state_source=pool)
+
+    example = (torch.randn(2, 12, 5), torch.randn(2, 12, 3), torch.randn(12, 4))
+    with pytest.raises(ExportError, match="updates state in place, which ONNX cannot: clone it"):
+        torch_program.to_onnx(torch.export.export(Updates(), example))
+    example = (torch.randn(1, 5, 2, 32), torch.randn(1, 5, 2, 16), torch.zeros(1, 5, 2), torch.zeros(1, 2, 32, 16))
+    with pytest.raises(ExportError, match=r"fused_recurrent_gated_delta_rule_update.default: no translation.*moe_route"):
+        torch_program.to_onnx(torch.export.export(Pool(), example))
+
+
+@pytest.mark.parametrize(
+    ("op", "dims"),
+    [
+        ("rms_norm_gated", "D=20,dtype=bfloat16"),
+        ("moe_route", "E=16,dtype=float32,scoring=sigmoid,num_expert_group=4,topk_group=2,with=correction_bias"),
+        ("fused_experts", "D=24,I=40,dtype=float32"),
+    ],
+)
+def test_torch_programs_of_other_operators(op, dims, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    wanted = request(op, dims)
+    fill(tmp_path, torch_program.build(wanted))
+    checks = torch_program.verify(wanted, tmp_path)
+    assert len(checks) == 3 and all(check.passed for check in checks), checks
 
 
 # --- GPU sources

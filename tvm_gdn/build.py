@@ -38,6 +38,10 @@ _SHOWN, _KEPT_LOGS = 12, 50
 _LAUNCHERS = {False: "omp_launcher.c", True: "device_launcher.c"}
 
 
+#: Scratch memory for generated C, which does not ask the runtime for it.
+WORKSPACE = "workspace.c"
+
+
 @dataclass(frozen=True)
 class Request:
     """One kernel to compile; `knobs` None means the schedule that applies (record, default, generic)."""
@@ -135,7 +139,12 @@ def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltK
     device: dict[str, Any] = {}
     if target.image == "elf-so":
         with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config)):
-            tvm.compile(function, target=tvm_target(target)).export_library(str(path))
+            library = tvm.compile(function, target=tvm_target(target))
+            if dict(target.codegen)["kind"] == "c":
+                with resources.as_file(resources.files("tvm_gdn") / "csrc" / WORKSPACE) as source:
+                    library.export_library(str(path), cc=_compiler(), options=["-O2", "-Dinff=INFINITY", str(source), "-lm"])
+            else:
+                library.export_library(str(path))
     else:
         code = images.compile_function(function, target, folder, symbol)
         path, device = code.library, {"image": code.image, "table": code.table}
@@ -169,6 +178,13 @@ def spec_digest(spec: OpSpec) -> str:
     return hashlib.sha256((interface + source_digest(f"tvm_gdn.ops.tir.{spec.algorithm}")).encode()).hexdigest()[:16]
 
 
+def _compiler() -> str:
+    compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
+    if compiler is None:
+        raise BuildError(f"no C compiler found ({', '.join(COMPILERS)}): it links kernels; install one, or use a prebuilt pack")
+    return compiler
+
+
 def build_launcher(folder: Path, target: TargetSpec) -> Path:
     """Compile what runs a target's kernels (on threads, or on a device) with the C compiler of this machine.
 
@@ -177,9 +193,7 @@ def build_launcher(folder: Path, target: TargetSpec) -> Path:
     BuildError
         No compiler, or it failed.
     """
-    compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
-    if compiler is None:
-        raise BuildError(f"no C compiler found ({', '.join(COMPILERS)}): it links kernels; install one, or use a prebuilt pack")
+    compiler = _compiler()
     name = _LAUNCHERS[target.image != "elf-so"]
     path = folder / "launcher.so"
     with resources.as_file(resources.files("tvm_gdn") / "csrc" / name) as source:

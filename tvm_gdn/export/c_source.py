@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import resources
 
 from tvm_gdn import build
 from tvm_gdn.export.artifact import ExportError, Request
@@ -68,18 +69,12 @@ static inline uint16_t bits_as_uint16_t(const void* p) { uint16_t x; memcpy(&x, 
 PREAMBLE = PREAMBLE.replace("void* v_ptr; };", "void* v_ptr; } u;")
 
 
-#: Scratch memory whose size depends on a call (the check that slots are distinct).
-WORKSPACE = """\
-static void* TVMBackendAllocWorkspace(int type, int id, uint64_t size, int code, int bits) {
-  (void)type; (void)id; (void)code; (void)bits;
-  return size < PTRDIFF_MAX ? malloc((size_t)size + 1) : NULL;
-}
-static int TVMBackendFreeWorkspace(int type, int id, void* memory) {
-  (void)type; (void)id;
-  free(memory);
-  return 0;
-}
-"""
+def _workspace() -> str:
+    """Scratch memory of calls, private to the file: `csrc/workspace.c` without its includes, which `PREAMBLE` has."""
+    text = (resources.files("tvm_gdn") / "csrc" / build.WORKSPACE).read_text(encoding="utf-8")
+    return re.sub(
+        r"^(void\*|int) TVM", r"static \1 TVM", re.sub(r"^#include.*\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE
+    )
 
 
 def generate(request: Request, timeout: float = 600.0) -> str:
@@ -112,7 +107,7 @@ def generate(request: Request, timeout: float = 600.0) -> str:
     if done.returncode:
         raise ExportError(f"{request.spec.name}: TVM's C generator failed:\n{done.stderr[-1500:]}")
     code = plain(json.loads(done.stdout.splitlines()[-1])["source"], request.symbol)
-    return "\n".join((PREAMBLE, *([WORKSPACE] if "TVMBackendAllocWorkspace" in code else []), code))
+    return "\n".join((PREAMBLE, *([_workspace()] if "TVMBackendAllocWorkspace" in code else []), code))
 
 
 def plain(source: str, symbol: str) -> str:
@@ -126,7 +121,7 @@ def plain(source: str, symbol: str) -> str:
         f"TVM_DLL int32_t __tvm_ffi_{symbol}(void* self_handle, void* args, int32_t num_args, void* result)",
         "static int32_t kernel(void* args, int32_t num_args)",
     )
-    body = re.sub(r"\(\*\((float|int32_t|uint32_t|uint16_t) \*\)\(&\((\w+)\)\)\)", r"bits_as_\1(&\2)", body)
+    body = re.sub(r"\*\((float|int32_t|uint32_t|uint16_t) \*\)\(&\((\w+)\)\)", r"bits_as_\1(&\2)", body)
     body = re.sub(r"(\)args\)\[\d+\])\.(v_int64|v_float64|v_ptr)", r"\1.u.\2", body)
     body = re.sub(r"\binff\b", "INFINITY", body)
     left = re.search(
