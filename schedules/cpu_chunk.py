@@ -144,10 +144,16 @@ class ChunkTiles(CpuTiles):
         # More than the tiles of any gate take; pages of the stack that are never touched cost nothing.
         self.capacity = 2 * self.span * K * VT + 10 * C * (K + C + VT) + 4096
         self.arena = local_array(self.capacity + LINE)
-        import_llvm(self.helpers)
-        self.start = T.Bind(T.call_pure_extern("int32", "tvm_gdn_to_line", T.address_of(self.arena[0])))
+        self.start = self.first_line()
         self.used = 0
         self.states = self._take(self.span * K * VT)
+
+    def first_line(self) -> Expr:
+        """Offset in the arena at which its first cache line starts."""
+        import_llvm(self.helpers)
+        return T.Bind(T.call_pure_extern("int32", "tvm_gdn_to_line", T.address_of(self.arena[0])))
+
+    sum = staticmethod(sum_lanes)
 
     def _take(self, count: int) -> Expr:
         """Offset in the arena of so many 32-bit elements, from the start of a cache line."""
@@ -285,7 +291,7 @@ class ChunkTiles(CpuTiles):
                 with T.vectorized(lanes) as lane:
                     value = function(i, base * lanes + lane, *(s.get(i, base, lanes, lane) for s in sources))
                     T.buffer_store(part, part[lane] + value, [lane])
-            dst.put(sum_lanes(part, lanes), i, 0)
+            dst.put(self.sum(part, lanes), i, 0)
 
     def scan(self, dst: Tile, src: Tile, rows: Expr) -> None:
         """Running sums row by row."""
@@ -318,7 +324,7 @@ class ChunkTiles(CpuTiles):
                             x = [tile.get(b * BLOCK + i, base, lanes, lane) for tile in left]
                             y = [tile.get(b * BLOCK + j, base, lanes, lane) for tile in right]
                             T.buffer_store(part, part[lane] + function(*x, *y), [lane])
-                    dst.put(sum_lanes(part, lanes), b * BLOCK + i, b, BLOCK, j)
+                    dst.put(self.sum(part, lanes), b * BLOCK + i, b, BLOCK, j)
 
     # Products.
     def operand(self, tile: Tile, side: str, *, transpose: bool = False) -> Operand:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm_gdn.schedules.cpu import CpuTiles, local_array
+from tvm_gdn.schedules.generic_tiles import Portable
 
 from tvm_gdn.schedule import NoKnobs, schedule
 from tvm_gdn.spec import Geometry
@@ -29,14 +30,18 @@ class RouteTiles(CpuTiles):
         return local_array(count, dtype="int32")
 
 
+class PortableRouteTiles(Portable, RouteTiles):
+    """Scalar loops."""
+
+
 class _Serial(NoKnobs):
     """Scalar loops."""
 
     @staticmethod
-    def tiles(geometry: Geometry) -> RouteTiles:
+    def tiles(geometry: Geometry) -> PortableRouteTiles:
         """One row per piece of work."""
         del geometry
-        return RouteTiles()
+        return PortableRouteTiles()
 
 
 @schedule("moe_sort", "generic-cpu")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tvm_gdn.schedules.cpu import divisors
-from tvm_gdn.schedules.cpu_chunk import ChunkTiles
+from tvm_gdn.schedules.generic_tiles import PortableChunkTiles
 
 from tvm_gdn.schedule import NoKnobs, schedule
 from tvm_gdn.spec import Geometry
@@ -14,11 +14,11 @@ class ChunkGeneric(NoKnobs):
     """Chunks of 16 tokens, narrow accumulators."""
 
     @staticmethod
-    def tiles(geometry: Geometry) -> ChunkTiles:
+    def tiles(geometry: Geometry) -> PortableChunkTiles:
         """Tile operations in fp32."""
         K, V = geometry.axis["K"], geometry.axis["V"]
         v_tile = max(d for d in divisors(V) if d <= 32)
-        return ChunkTiles(
+        return PortableChunkTiles(
             K,
             V,
             v_tile=v_tile,

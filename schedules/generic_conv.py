@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tvm_gdn.schedules.cpu_conv import ConvTiles
+from tvm_gdn.schedules.generic_tiles import PortableConvTiles
 
 from tvm_gdn.schedule import NoKnobs, schedule
 from tvm_gdn.spec import Geometry
@@ -13,7 +13,7 @@ class ConvGeneric(NoKnobs):
     """Convolution, element by element."""
 
     @staticmethod
-    def tiles(geometry: Geometry) -> ConvTiles:
+    def tiles(geometry: Geometry) -> PortableConvTiles:
         """Scalar loops."""
         del geometry
-        return ConvTiles(64, 64, 1)
+        return PortableConvTiles(64, 64, 1)

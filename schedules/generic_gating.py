@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from tvm_gdn.schedules.cpu_gating import GatingTiles
+from tvm_gdn.schedules.generic_tiles import Portable
 
 from tvm_gdn.schedule import NoKnobs, schedule
 from tvm_gdn.spec import Geometry
+
+
+class PortableGatingTiles(Portable, GatingTiles):
+    """Scalar loops."""
 
 
 @schedule("gating", "generic-cpu")
@@ -13,7 +18,7 @@ class GatingGeneric(NoKnobs):
     """Gates, one row per piece of work."""
 
     @staticmethod
-    def tiles(geometry: Geometry) -> GatingTiles:
+    def tiles(geometry: Geometry) -> PortableGatingTiles:
         """Scalar loops."""
         del geometry
-        return GatingTiles(1, 1)
+        return PortableGatingTiles(1, 1)

@@ -8,7 +8,7 @@ from tvm_gdn.schedules.cpu_moe import ExpertTiles
 from tvm_gdn.schedules.moe_weights import DotBf16, Float, Int4, Int8
 from tvm_gdn.schedules.x86_amx_moe import AmxExpertTiles
 
-from tvm_gdn.schedule import NoKnobs, schedule
+from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
 #: Bytes of staged rows that leave most of an L2 cache to the weights.
@@ -38,17 +38,6 @@ def _is_raw_bf16(geometry: Geometry) -> bool:
 
 def _is_raw(geometry: Geometry) -> bool:
     return "scheme" not in geometry.attr
-
-
-@schedule("moe_experts", "generic-cpu")
-class ExpertsGeneric(NoKnobs):
-    """Portable fallback: the same loops, one row at a time."""
-
-    @staticmethod
-    def tiles(geometry: Geometry) -> ExpertTiles:
-        """Products of single rows."""
-        weights = weights_of(geometry)
-        return ExpertTiles(weights, block=32, pieces=32, columns=64, rows=1, floor=2, few=1, raw=_is_raw(geometry), hints=False)
 
 
 @schedule("moe_experts", "x86")

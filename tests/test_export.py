@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import ctypes
 import json
+import shutil
 import subprocess
 
 import pytest
 import torch
 
 import tvm_gdn
-from tvm_gdn import cli, parity, reference
+from tvm_gdn import cli, dispatch, parity, reference, reference_moe
 from tvm_gdn.commands import arguments
-from tvm_gdn.export import c_files, onnx_files, torch_program
+from tvm_gdn.errors import ArgumentError
+from tvm_gdn.export import c_files, onnx_files, onnx_layer, onnx_moe, onnx_parts, onnx_run, torch_program
 from tvm_gdn.export.artifact import ExportError, Request, all_passed, draw, fill
 from tvm_gdn.export.command import export
-from tvm_gdn.export.formats import FORMATS
 from tvm_gdn.ops import OPS
 
 CHUNK = "chunk_gated_delta_rule"
 HEADS = (("H", 2), ("HV", 4))
 
 
+LAYER = onnx_layer.SPEC
+
+
 def request(op, dims="", **options):
-    return Request(OPS[op], arguments.parse_dims(OPS[op], dims), **options)
+    spec = LAYER if op == LAYER.name else OPS[op]
+    return Request(spec, arguments.parse_dims(spec, dims), **options)
 
 
 def run(*words):
@@ -33,12 +38,24 @@ def run(*words):
 # --- C
 
 
+CONV = ("conv_states", "has_initial_state", "query_start_loc", "cache_indices", "bias")
 C_KERNELS = [
     ("fused_gdn_gating", "dtype=bfloat16"),
     ("moe_route", ""),
     (CHUNK, "K=32,V=16,dtype=float32,state_v_first=1"),
     ("chunk_kda", "K=16,V=32,dtype=bfloat16,with=initial_state+cu_seqlens"),
     ("packed_decode_gated_delta_rule", "K=32,V=16,dtype=float32,state=bfloat16"),
+    ("causal_conv1d_fn", f"W=4,L=3,dtype=float32,state=float32,with={'+'.join(CONV)}"),
+    ("rms_norm_gated", "D=33,dtype=bfloat16,norm_before_gate=0,activation=sigmoid"),
+    ("fused_experts", "D=51,I=33,dtype=float32"),
+]
+C_MORE = [
+    ("causal_conv1d_update", "W=4,L=5,dtype=bfloat16,state=bfloat16,activation=silu,with=conv_state_indices"),
+    ("moe_sort", ""),
+    ("expert_stats", ""),
+    ("fused_experts_packed", "D=20,G=4,KD=1,ND=1,KI=2,dtype=float32,scheme=bf16"),
+    ("fused_experts_quantized", "D=60,G=4,KD=1,ND=2,KI=1,S13=1,S2=1,dtype=float32,scheme=int8"),
+    ("fused_experts_quantized", "D=60,G=8,KD=1,ND=2,KI=1,S13=4,S2=4,scheme=int4_kgroup,w13_scale=bfloat16,w2_scale=bfloat16"),
 ]
 C_TREE = (
     "fused_recurrent_gated_delta_rule_update",
@@ -46,20 +63,37 @@ C_TREE = (
 )
 
 
-@pytest.mark.parametrize(("op", "dims"), [*C_KERNELS, pytest.param(*C_TREE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("op", "dims"), [*C_KERNELS, *(pytest.param(*kernel, marks=pytest.mark.slow) for kernel in (*C_MORE, C_TREE))]
+)
 def test_c_compiles_without_warnings_and_its_self_test_passes(op, dims, tmp_path):
     wanted = request(op, dims)
     files = c_files.build(wanted)
     assert b"tvm/" not in files[f"{wanted.symbol}.c"]
     fill(tmp_path, files)
-    (check,) = c_files.verify(wanted, tmp_path)
-    assert check.passed, check.detail
+    *checks, cmake = c_files.verify(wanted, tmp_path)
+    assert checks and all(check.passed for check in checks), checks
+    assert cmake.passed is (None if shutil.which("cmake") is None else True) and cmake.by == "cmake", cmake
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     # The self-test itself must notice a wrong result.
     source = (tmp_path / f"{wanted.symbol}.c").read_text()
     spoiled = source.replace("return (int)kernel(args", "args[0].type_index = 7; return 0; (void)kernel; (void)(args")
     assert spoiled != source
     (tmp_path / f"{wanted.symbol}.c").write_text(spoiled)
-    assert not c_files.verify(wanted, tmp_path)[0].passed
+    assert not any(check.passed for check in c_files.verify(wanted, tmp_path))
+
+
+@pytest.mark.parametrize("op", ["fused_recurrent_gated_delta_rule", "fused_experts"])
+def test_target_c_serves_calls_in_this_process(op, monkeypatch):
+    """The kernels that are exported are those of a target like any other: parity runs on them."""
+    monkeypatch.setenv("TVM_GDN_TARGET", "c")
+    dispatch.reset()
+    try:
+        result = parity.check_case(OPS[op], OPS[op].cases[0])
+    finally:
+        monkeypatch.undo()
+        dispatch.reset()
+    assert result.passed and result.served == "compiled (c, generic)", result
 
 
 def test_c_library_called_by_a_program_that_is_not_ours(tmp_path):
@@ -98,7 +132,7 @@ def test_c_has_no_float16():
 
 # --- ONNX
 
-PROFILES = FORMATS["onnx"].profiles
+PROFILES = onnx_files.profiles("chunk")
 MODELS = [
     *((CHUNK, "K=32,V=16,dtype=float32", {"profile": profile, "chunk": 16}) for profile in PROFILES),
     ("chunk_kda", "K=16,V=32,dtype=float32", {"profile": "standard"}),
@@ -111,19 +145,90 @@ MODELS = [
     ("fused_gdn_gating", "dtype=bfloat16", {"profile": "standard"}),
     ("rms_norm_gated", "D=20,dtype=float32", {"profile": "standard"}),
     ("rms_norm_gated", "D=20,dtype=bfloat16,norm_before_gate=0", {"profile": "decomposed"}),
+    *((op, dims, {"profile": profile, "heads": (("D", 12),)})
+      for profile in ("standard", "decomposed", "ort")
+      for op, dims in (
+          ("causal_conv1d_fn", "W=4,L=3,dtype=float32,state=float32,with=conv_states+has_initial_state+bias"),
+          ("causal_conv1d_fn", "W=3,L=2,dtype=bfloat16,state=bfloat16,with=,activation=None"),
+          ("causal_conv1d_update", "W=4,L=5,dtype=float32,state=float32,with=,activation=silu"))),
+    *((LAYER.name, "K=32,V=16,W=4,dtype=float32", {"profile": profile, "chunk": 16}) for profile in PROFILES),
+    (LAYER.name, "K=16,V=32,W=4,dtype=bfloat16", {"profile": "standard"}),
+    ("moe_route", "E=37,dtype=bfloat16", {"profile": "standard", "heads": (("k", 5),), "renormalize": False}),
+    ("moe_route", "E=64,dtype=float32,scoring=sigmoid,num_expert_group=8,topk_group=4,with=correction_bias",
+     {"profile": "decomposed", "heads": (("k", 5),), "scale": 2.5}),
+    *(("fused_experts", "D=51,I=33,dtype=float32", {"profile": profile, "heads": (("E", 7), ("k", 3))})
+      for profile in ("dense", "loop", "ort")),
+    ("fused_experts", "D=32,I=40,dtype=bfloat16,topk_ids=int32", {"profile": "loop", "heads": (("E", 5), ("k", 2))}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("op", "dims", "options"), MODELS)
 def test_onnx(op, dims, options, tmp_path):
     pytest.importorskip("onnx")
-    wanted = request(op, dims, heads=HEADS, **options)
+    wanted = request(op, dims, **{"heads": HEADS, **options})
     fill(tmp_path, onnx_files.build(wanted))
     checks = onnx_files.verify(wanted, tmp_path)
     assert all_passed(checks), "\n".join(map(str, checks))
     evaluators = {check.by.split()[0] for check in checks if check.passed and check.what.startswith("numbers")}
     pytest.importorskip("onnxruntime")
-    assert evaluators == ({"onnxruntime"} if options["profile"] == "ort" else {"onnxruntime", "onnx.reference"})
+    fused = any("com.microsoft" in check.detail for check in checks)
+    assert fused == (options["profile"] == "ort")
+    assert evaluators == ({"onnxruntime"} if fused else {"onnxruntime", "onnx.reference"})
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int4_kgroup", "bf16"])
+def test_packed_experts_as_onnxruntimes_own_operators(scheme, tmp_path, capsys):
+    """Weights of a pack file, laid out anew without a change of numbers; activations stay as they are."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pack = tvm_gdn.pack_experts(torch.randn(5, 2 * 96, 160) / 12, torch.randn(5, 160, 96) / 10, scheme, progress=False)
+    pack.save(tmp_path / "pack.safetensors")
+    op = "fused_experts_packed" if scheme == "bf16" else "fused_experts_quantized"
+    path = tmp_path / "experts.onnx"
+    words = ("--op", op, "--format", "onnx", "--weights", tmp_path / "pack.safetensors", "--dims", "k=3,dtype=float32")
+    assert run(*words, "--profile", "ort", "-o", path) == 0
+    assert "limit 1e-05" in capsys.readouterr().out
+    (node,) = [node for node in onnx.load(path).graph.node if node.domain == "com.microsoft"]
+    assert node.op_type == ("MoE" if scheme == "bf16" else "QMoE")
+    if scheme != "bf16":
+        assert path.stat().st_size < 3 * 5 * 96 * 160 * (1.2 if scheme == "int8" else 0.75)
+        # Our own kernel's activations are rounded to int8, so it differs from QMoE by that and no more.
+        x, weights = torch.randn(9, 160), torch.rand(9, 3)
+        ids = torch.rand(9, 5).argsort(-1)[:, :3]
+        (got,) = onnx_run.run_onnxruntime(path, {"x": x, "topk_weights": weights, "topk_ids": ids}, None)
+        ours = reference.fused_experts(x, *pack.unpack(), weights, ids, rows=reference_moe._in_127ths)
+        assert 1e-4 < parity.rms_ratio(got, ours) < 2e-2
+    assert run(*words, "--profile", "loop", "-o", tmp_path / "loop.onnx") == 0
+
+
+def test_qmoe_weights_are_the_packs(tmp_path):
+    pack = tvm_gdn.pack_experts(torch.randn(3, 2 * 40, 64), torch.randn(3, 64, 40), "int4", progress=False)
+    laid, (w13, w2) = onnx_moe.qmoe_weights(pack), pack.unpack()
+    for name, want, rows in (("fc1", w13.view(3, 2, 40, 64).transpose(1, 2).reshape(3, 80, 64), 80), ("fc2", w2, 64)):
+        packed, scale = (torch.from_numpy(laid[f"{name}_{end}"]) for end in ("experts_weights", "scales"))
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).float()
+        assert codes.shape[1] == rows and torch.equal((codes - 8) * scale[..., None], want)
+    with pytest.raises(ExportError, match="allowed: int8, int4, int4_kgroup"):
+        onnx_moe.qmoe_weights(tvm_gdn.pack_experts(torch.randn(1, 4, 4), torch.randn(1, 4, 2), "bf16", progress=False))
+    odd = tvm_gdn.pack_experts(torch.randn(1, 80, 48), torch.randn(1, 48, 40), "int4_kgroup", progress=False)
+    with pytest.raises(ExportError, match="D = 48; allowed with int4_kgroup: multiples of 32"):
+        onnx_moe.qmoe_weights(odd)
+
+
+def test_layer_split_in_time_is_the_whole(tmp_path):
+    """States come out as they go in: 40 tokens, or 17 and then 23."""
+    pytest.importorskip("onnxruntime")
+    wanted = request(LAYER.name, "K=32,V=16,W=4,dtype=float32", profile="standard", heads=HEADS)
+    fill(tmp_path, onnx_files.build(wanted))
+    path, (feeds, want) = tmp_path / f"{LAYER.name}.onnx", onnx_layer.draw(wanted, 40)
+    states, outputs = {name: feeds[name] for name in ("conv_state", "state")}, []
+    for piece in (slice(0, 17), slice(17, 40)):
+        part = {name: feeds[name][:, piece] for name in ("mixed_qkv", "z", "a", "b")}
+        o, *after = onnx_run.run_onnxruntime(path, {**feeds, **part, **states}, ["o", "next_conv_state", "next_state"])
+        states = dict(zip(states, after, strict=True))
+        outputs.append(o)
+    assert parity.rms_ratio(torch.cat(outputs, 1), want["o"]) < 1e-5
+    assert all(parity.rms_ratio(states[name], want[name]) < 1e-5 for name in states)
 
 
 @pytest.mark.parametrize("tokens", [0, 130])
@@ -137,7 +242,7 @@ def test_onnx_chunks_of_one_repeated_key(tokens, tmp_path):
     g, beta, state = torch.zeros(1, 130, 4), torch.ones(1, 130, 4), torch.randn(1, 4, 32, 16)
     path = tmp_path / f"{CHUNK}.onnx"
     feeds = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": state}
-    o, final = onnx_files.run_onnxruntime(path, feeds, ["o", "final_state"])
+    o, final = onnx_run.run_onnxruntime(path, feeds, ["o", "final_state"])
     want, last = reference.chunk_gated_delta_rule(q, k, v, g, beta, None, state, True, use_qk_l2norm_in_kernel=True, exact=True)
     assert parity.rms_ratio(o, want) < 1e-5 and parity.rms_ratio(final, last) < 1e-5
 
@@ -150,7 +255,7 @@ def test_onnx_profiles_use_what_they_say():
             onnx_files.build(request(CHUNK, "K=32,V=16,dtype=float32", profile=profile, heads=HEADS))[f"{CHUNK}.onnx"]
         )
         seen[profile] = {(node.domain, node.op_type) for node in model.graph.node}
-        assert {o.domain: o.version for o in model.opset_import}[""] == onnx_files.OPSET[profile]
+        assert {o.domain: o.version for o in model.opset_import}[""] == onnx_parts.OPSET[profile]
         shape = [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
         assert shape == ["batch", "time", 2, 32]
         assert [o.name for o in model.graph.output] == ["o", "final_state"]
@@ -197,10 +302,8 @@ def test_failed_verification_writes_nothing(form, tmp_path, capsys, monkeypatch)
     """An exporter whose q is scaled wrongly by one part in a thousand."""
     if form == "onnx":
         pytest.importorskip("onnxruntime")
-        honest = onnx_files._normalized
-        monkeypatch.setattr(
-            onnx_files, "_normalized", lambda graph, x, request: graph.Mul(honest(graph, x, request), graph.constant(1.001))
-        )
+        honest = onnx_parts.l2norm
+        monkeypatch.setattr(onnx_parts, "l2norm", lambda graph, x: graph.Mul(honest(graph, x), graph.constant(1.001)))
     else:
         honest = c_files._entry
         monkeypatch.setattr(c_files, "_entry", lambda interface: honest(interface).replace("= scale;", "= scale * 1.001f;"))
@@ -215,9 +318,9 @@ def test_failed_verification_writes_nothing(form, tmp_path, capsys, monkeypatch)
 def test_no_verifier_is_no_success(tmp_path, monkeypatch):
     pytest.importorskip("onnx")
     missing = lambda *args: (_ for _ in ()).throw(ImportError("not installed"))  # noqa: E731
-    monkeypatch.setattr(onnx_files, "_run_reference", missing)
-    monkeypatch.setattr(onnx_files, "run_onnxruntime", missing)
-    monkeypatch.setattr(onnx_files, "_checked", lambda path: onnx_files.Check("model", "nobody", None))
+    monkeypatch.setattr(onnx_run, "run_reference", missing)
+    monkeypatch.setattr(onnx_run, "run_onnxruntime", missing)
+    monkeypatch.setattr(onnx_run, "checked", lambda path: onnx_files.Check("model", "nobody", None))
     checks, _ = export(request(CHUNK, "K=32,V=16,dtype=float32", profile="standard"), "onnx", tmp_path / "x.onnx")
     assert not all_passed(checks) and not list(tmp_path.iterdir())
 
@@ -291,11 +394,102 @@ def test_a_model_goes_to_onnx_with_its_operators_as_linear_attention(tmp_path):
         onnx.checker.check_model(str(path), full_check=True)
         nodes = {(node.domain, node.op_type) for node in onnx.load(str(path)).graph.node}
         assert (domain, "LinearAttention") in nodes
-        got = onnx_files.run_onnxruntime(path, {"x": x, "state": state}, None)
+        got = onnx_run.run_onnxruntime(path, {"x": x, "state": state}, None)
         for value, want in zip(got, model(x, state), strict=True):
             assert parity.rms_ratio(value, want) < 1e-5
-    with pytest.raises(ExportError, match="allowed: ort, standard"):
+    with pytest.raises(ArgumentError, match="allowed: ort, standard"):
         torch_program.to_onnx(program, "old")
+
+
+class Block(torch.nn.Module):
+    """A gated-delta-net layer with its projections, and a mixture of experts behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = torch.nn.Linear(24, 192 + 64 + 8), torch.nn.Linear(64, 24)
+        self.router = torch.nn.Linear(24, 6)
+        for name, shape in {
+            "taps": (192, 4), "A_log": (4,), "dt_bias": (4,), "norm": (16,), "w13": (6, 2 * 20, 24), "w2": (6, 24, 20)
+        }.items():  # fmt: skip
+            setattr(self, name, torch.nn.Parameter(torch.randn(shape) / 4))
+
+    def forward(self, x, conv_state, state):
+        mixed, z, a, b = self.inner(x).split([192, 64, 4, 4], -1)
+        conv_state = conv_state.clone()
+        mixed = tvm_gdn.causal_conv1d_update(mixed.transpose(1, 2), conv_state, self.taps, None, "silu").transpose(1, 2)
+        q, k, v = (
+            part.unflatten(-1, (-1, width)) for part, width in zip(mixed.split([64, 64, 64], -1), (32, 32, 16), strict=True)
+        )
+        g, beta = tvm_gdn.fused_gdn_gating(self.A_log, a, b, self.dt_bias)
+        o, state = tvm_gdn.chunk_gated_delta_rule(
+            q, k, v, g, beta, initial_state=state, output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+        o = tvm_gdn.rms_norm_gated(o.reshape(-1, 16), self.norm, z.reshape(-1, 16)).view(*x.shape[:2], 64)
+        rows = (x + self.outer(o)).flatten(0, 1)
+        weights, ids = tvm_gdn.moe_route(self.router(rows), 2)
+        out = rows + tvm_gdn.fused_experts(rows, self.w13, self.w2, weights, ids)
+        return out.view(x.shape), conv_state, state
+
+
+def test_a_layer_with_experts_goes_to_onnx(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    block = Block().eval().requires_grad_(False)
+    batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
+    example = (torch.randn(2, 6, 24), torch.randn(2, 192, 3), torch.randn(2, 4, 32, 16))
+    program = torch.export.export(block, example, dynamic_shapes=({0: batch, 1: time}, {0: batch}, {0: batch}))
+    own = [str(node.target) for node in program.graph.nodes if "tvm_gdn" in str(node.target)]
+    names = ["causal_conv1d_update", "fused_gdn_gating", "chunk_gated_delta_rule", "rms_norm_gated", "moe_route", "fused_experts"]
+    assert own == [f"tvm_gdn.{name}.default" for name in names]
+    feeds = {"x": torch.randn(3, 19, 24), "conv_state": torch.randn(3, 192, 3), "state": torch.randn(3, 4, 32, 16)}
+    want = block(*feeds.values())
+    for profile, domain in (("ort", "com.microsoft"), ("standard", "")):
+        path = tmp_path / f"{profile}.onnx"
+        torch_program.to_onnx(program, profile).save(str(path))
+        onnx.checker.check_model(str(path), full_check=True)
+        nodes = {(node.domain, node.op_type) for node in onnx.load(str(path)).graph.node}
+        assert {(domain, "LinearAttention"), (domain, "CausalConvWithState")} <= nodes
+        for value, right in zip(onnx_run.run_onnxruntime(path, feeds, None), want, strict=True):
+            assert parity.rms_ratio(value, right) < 1e-5
+    # The program is as it was.
+    assert own == [str(node.target) for node in program.graph.nodes if "tvm_gdn" in str(node.target)]
+
+
+def test_what_onnx_cannot_say_of_a_model_is_refused():
+    pytest.importorskip("onnxscript")
+
+    class Updates(torch.nn.Module):
+        def forward(self, x, state, taps):
+            return tvm_gdn.causal_conv1d_update(x, state, taps)
+
+    class Pool(torch.nn.Module):
+        def forward(self, q, v, g, pool):
+            return tvm_gdn.fused_recurrent_gated_delta_rule_update(q, q, v, g, g, initial_state_source=pool)
+
+    example = (torch.randn(2, 12, 5), torch.randn(2, 12, 3), torch.randn(12, 4))
+    with pytest.raises(ExportError, match="updates state in place, which ONNX cannot: clone it"):
+        torch_program.to_onnx(torch.export.export(Updates(), example))
+    example = (torch.randn(1, 5, 2, 32), torch.randn(1, 5, 2, 16), torch.zeros(1, 5, 2), torch.zeros(1, 2, 32, 16))
+    with pytest.raises(ExportError, match=r"fused_recurrent_gated_delta_rule_update.default: no translation.*moe_route"):
+        torch_program.to_onnx(torch.export.export(Pool(), example))
+
+
+@pytest.mark.parametrize(
+    ("op", "dims"),
+    [
+        ("rms_norm_gated", "D=20,dtype=bfloat16"),
+        ("moe_route", "E=16,dtype=float32,scoring=sigmoid,num_expert_group=4,topk_group=2,with=correction_bias"),
+        ("fused_experts", "D=24,I=40,dtype=float32"),
+    ],
+)
+def test_torch_programs_of_other_operators(op, dims, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    wanted = request(op, dims)
+    fill(tmp_path, torch_program.build(wanted))
+    checks = torch_program.verify(wanted, tmp_path)
+    assert len(checks) == 3 and all(check.passed for check in checks), checks
 
 
 # --- GPU sources

@@ -38,6 +38,10 @@ _SHOWN, _KEPT_LOGS = 12, 50
 _LAUNCHERS = {False: "omp_launcher.c", True: "device_launcher.c"}
 
 
+#: Scratch memory for generated C, which does not ask the runtime for it.
+WORKSPACE = "workspace.c"
+
+
 @dataclass(frozen=True)
 class Request:
     """One kernel to compile; `knobs` None means the schedule that applies (record, default, generic)."""
@@ -97,6 +101,20 @@ def required_features(target: TargetSpec) -> list[str]:
     return list(target.requires) if dict(target.codegen).get("mcpu") != HOST else host_isa()
 
 
+def scheduled(request: Request, target: TargetSpec) -> tuple[Any, Any]:
+    """The schedule of a kernel on a target, and its TIR function as the target's code generator takes it."""
+    import tvm
+
+    from tvm_gdn import schedule
+
+    choice = schedule.choose(request.spec, request.geometry, target, request.knobs)
+    function: Any = prim_func(request.spec, request.geometry, choice.tiles(request.geometry))
+    if dict(target.codegen)["kind"] == "c":
+        # The generator's only storage scope is "global"; small arrays become C arrays by their annotation.
+        function = tvm.ir.load_json(tvm.ir.save_json(function).replace('"local"', '"global"'))
+    return choice, function
+
+
 def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltKernel:
     """Compile one kernel in this process.
 
@@ -115,16 +133,18 @@ def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltK
     """
     import tvm
 
-    from tvm_gdn import schedule
-
-    choice = schedule.choose(request.spec, request.geometry, target, request.knobs)
-    function = prim_func(request.spec, request.geometry, choice.tiles(request.geometry))
+    choice, function = scheduled(request, target)
     symbol = symbol_of(request.spec, request.geometry)
     path = folder / f"{symbol}.so"
     device: dict[str, Any] = {}
     if target.image == "elf-so":
         with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config)):
-            tvm.compile(function, target=tvm_target(target)).export_library(str(path))
+            library = tvm.compile(function, target=tvm_target(target))
+            if dict(target.codegen)["kind"] == "c":
+                with resources.as_file(resources.files("tvm_gdn") / "csrc" / WORKSPACE) as source:
+                    library.export_library(str(path), cc=_compiler(), options=["-O2", "-Dinff=INFINITY", str(source), "-lm"])
+            else:
+                library.export_library(str(path))
     else:
         code = images.compile_function(function, target, folder, symbol)
         path, device = code.library, {"image": code.image, "table": code.table}
@@ -158,6 +178,13 @@ def spec_digest(spec: OpSpec) -> str:
     return hashlib.sha256((interface + source_digest(f"tvm_gdn.ops.tir.{spec.algorithm}")).encode()).hexdigest()[:16]
 
 
+def _compiler() -> str:
+    compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
+    if compiler is None:
+        raise BuildError(f"no C compiler found ({', '.join(COMPILERS)}): it links kernels; install one, or use a prebuilt pack")
+    return compiler
+
+
 def build_launcher(folder: Path, target: TargetSpec) -> Path:
     """Compile what runs a target's kernels (on threads, or on a device) with the C compiler of this machine.
 
@@ -166,9 +193,7 @@ def build_launcher(folder: Path, target: TargetSpec) -> Path:
     BuildError
         No compiler, or it failed.
     """
-    compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
-    if compiler is None:
-        raise BuildError(f"no C compiler found ({', '.join(COMPILERS)}): it links kernels; install one, or use a prebuilt pack")
+    compiler = _compiler()
     name = _LAUNCHERS[target.image != "elf-so"]
     path = folder / "launcher.so"
     with resources.as_file(resources.files("tvm_gdn") / "csrc" / name) as source:

@@ -15,7 +15,11 @@ from tvm_gdn import cases, parity
 from tvm_gdn.build import symbol_of
 from tvm_gdn.check import TORCH_DTYPES
 from tvm_gdn.errors import ArgumentError, TvmGdnError
+from tvm_gdn.packed_experts import PackedExperts
 from tvm_gdn.spec import Geometry, OpSpec, Scalar
+
+#: Axes that kernels take in any size and some formats fix: heads, channels, experts, experts per token.
+OPEN = ("H", "HV", "D", "E", "k")
 
 
 class ExportError(TvmGdnError, RuntimeError):
@@ -41,7 +45,11 @@ class Request:
     tokens : int
         For the same: the number of tokens, if it is to be fixed; 0: any.
     heads : tuple of (str, int)
-        Sizes of axes that are symbolic in kernels and fixed in some formats (H, HV).
+        Sizes of axes that are symbolic in kernels and fixed in some formats: names of `OPEN`.
+    renormalize : bool
+        For formats that fix options: divide the weights of `moe_route` by their sum.
+    pack : PackedExperts, optional
+        Weights that the exported file is to hold, for experts on packed weights.
     """
 
     spec: OpSpec
@@ -52,6 +60,21 @@ class Request:
     chunk: int = 64
     tokens: int = 0
     heads: tuple[tuple[str, int], ...] = ()
+    renormalize: bool = True
+    pack: PackedExperts | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of the axes that kernels leave open: those asked for, else those of the operator's first benchmark shape."""
+        bench = self.spec.bench[0] if self.spec.bench else {}
+        names = [name for name in OPEN if name not in self.spec.static_axes]
+        return {name: int(bench[name]) for name in names if name in bench} | dict(self.heads)
+
+    @property
+    def top_k(self) -> int:
+        """Experts per token."""
+        bench = self.spec.bench[0] if self.spec.bench else {}
+        return self.sizes.get("k", int(bench.get("top_k", 1)))
 
     @property
     def symbol(self) -> str:
@@ -98,11 +121,11 @@ def _stated(scalar: Scalar, meaning: Any) -> Any:
 def draw(request: Request, seed: int = 0, **sizes: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Arguments of a call of the request's kernel, and what the float64 reference makes of them."""
     case = case_of(request.spec, request.geometry, **sizes)
-    for scalar in request.spec.scalars:
-        if scalar.name == "use_qk_l2norm_in_kernel":
-            case[scalar.name] = request.l2norm
-        if scalar.name == "scale":
-            case[scalar.name] = request.scale
+    fixed = {
+        "use_qk_l2norm_in_kernel": request.l2norm, "scale": request.scale, "top_k": request.top_k,
+        "renormalize": request.renormalize, "routed_scaling_factor": 1.0 if request.scale is None else request.scale,
+    }  # fmt: skip
+    case |= {scalar.name: fixed[scalar.name] for scalar in request.spec.scalars if scalar.name in fixed}
     try:
         arguments = cases.draw(request.spec, case, seed)
     except KeyError as error:
@@ -112,12 +135,12 @@ def draw(request: Request, seed: int = 0, **sizes: Any) -> tuple[dict[str, Any],
     return arguments, parity.expected(request.spec, arguments)
 
 
-def compared(request: Request, what: str, by: str, got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> Check:
+def compared(spec: OpSpec, what: str, by: str, got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor]) -> Check:
     """The check that outputs are within the operator's tolerances."""
     missing = sorted(set(want) - set(got))
     if missing:
         return Check(what, by, False, f"no output {', '.join(missing)}")
-    errors, limits = parity.compare(request.spec, got, want)
+    errors, limits = parity.compare(spec, got, want)
     text = ", ".join(f"{name} {error:.1e} (limit {limits[name]:.0e})" for name, error in errors.items())
     return Check(what, by, all(error <= limits[name] for name, error in errors.items()), text)
 

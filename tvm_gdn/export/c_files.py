@@ -113,20 +113,45 @@ def build(request: Request) -> dict[str, bytes]:
 
 
 def verify(request: Request, folder: Path) -> list[Check]:
-    """Compile with warnings as errors and run the self-test; configure and build with CMake where it is installed."""
-    compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
+    """Compile with warnings as errors and run the self-test, with every C compiler found; the same through CMake."""
+    compilers = [path for path in map(shutil.which, ("gcc", "clang")) if path] or [path for path in [shutil.which("cc")] if path]
     what = "C99 build without warnings, self-test against float64 reference"
-    if compiler is None:
+    if not compilers:
         return [Check(what, "C compiler", False, f"none found ({', '.join(COMPILERS)})")]
-    program, symbol = folder / "verify", request.symbol
+    checks = [_self_test(what, compiler, request.symbol, folder) for compiler in compilers]
+    return [*checks, _cmake_test(folder)] if all(check.passed for check in checks) else checks
+
+
+def _self_test(what: str, compiler: str, symbol: str, folder: Path) -> Check:
+    program, by = folder / "verify", Path(compiler).name
     sources = [str(folder / f"{symbol}.c"), str(folder / f"{symbol}_test.c")]
     done = subprocess.run([compiler, *STRICT, *sources, "-o", str(program), "-lm"], capture_output=True, text=True, check=False)
     if done.returncode:
         errors = [line[:300] for line in done.stderr.splitlines() if "error" in line]
-        return [Check(what, Path(compiler).name, False, "; ".join(errors[:3]) or done.stderr[-300:])]
+        return Check(what, by, False, "; ".join(errors[:3]) or done.stderr[-300:])
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=600)
     program.unlink()
-    return [Check(what, Path(compiler).name, done.returncode == 0, done.stdout.strip().replace("\n", "; ") or done.stderr)]
+    return Check(what, by, done.returncode == 0, done.stdout.strip().replace("\n", "; ") or done.stderr)
+
+
+def _cmake_test(folder: Path) -> Check:
+    """Configure, build, and run ctest, in a folder of its own that is removed."""
+    what, by, build_folder = "CMakeLists.txt: build, ctest", "cmake", folder / "cmake-build"
+    if shutil.which("cmake") is None:
+        return Check(what, by, None, "not installed")
+    steps = (
+        ["cmake", "-S", str(folder), "-B", str(build_folder), "-DCMAKE_BUILD_TYPE=Release"],
+        ["cmake", "--build", str(build_folder)],
+        ["ctest", "--test-dir", str(build_folder)],
+    )
+    try:
+        for step in steps:
+            done = subprocess.run(step, capture_output=True, text=True, check=False, timeout=600)
+            if done.returncode:
+                return Check(what, by, False, f"{step[0]} {step[1]}: {(done.stderr or done.stdout).strip()[-300:]}")
+    finally:
+        shutil.rmtree(build_folder, ignore_errors=True)
+    return Check(what, by, True)
 
 
 def _header(interface: Interface) -> str:
@@ -178,7 +203,7 @@ def _entry(interface: Interface) -> str:
         axes = interface.axes[arg.name]
         code, bits = _CODES[interface.dtype(arg)]
         lines += [
-            f"  int64_t shape{i}[] = {{{', '.join(interface.size(axis) for axis in axes)}}};",
+            f"  int64_t shape{i}[] = {{{', '.join(interface.size(axis) for axis in axes) or '1'}}};",
             f"  DLTensor tensor{i} = {{(void*){arg.name}, {{1, 0}}, {len(axes)}, {{{code}, {bits}, 1}}, shape{i}, NULL, 0}};",
             f"  args[{i}].type_index = 7; args[{i}].u.v_ptr = &tensor{i};",
         ]
@@ -235,7 +260,9 @@ def _test_sizes(request: Request) -> dict[str, Any]:
     # State vectors make up the file: one sequence where states are large.
     many = axes.get("K", 1) * axes.get("V", 1) <= 64 * 64
     tokens = 3 if "intermediate_states_buffer" in request.geometry.dtype else 19
-    return {"B": 2 if many else 1, "T": tokens, "H": 1, "HV": 2, "S": 4, "M": 5, "D": 6, "G": 3}
+    sizes = {"B": 2 if many else 1, "T": tokens, "H": 1, "HV": 2, "S": 4, "M": 5, "D": 6, "G": 3, "E": 8, "k": 2}
+    # Packed weights state their intermediate size in groups of 16.
+    return sizes | ({"I": 16 * axes["G"]} if "KI" in axes else {})
 
 
 def _scalar(request: Request, arg: Scalar, value: Any) -> str:

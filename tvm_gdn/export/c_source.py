@@ -1,4 +1,4 @@
-"""The compiled operator as C99: TVM's C code generator on the portable schedules, freed of TVM's headers.
+"""The compiled operator as C99: what the target ``c`` generates (`targets/c.toml`), freed of TVM's headers.
 
 Runs in a process of its own (`python -m tvm_gdn.export.c_source`), like every compilation. What the generator leaves to do
 here: it knows one storage scope, prints vector code that is no C (so loops stay scalar), reads floats through casted pointers
@@ -11,20 +11,15 @@ import json
 import re
 import subprocess
 import sys
-from typing import Any
+from importlib import resources
 
 from tvm_gdn import build
 from tvm_gdn.export.artifact import ExportError, Request
 from tvm_gdn.spec import Geometry
-from tvm_gdn.target import resolve
+from tvm_gdn.target import named
 
-#: The generic CPU schedules, no vectors, everything small on the stack.
-TARGET = {
-    "description": "portable C99",
-    "device": "cpu",
-    "codegen": {"kind": "c"},
-    "pass_config": {"tirx.disable_storage_rewrite": True, "tirx.disable_vectorize": True},
-}
+#: What the generic schedules become; `targets/c.toml`.
+TARGET = "c"
 
 PREAMBLE = """\
 #include <math.h>
@@ -74,20 +69,12 @@ static inline uint16_t bits_as_uint16_t(const void* p) { uint16_t x; memcpy(&x, 
 PREAMBLE = PREAMBLE.replace("void* v_ptr; };", "void* v_ptr; } u;")
 
 
-#: Where the chunked tiles start in a worker's array: vector code wants a cache line, this code nothing.
-ALIGN = "static inline int32_t tvm_gdn_to_line(const void* p) { (void)p; return 0; }\n"
-#: Scratch memory whose size depends on a call (the check that slots are distinct).
-WORKSPACE = """\
-static void* TVMBackendAllocWorkspace(int type, int id, uint64_t size, int code, int bits) {
-  (void)type; (void)id; (void)code; (void)bits;
-  return size < PTRDIFF_MAX ? malloc((size_t)size + 1) : NULL;
-}
-static int TVMBackendFreeWorkspace(int type, int id, void* memory) {
-  (void)type; (void)id;
-  free(memory);
-  return 0;
-}
-"""
+def _workspace() -> str:
+    """Scratch memory of calls, private to the file: `csrc/workspace.c` without its includes, which `PREAMBLE` has."""
+    text = (resources.files("tvm_gdn") / "csrc" / build.WORKSPACE).read_text(encoding="utf-8")
+    return re.sub(
+        r"^(void\*|int) TVM", r"static \1 TVM", re.sub(r"^#include.*\n", "", text, flags=re.MULTILINE), flags=re.MULTILINE
+    )
 
 
 def generate(request: Request, timeout: float = 600.0) -> str:
@@ -120,8 +107,7 @@ def generate(request: Request, timeout: float = 600.0) -> str:
     if done.returncode:
         raise ExportError(f"{request.spec.name}: TVM's C generator failed:\n{done.stderr[-1500:]}")
     code = plain(json.loads(done.stdout.splitlines()[-1])["source"], request.symbol)
-    parts = {"TVMBackendAllocWorkspace": WORKSPACE, "tvm_gdn_to_line": ALIGN}
-    return "\n".join((PREAMBLE, *(part for name, part in parts.items() if name in code), code))
+    return "\n".join((PREAMBLE, *([_workspace()] if "TVMBackendAllocWorkspace" in code else []), code))
 
 
 def plain(source: str, symbol: str) -> str:
@@ -135,7 +121,7 @@ def plain(source: str, symbol: str) -> str:
         f"TVM_DLL int32_t __tvm_ffi_{symbol}(void* self_handle, void* args, int32_t num_args, void* result)",
         "static int32_t kernel(void* args, int32_t num_args)",
     )
-    body = re.sub(r"\(\*\((float|int32_t|uint32_t|uint16_t) \*\)\(&\((\w+)\)\)\)", r"bits_as_\1(&\2)", body)
+    body = re.sub(r"\*\((float|int32_t|uint32_t|uint16_t) \*\)\(&\((\w+)\)\)", r"bits_as_\1(&\2)", body)
     body = re.sub(r"(\)args\)\[\d+\])\.(v_int64|v_float64|v_ptr)", r"\1.u.\2", body)
     body = re.sub(r"\binff\b", "INFINITY", body)
     left = re.search(
@@ -150,16 +136,10 @@ def plain(source: str, symbol: str) -> str:
 def _lower(op: str, geometry: Geometry) -> str:
     import tvm
 
-    from tvm_gdn import schedule
-    from tvm_gdn.export import c_tiles
     from tvm_gdn.ops import OPS
 
-    c_tiles.install()
-    target = resolve(json.dumps(TARGET))
-    choice = schedule.choose(OPS[op], geometry, target)
-    function: Any = build.prim_func(OPS[op], geometry, choice.tiles(geometry))
-    # The generator's only storage scope is "global"; small arrays become C arrays by their annotation.
-    function = tvm.ir.load_json(tvm.ir.save_json(function).replace('"local"', '"global"'))
+    target = named(TARGET)
+    _, function = build.scheduled(build.Request(OPS[op], geometry), target)
     with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config)):
         library = tvm.compile(function, target=build.tvm_target(target))
     return str(library.mod.inspect_source())

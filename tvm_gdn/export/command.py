@@ -7,20 +7,26 @@ import tempfile
 from pathlib import Path
 
 from tvm_gdn import models
-from tvm_gdn.commands import aot, arguments
+from tvm_gdn.commands import arguments
 from tvm_gdn.commands.text import emit, size_text, table
 from tvm_gdn.errors import ArgumentError
-from tvm_gdn.export import artifact
+from tvm_gdn.export import artifact, onnx_layer
 from tvm_gdn.export.artifact import Check, ExportError, Request
 from tvm_gdn.export.formats import FORMATS, profile_of
+from tvm_gdn.ops import OPS
+from tvm_gdn.packed_experts import PackedExperts
+from tvm_gdn.spec import Geometry, OpSpec
 
-#: Axes that kernels take in any size.
-_OPEN = ("H", "HV")
+#: Layers of several operators, which only ONNX takes.
+_LAYERS = {onnx_layer.SPEC.name: onnx_layer.SPEC}
+_NAMES = (*OPS, *_LAYERS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments."""
-    arguments.add_op(parser, "the operator to export")
+    parser.add_argument(
+        "--op", choices=_NAMES, metavar="OP", help=f"the operator, or layer, to export; one of: {', '.join(_NAMES)}"
+    )
     formats = "; ".join(f"{name}: {entry.summary}" for name, entry in FORMATS.items())
     parser.add_argument("--format", required=True, choices=list(FORMATS), metavar="FORMAT", help=formats)
     variants = "; ".join(f"{name}: {', '.join(entry.profiles)}" for name, entry in FORMATS.items() if entry.profiles)
@@ -31,13 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE,...",
-        help="what the kernel serves, as for `tvm_gdn build`; also H=, HV= where a format fixes heads",
+        help="what the kernel serves, as for `tvm_gdn build`; also H=, HV=, D=, E=, k= where a format fixes them",
     )
     parser.add_argument("--geometry", action="append", default=[], metavar="JSON", help="the same as JSON")
     parser.add_argument("--no-l2norm", action="store_true", help="formats that fix options: q and k come normalized")
-    parser.add_argument("--scale", type=float, metavar="X", help="formats that fix options: factor on q; default K ** -0.5")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        metavar="X",
+        help="formats that fix options: factor on q (default K ** -0.5), or on routing weights (default 1)",
+    )
     parser.add_argument("--chunk", type=int, default=64, metavar="N", help="tokens per chunk, where the format states chunks")
     parser.add_argument("--tokens", type=int, default=0, metavar="N", help="the same: fix the number of tokens and unroll")
+    parser.add_argument("--no-renormalize", action="store_true", help="the same, routing: leave the weights as they are")
+    parser.add_argument("--weights", type=Path, metavar="PACK", help="packed experts (.safetensors) that the file is to hold")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="PATH", help="folder, or file where the format is one file"
     )
@@ -49,25 +62,23 @@ def main(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     path = args.output.resolve()
     artifact.refuse_existing(path, args.force)
-    profile = profile_of(args.format, args.profile)
     if args.chunk < 1 or args.tokens < 0:
         raise ArgumentError(f"--chunk {args.chunk} --tokens {args.tokens}: give numbers of tokens")
-    if not args.op or len(args.op) != 1:
+    if not args.op:
         raise ArgumentError("say which operator: --op OP")
-    heads = _heads(args)
-    wanted, _ = aot.selection(args)
-    if not wanted:
-        raise ArgumentError(f"--model {args.model} does not call {args.op[0]}")
-    # Of a model's calls: one that takes a state, of sequences of one length.
-    spec, geometry = max(wanted, key=lambda pair: ("initial_state" in pair[1].dtype) - 2 * ("cu_seqlens" in pair[1].dtype))
-    if len(wanted) > 1 and not args.model:
-        raise ArgumentError("one export holds one kernel: give --dims or --geometry once")
-    request = Request(spec, geometry, profile, not args.no_l2norm, args.scale, args.chunk, args.tokens, heads)
+    spec = _LAYERS.get(args.op) or OPS[args.op]
+    profile = profile_of(args.format, args.profile, spec.algorithm)
+    heads = _heads(args, spec)
+    pack = PackedExperts.load(args.weights) if args.weights else None
+    request = Request(
+        spec, _geometry(args, spec, pack), profile, not args.no_l2norm, args.scale, args.chunk, args.tokens, heads,
+        not args.no_renormalize, pack,
+    )  # fmt: skip
     try:
         checks, files = export(request, args.format, path, verify=not args.no_verify)
     except ExportError as error:
         raise ArgumentError(f"--format {args.format}: {error}") from error
-    emit(f"{spec.name} for {geometry}\n")
+    emit(f"{spec.name} for {request.geometry}\n")
     if checks:
         emit(table(("verified", "by", "", "result"), [check.row for check in checks]))
     if checks and not artifact.all_passed(checks):
@@ -80,20 +91,63 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _heads(args: argparse.Namespace) -> tuple[tuple[str, int], ...]:
-    """Sizes that kernels leave open and some formats fix: taken out of --dims, or from the model."""
+def _geometry(args: argparse.Namespace, spec: OpSpec, pack: PackedExperts | None) -> Geometry:
+    """What is exported: by dims, by JSON, or what a model calls."""
+    if args.model and (args.dims or args.geometry):
+        raise ArgumentError("--model already says which geometries: leave out --dims and --geometry")
+    if len(args.dims) + len(args.geometry) > 1:
+        raise ArgumentError("one export holds one kernel: give --dims or --geometry once")
+    if pack is not None:
+        return _of_pack(args, spec, pack)
     if args.model:
-        return tuple((name, size) for name, size in models.model(args.model).axes.items() if name in _OPEN)
+        facts = models.model(args.model)
+        if args.op in _LAYERS:
+            return arguments.geometry_of_case(spec, {**spec.bench[0], **facts.axes, "dtype": facts.dtype})
+        called = [geometry for one, geometry in models.kernels(args.model) if one.name == spec.name]
+        if not called:
+            raise ArgumentError(f"--model {args.model} does not call {spec.name}: say what to export with --dims")
+        # Of a model's calls: one that takes a state, of sequences of one length.
+        return max(called, key=lambda one: ("initial_state" in one.dtype) - 2 * ("cu_seqlens" in one.dtype))
+    if not (args.dims or args.geometry):
+        raise ArgumentError(f"say what to export: --dims, --geometry, or --model (one of: {', '.join(models.MODELS)})")
+    return arguments.parse_dims(spec, args.dims[0]) if args.dims else arguments.parse_geometry(spec, args.geometry[0])
+
+
+def _of_pack(args: argparse.Namespace, spec: OpSpec, pack: PackedExperts) -> Geometry:
+    """The kernel of packed experts: the pack says all but the dtypes of x, ids and routing weights."""
+    takes = next((scalar for scalar in spec.scalars if scalar.name == "scheme"), None)
+    if takes is None or pack.scheme not in dict(takes.choices):
+        fitting = [one.name for one in OPS.values() for s in one.scalars if s.name == "scheme" and pack.scheme in dict(s.choices)]
+        raise ArgumentError(f"--weights: a pack of {pack.scheme}; allowed with it: --op {', '.join(fitting)}")
+    if args.geometry or args.model:
+        raise ArgumentError("--weights says the sizes: give --dims dtype=DTYPE,k=K at most")
+    axis = {"D": pack.hidden, "E": pack.experts, "G": pack.w13.shape[1], "KD": pack.w13.shape[2]}
+    axis |= {"ND": pack.w2.shape[1], "KI": pack.w2.shape[2]}
+    if pack.w13_scale is not None and pack.w2_scale is not None:
+        axis |= {"S13": pack.w13_scale.shape[2], "S2": pack.w2_scale.shape[2]}
+    dims = [*args.dims, *(f"{name}={axis[name]}" for name in spec.static_axes), f"scheme={pack.scheme}"]
+    dtypes = arguments.parse_dims(spec, ",".join(dims)).dtypes
+    attrs = tuple((s.name, pack.scheme if s.name == "scheme" else s.meaning(s.default)) for s in spec.scalars if s.static)
+    return Geometry(tuple((name, axis[name]) for name in spec.static_axes), dtypes, attrs)
+
+
+def _heads(args: argparse.Namespace, spec: OpSpec) -> tuple[tuple[str, int], ...]:
+    """Sizes that kernels leave open and some formats fix: taken out of --dims, or from the model."""
+    names = [name for name in artifact.OPEN if name not in spec.static_axes]
+    if args.model:
+        return tuple((name, size) for name, size in models.model(args.model).axes.items() if name in names)
     sizes = {}
     for i, text in enumerate(args.dims):
-        parts = [part.strip() for part in text.split(",")]
-        for part in parts:
+        kept = []
+        for part in (part.strip() for part in text.split(",")):
             name, _, value = part.partition("=")
-            if name in _OPEN:
-                if not value.isdecimal() or not int(value):
-                    raise ArgumentError(f"--dims {part}: give a whole number, at least 1")
-                sizes[name] = int(value)
-        args.dims[i] = ",".join(part for part in parts if part.partition("=")[0] not in _OPEN)
+            if name not in names:
+                kept.append(part)
+                continue
+            if not value.isdecimal() or not int(value):
+                raise ArgumentError(f"--dims {part}: give a whole number, at least 1")
+            sizes[name] = int(value)
+        args.dims[i] = ",".join(kept)
     return tuple(sizes.items())
 
 

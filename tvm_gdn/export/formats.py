@@ -50,8 +50,8 @@ class Format:
 FORMATS = {
     "onnx": Format(
         "onnx_files",
-        "one .onnx model; opset 27 LinearAttention, or by profile older operators or onnxruntime's own",
-        ("standard", "decomposed", "chunked", "ort"),
+        "one .onnx model; operators of opset 27, or by profile older ones or onnxruntime's own",
+        ("standard", "decomposed", "chunked", "ort", "dense", "loop"),
     ),
     "c": Format("c_files", "portable C99 with a header, a CMake file and a self-test; no TVM, no torch"),
     "torch": Format("torch_program", "a saved torch.export program (.pt2) that holds the operator as one node"),
@@ -68,15 +68,19 @@ FORMATS = {
 }
 
 
-def profile_of(name: str, profile: str | None) -> str:
-    """A format's profile: the one asked for, or its default.
+def profile_of(name: str, profile: str | None, algorithm: str) -> str:
+    """A format's profile for an algorithm: the one asked for, or its default.
 
     Raises
     ------
     ArgumentError
-        The format has no such profile.
+        The format has no such profile for it.
     """
     profiles = FORMATS[name].profiles
+    if profiles:
+        from tvm_gdn.export import onnx_files
+
+        profiles = onnx_files.profiles(algorithm) or profiles
     if profile is None:
         return profiles[0] if profiles else ""
     if profile not in profiles:

@@ -166,7 +166,7 @@ def _verify(spec: OpSpec, geometry: Geometry, language: str) -> dict[str, Any]:
         kernel = load.load_kernel(made, made.manifest.kernels[0])
         function = torch_ops.call_function(spec, present, geometry.axis, kernel)
         arguments, want = draw(request, B=2, T=5, H=1, HV=2, S=4, M=5)
-        check = compared(request, "", "", parity.run(spec, arguments, function), want)
+        check = compared(request.spec, "", "", parity.run(spec, arguments, function), want)
     return {"passed": bool(check.passed), "detail": check.detail}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 #: SPEC dtype -> ONNX element type.
-ELEMENT = {"float32": 1, "float16": 10, "bfloat16": 16, "int32": 6, "int64": 7}
+ELEMENT = {"float32": 1, "float16": 10, "bfloat16": 16, "int32": 6, "int64": 7, "int8": 3, "uint8": 2, "bool": 9}
 
 
 class Graph:

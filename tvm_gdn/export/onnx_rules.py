@@ -6,11 +6,14 @@ or None, beta ``[B, T, HV]`` and the state ``[B, HV, K, V]``, in fp32, and give 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from tvm_gdn.export import onnx_parts as parts
+from tvm_gdn.export.artifact import ExportError, Request
 from tvm_gdn.export.onnx_graph import Graph
 
 
@@ -27,6 +30,32 @@ class Sizes:
 
 
 Tensors = tuple[str, str, str, "str | None", str, str]
+
+
+def delta_rule(graph: Graph, request: Request, tensors: Tensors, H: int) -> tuple[str, str]:
+    """The rule of a profile, with what stands around it: normalization, scale, q and k repeated for grouped value heads.
+
+    q and k are ``[B, T, H, K]``, v ``[B, T, HV, V]``, g ``[B, T, HV]``, ``[B, T, HV, K]`` or None, beta ``[B, T, HV]``, the
+    state ``[B, HV, K, V]``; gives o and the final state.
+    """
+    q, k, v, g, beta, state = tensors
+    axis, HV = request.geometry.axis, request.sizes["HV"]
+    if HV % H:
+        raise ExportError(f"HV = {HV} value heads for H = {H}: HV must be a multiple of H")
+    channel = bool(request.geometry.attr.get("channel_gate"))
+    sizes = Sizes(HV, axis["K"], axis["V"], channel, request.chunk, request.tokens)
+    if request.l2norm:
+        q, k = parts.l2norm(graph, q), parts.l2norm(graph, k)
+    q = graph.Mul(q, graph.constant(float(sizes.K) ** -0.5 if request.scale is None else request.scale))
+    if HV != H:
+        q, k = (parts.repeated(graph, x, H, HV, sizes.K) for x in (q, k))
+    if g is not None and not channel:
+        g = graph.Unsqueeze(g, graph.ints(-1))
+    rules: dict[str, Callable[..., tuple[str, str]]] = {"decomposed": recurrence, "chunked": chunked}
+    ready = (q, k, v, g, beta, state)
+    if request.profile in rules:
+        return rules[request.profile](graph, ready, sizes)
+    return linear_attention(graph, ready, sizes, parts.DOMAIN[request.profile])
 
 
 def linear_attention(graph: Graph, tensors: Tensors, sizes: Sizes, domain: str = "") -> tuple[str, str]:

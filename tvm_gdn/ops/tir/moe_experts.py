@@ -167,10 +167,10 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                 count[0] = T.max(count[0], part[lane + 1])
             number[0] = T.reinterpret("float32", count[0])
             number[1] = T.Select(number[0] > T.float32(1e-30), T.float32(127) / number[0], T.float32(0))
-            # A row with NaN or an infinity has no scale: NaN reaches its output.
+            # A row with NaN or an infinity has no scale: NaN reaches its output. (A literal NaN is no C.)
             scale[r] = T.Select(
                 count[0] >= INFINITE,
-                T.float32(float("nan")),
+                number[0] - number[0],
                 T.Select(number[0] > T.float32(1e-30), number[0] / T.float32(127), T.float32(0)),
             )
             for c in T.serial(used // LANES):

@@ -1,0 +1,76 @@
+"""Tile operations in plain scalar loops, for code generators that know no vectors: C, and CPUs without a schedule of their own.
+
+Classes that stand before a family's tiles among the bases of a portable schedule. Their exp and log are those of the C library.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm_gdn.schedules.cpu import local_array
+from tvm_gdn.schedules.cpu_chunk import BLOCK, ChunkTiles, Tile, ceil_div
+from tvm_gdn.schedules.cpu_conv import ConvTiles
+
+
+class Portable:
+    """Functions of fp32 numbers, and sums, without vectors or knowledge of a number's bits."""
+
+    exp = staticmethod(T.exp)
+    log = staticmethod(T.log)
+
+    @staticmethod
+    def sigmoid(lanes: int) -> Any:
+        """Macro ``(x)``: the logistic function of `lanes` elements in place."""
+
+        @T.inline
+        def sigmoid(x):
+            for lane in T.serial(lanes):
+                x[lane] = T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - x[lane]))
+
+        return sigmoid
+
+    @staticmethod
+    def sum(part: Any, lanes: int) -> Any:
+        """Sum of a vector's lanes."""
+        return functools.reduce(operator.add, (part[i] for i in range(lanes)))
+
+
+class PortableChunkTiles(Portable, ChunkTiles):
+    """Tiles of the chunked rules: any alignment, blocks element by element."""
+
+    def first_line(self) -> Any:
+        """Scalar code needs no alignment."""
+        return T.int32(0)
+
+    def _transpose(self, dst: Tile, src: Tile, rows: Any) -> None:
+        with T.serial(ceil_div(src.rows if rows is None else rows, BLOCK)) as b, T.serial(src.cols) as c, T.serial(BLOCK) as i:
+            dst.put(src.get(b * BLOCK + i, c), c, b, BLOCK, i)
+
+    def invert_diagonal(self, dst: Tile, a: Tile, rows: Any) -> None:
+        """When row k is final, it is subtracted from all rows below."""
+        x = local_array(BLOCK, BLOCK)
+        with T.serial(ceil_div(rows, BLOCK)) as b:
+            with T.serial(BLOCK) as i, T.serial(BLOCK) as j:
+                T.buffer_store(x, T.Select(i == j, T.float32(1), T.float32(0)), [i, j])
+            with T.serial(BLOCK) as k, T.serial(BLOCK - 1 - k) as below, T.serial(BLOCK) as j:
+                i = k + 1 + below
+                T.buffer_store(x, x[i, j] - a.get(b * BLOCK + i, b, BLOCK, k) * x[k, j], [i, j])
+            with T.serial(BLOCK) as i, T.serial(BLOCK) as j:
+                dst.put(x[i, j], b * BLOCK + i, b, BLOCK, j)
+
+
+class PortableConvTiles(Portable, ConvTiles):
+    """Loops of the convolution, taps and states element by element."""
+
+    def columns_in(self, to: Any, at: Any, source: Any, first: Any, count: int, pitch: int, width: int) -> None:
+        """Read `width` rows of `count` elements as fp32 columns `pitch` apart."""
+        with T.serial(width) as lane, T.serial(count) as k:
+            T.buffer_store(to, T.Cast("float32", source[first + lane * count + k]), [at + k * pitch + lane])
+
+    def columns_out(self, to: Any, first: Any, source: Any, at: Any, count: int, pitch: int, width: int) -> None:
+        """Write columns as rows: the inverse of `columns_in`."""
+        with T.serial(width) as lane, T.serial(count) as k:
+            T.buffer_store(to, T.Cast(to.dtype, source[at + k * pitch + lane]), [first + lane * count + k])
