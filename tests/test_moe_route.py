@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 
 import tvm_gdn
 from tvm_gdn.errors import ArgumentError
@@ -109,6 +111,33 @@ def test_nan_is_chosen_first_and_propagates(scoring):
         assert not weights[row].isnan().any()
     ids = tvm_gdn.moe_route(torch.full((2, 32), NAN), 6, scoring="sigmoid", num_expert_group=8, topk_group=3)[1]
     assert all(len(set(row)) == 6 and max(row) < 32 for row in ids.tolist())
+
+
+#: Values of adversarial logits: ties, both infinities, NaN, signed zeros, the ends of fp32.
+ODD = [0.0, -0.0, 1.0, 1.0, -1.0, INF, -INF, NAN, 3e38, -3e38, 1e-45, 88.8, -104.0]
+
+
+@pytest.mark.parametrize(
+    ("scoring", "options"), [("softmax", {}), ("sigmoid", {}), ("sigmoid", {"num_expert_group": 8, "topk_group": 3})]
+)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_logits(scoring, options, data):
+    """Order and weights against torch's stable sort and double arithmetic; k distinct ids that exist, whatever the logits."""
+    experts = 32 if options else 37
+    palette = data.draw(st.lists(st.sampled_from(ODD), min_size=1, max_size=6))
+    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    tokens = data.draw(st.integers(1, 5))
+    logits = torch.tensor(palette)[torch.randint(len(palette), (tokens, experts), generator=rng)]
+    k = data.draw(st.integers(1, 6))
+    weights, ids = tvm_gdn.moe_route(logits, k, scoring, renormalize=False, **options)
+    assert ((ids >= 0) & (ids < experts)).all()
+    assert all(len(set(row)) == k for row in ids.tolist())
+    scores = logits.double().softmax(-1) if scoring == "softmax" else logits.double().sigmoid()
+    torch.testing.assert_close(weights.double(), scores.gather(1, ids.long()), rtol=1e-5, atol=1e-12, equal_nan=True)
+    if not options:
+        # -0.0 equals 0.0, NaN comes first, and equals keep their order.
+        assert torch.equal(ids, (logits + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k].int())
 
 
 def test_no_tokens():

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from tvm_gdn import cases, dispatch, reference, torch_ops
-from tvm_gdn.bench import peers
+from tvm_gdn.bench import onnx_peers, peers
 from tvm_gdn.check import geometry_of, scalar_value
-from tvm_gdn.errors import TvmGdnError
 from tvm_gdn.spec import OpSpec, Scalar
 
 Call = Callable[[], object]
@@ -118,18 +117,12 @@ def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None
     """
     if spec.algorithm in peers.FUNCTIONS:
         return peers.transformers_call(spec, arguments)
-    if spec.algorithm not in _RECURRENCES or "kda" in spec.name or not {"g", "a"} & set(arguments):
+    found = _plain(spec, arguments)
+    if found is None or "g" not in found:
         return None
     # Without its wrapper, which would hand the call to another package where one is installed.
     function = inspect.unwrap(getattr(peers.modeling(), _RECURRENCES[spec.algorithm]))
-    pool = arguments.get("initial_state_source")
-    if pool is None:
-        state = arguments.get("initial_state")
-    else:
-        slots = arguments.get("initial_state_indices")
-        state = pool if slots is None else pool[slots.clamp_min(0)]
-    q, k, v = (arguments[name] for name in "qkv") if "q" in arguments else _unpacked(arguments)
-    g, beta = (arguments["g"], arguments["beta"]) if "g" in arguments else _gates(arguments, q.shape[:2])
+    q, k, v = (found[name] for name in "qkv")
     if spec.algorithm == "chunk":
         # The layer repeats q and k to the value heads before it calls the chunked form, which does not.
         q, k = (x.repeat_interleave(v.shape[-2] // q.shape[-2], dim=-2) for x in (q, k))
@@ -138,12 +131,33 @@ def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None
         q,
         k,
         v,
-        g,
-        beta,
-        initial_state=state,
+        found["g"],
+        found["beta"],
+        initial_state=found["state"],
         output_final_state=True,
         use_qk_l2norm_in_kernel=arguments["use_qk_l2norm_in_kernel"],
     )
+
+
+def _plain(spec: OpSpec, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Separate q, k, v, gates and one state per sequence, as peers take them; None where it is another rule or layout.
+
+    Without a gate there is no ``g``.
+    """
+    packs = arguments.get("cu_seqlens") is not None or arguments.get("state_v_first")
+    if spec.algorithm not in _RECURRENCES or "kda" in spec.name or packs:
+        return None
+    pool = arguments.get("initial_state_source")
+    if pool is None:
+        state = arguments.get("initial_state")
+    else:
+        slots = arguments.get("initial_state_indices")
+        state = pool if slots is None else pool[slots.clamp_min(0)]
+    q, k, v = (arguments[name] for name in "qkv") if "q" in arguments else _unpacked(arguments)
+    found = {"q": q, "k": k, "v": v, "state": state}
+    if "a" in arguments:
+        return found | dict(zip(("g", "beta"), _gates(arguments, q.shape[:2]), strict=True))
+    return found | {name: arguments[name] for name in ("g", "beta") if name in arguments}
 
 
 def _unpacked(arguments: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -161,51 +175,39 @@ def _gates(arguments: Mapping[str, Any], lead: torch.Size) -> tuple[torch.Tensor
 
 
 def onnxruntime_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None:
-    """`com.microsoft.LinearAttention` of onnxruntime on the same tensors; None where it has no counterpart.
+    """`com.microsoft.LinearAttention` or `CausalConvWithState` on the same tensors; None where there is no counterpart.
 
-    It computes in fp32, for dense batches, from q and k that are normalized already: that is done before the clock starts. It
-    runs on threads of its own, as many as torch has.
+    They compute in fp32, for dense batches; q and k are normalized, gates computed and slots looked up before the clock starts.
 
     Raises
     ------
     TvmGdnError
         onnx or onnxruntime is not installed.
     """
-    dense = arguments.get("cu_seqlens") is None and not arguments.get("state_v_first")
-    if spec.algorithm != "chunk" or not dense or "initial_state" not in arguments or arguments["q"].dtype != torch.float32:
+    if spec.algorithm == "conv":
+        return _onnx_conv(arguments)
+    found = _plain(spec, arguments)
+    if found is None or found["q"].dtype != torch.float32:
         return None
-    try:
-        import onnxruntime
-        from onnx import TensorProto, helper
-    except ImportError as error:
-        raise TvmGdnError(f"--peers needs onnxruntime ({error}): pip install onnx onnxruntime") from error
-    q, k, v, beta = (arguments[name] for name in ("q", "k", "v", "beta"))
-    g = arguments.get("g")
+    q, k = found["q"], found["k"]
     if arguments["use_qk_l2norm_in_kernel"]:
         q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-    values = {"q": q, "k": k, "v": v, "state": arguments.get("initial_state"), "g": g, "beta": beta}
-    feeds = {n: (x if n == "state" else x.flatten(2)).contiguous().numpy() for n, x in values.items() if x is not None}
-    node = helper.make_node(
-        "LinearAttention", [name if name in feeds else "" for name in values], ["o", "final"], domain="com.microsoft",
-        q_num_heads=q.shape[2], kv_num_heads=v.shape[2], update_rule="delta" if g is None else "gated_delta",
-        scale=arguments["scale"] or q.shape[-1] ** -0.5,
-    )  # fmt: skip
-    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, x.shape) for n, x in feeds.items()]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("o", "final")]
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(helper.make_graph([node], "peer", inputs, outputs), opset_imports=opsets, ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    # Its idle threads would otherwise spin on the cores of the next contender.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    shape = v.shape
+    values = {"q": q, "k": k, "v": found["v"], "state": found["state"], "g": found.get("g"), "beta": found["beta"]}
+    scale = arguments.get("scale") or q.shape[-1] ** -0.5
+    return onnx_peers.linear_attention(values, (q.shape[2], found["v"].shape[2]), scale)
 
-    def call() -> tuple[torch.Tensor, torch.Tensor]:
-        o, final = session.run(None, feeds)
-        return torch.from_numpy(o).view(shape), torch.from_numpy(final)
 
-    return call
+def _onnx_conv(arguments: Mapping[str, Any]) -> Call | None:
+    x, weight, bias, activation = (arguments[name] for name in ("x", "weight", "bias", "activation"))
+    if x.dtype != torch.float32 or arguments.get("query_start_loc") is not None or arguments.get("conv_states") is not None:
+        return None
+    state = arguments.get("conv_state")
+    if state is None:
+        return onnx_peers.causal_conv(x if x.ndim == 3 else x.unsqueeze(0), weight, bias, None, activation)
+    slots = arguments["conv_state_indices"]
+    state = (state if slots is None else state[slots.clamp_min(0)])[..., 1 - weight.shape[1] :]
+    call = onnx_peers.causal_conv(x if x.ndim == 3 else x.unsqueeze(-1), weight, bias, state, activation)
+    return lambda: call().view(x.shape)
 
 
 #: Others that compute the same, for `tvm_gdn bench --peers`.

@@ -1,0 +1,176 @@
+"""tvm_gdn and its peers side by side: experts, delta-rule prefill and decode, convolution, on a CPU.
+
+    python tools/bench_peers.py                            # everything, 32 of the layer's 128 experts
+    python tools/bench_peers.py --quick                    # fewer shapes and rounds
+    python tools/bench_peers.py --work experts --experts 128 --tokens 1 16 128 1024 4096 --threads 16 --json e.json --png e.png
+    python tools/bench_peers.py --scaling 1 2 4 8 16 --work experts prefill decode
+    python tools/bench_peers.py --suite                    # the model suite: 10 warm-ups, 100 runs, latency and tokens/s
+
+Contenders take turns; beside each time stand its spread, its error against float64, its ratio to this package's time in the
+same group (scheme), and its share of the floor: a copy's bandwidth or a matrix product's rate, of the same rounds. Peers:
+transformers, onnxruntime's contrib kernels, kt-kernel (each build in a process of its own; pip install --no-deps kt-kernel).
+One that does not take part is named with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvm_gdn import dispatch
+from tvm_gdn.bench import chart, experts, layers, machine, sequences
+from tvm_gdn.bench.side_by_side import Report
+
+WORKS = ("experts", "prefill", "decode", "conv")
+SCHEMES = ("fp32", "bf16", "int8", "int4", "int4_kgroup")
+#: Tokens, value heads, dtype.
+PREFILLS = ((1024, 32, "bfloat16"), (4096, 32, "bfloat16"), (1024, 16, "bfloat16"), (1024, 32, "float32"))
+#: Whose kernels are named at the end.
+OPERATORS = (
+    "fused_experts", "fused_experts_packed", "fused_experts_quantized",
+    sequences.PREFILL, sequences.DECODE, sequences.CONV, sequences.CONV_UPDATE,
+)  # fmt: skip
+#: Batch, tokens, dtype.
+CONVS = ((1, 1024, "bfloat16"), (1, 1024, "float32"), (32, 1, "bfloat16"), (32, 1, "float32"))
+
+
+def parse() -> argparse.Namespace:
+    """Command line, with what --quick and --suite stand for filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
+    parser.add_argument("--model", choices=layers.MODELS, default="qwen3-moe", help="whose layer of experts")
+    parser.add_argument("--experts", type=int, default=32, help="at most so many experts, to fit memory; 0: all (default 32)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 1024], help="of the experts")
+    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--lengths", type=int, nargs="+", help="prefill lengths; default 1024 and 4096")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="of decode")
+    parser.add_argument("--suite", action="store_true", help="experts on the model suite's shapes, 10 warm-ups and 100 runs")
+    parser.add_argument("--scaling", type=int, nargs="+", metavar="N", help="this package's times for these numbers of threads")
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
+    parser.add_argument("--seconds", type=float, default=0.2, help="for each contender and shape (default 0.2)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="16 experts, bf16 and int8, fewer shapes, 3 rounds")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
+    options = parser.parse_args()
+    if options.quick:
+        options.experts, options.tokens, options.schemes = 16, [1, 64], ["bf16", "int8"]
+        options.batches, options.lengths, options.rounds, options.seconds = [1, 8], [512], 3, 0.05
+    if options.suite:
+        options.work = ["experts"]
+    return options
+
+
+def expert_rows(options: argparse.Namespace, report: Report, peers: bool) -> Iterator[dict[str, Any]]:
+    """Rows of the experts."""
+    sizes = dict(layers.MODELS[options.model])
+    sizes["E"] = min(sizes["E"], options.experts or sizes["E"])
+    sizes["k"] = min(sizes["k"], sizes["E"])
+    layer = experts.Layer(sizes, options.schemes, peers, report)
+    try:
+        cases = layers.SUITE if options.suite else [(f"T {tokens}", tokens) for tokens in options.tokens]
+        suite = (layers.WARMUP, layers.RUNS) if options.suite else None
+        for case, tokens in cases:
+            yield from layer.measure(tokens, case, seconds=options.seconds, rounds=options.rounds, suite=suite)
+    finally:
+        layer.close()
+
+
+def rows_of(options: argparse.Namespace, report: Report, peers: bool) -> Iterator[dict[str, Any]]:
+    """Rows of all works."""
+    timing = {"seconds": options.seconds, "rounds": options.rounds, "peers": peers}
+    for work in options.work:
+        if work == "experts":
+            yield from expert_rows(options, report, peers)
+            continue
+        if work == "prefill":
+            wanted = (
+                PREFILLS if not options.lengths else [(tokens, *rest) for tokens in options.lengths for _, *rest in PREFILLS[:1]]
+            )
+            shapes = [sequences.prefill(*each) for each in wanted]
+        elif work == "decode":
+            shapes = [sequences.decode(batch, dtype) for dtype in ("bfloat16", "float32") for batch in options.batches]
+        else:
+            shapes = [sequences.conv(*each) for each in (CONVS[:2] if options.quick else CONVS)]
+        for op, case in shapes:
+            yield from sequences.measure(work, op, case, report, **timing)
+
+
+def show(rows: Iterator[dict[str, Any]], report: Report) -> None:
+    """Print rows as they come."""
+    place = None
+    for row in rows:
+        report.rows.append(row)
+        if place != (row["work"], row["case"]):
+            place = row["work"], row["case"]
+            print(f"\n{row['work']} {row['case']}: copy {row['copy_gbytes_per_s']:.1f} GB/s", end="")
+            if "imbalance" in row:
+                loads = row["tokens_per_expert"]
+                print(f"; {row['touched_experts']:.0f} experts touched, {min(loads)} to {max(loads)} rows each, imbalance "
+                      f"{row['imbalance']:.2f}, entropy {row['entropy']:.2f}", end="")  # fmt: skip
+            print(f"\n  {'contender':30s} {'ms':>9s} {'quartiles':>17s} {'least':>8s} {'error':>8s} {'x ours':>7s} of floor")
+        ms, ratio = row["ms"], row["ratio"]
+        line = (
+            f"  {row['contender']:30s} {ms['median']:9.3f} {ms['q1']:8.3f}-{ms['q3']:8.3f} {ms['least']:8.3f} "
+            f"{row['error']:8.1e} {'-' if ratio is None else f'{ratio:.2f}':>7s} {row['share_of_floor']:5.0%} {row['floor']:>6s}"
+            f" {row['gbytes_per_s']:7.1f} GB/s {row['gflop_per_s']:8.0f} GFLOP/s"
+        )
+        print(line + (f" {row['tokens_per_s']:9.0f} tok/s" if "tokens_per_s" in row else ""), flush=True)
+
+
+def scaling(options: argparse.Namespace, report: Report) -> None:
+    """Rows of this package at several numbers of threads, and a table of how much faster each is than the first."""
+    for threads in options.scaling:
+        if threads > machine.cores():
+            report.missing[f"{threads} threads"] = f"this process may use {machine.cores()} cores"
+            continue
+        torch.set_num_threads(threads)
+        print(f"\n=== {threads} threads", flush=True)
+        show(rows_of(options, report, peers=False), report)
+    table: dict[tuple[str, str, str], dict[int, float]] = {}
+    for row in report.rows:
+        table.setdefault((row["work"], row["case"], row["contender"]), {})[row["threads"]] = row["ms"]["median"]
+    print(f"\n{'ms, and how much faster than with the fewest threads':60s}")
+    for (work, case, name), times in table.items():
+        first = next(iter(times.values()))
+        cells = "  ".join(f"{threads}: {ms:.3f} ({first / ms:.2f}x)" for threads, ms in times.items())
+        print(f"{work:8s} {case:24s} {name:22s} {cells}")
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    print(machine.line(), file=sys.stderr)
+    report = Report()
+    with torch.no_grad():
+        if options.scaling:
+            scaling(options, report)
+        else:
+            if not options.no_peers:
+                report.missing["fla-core"] = "its kernels are Triton: nothing runs on a CPU"
+            show(rows_of(options, report, not options.no_peers), report)
+    print("\ndoes not take part:" if report.missing else "")
+    for name, reason in report.missing.items():
+        print(f"  {name}: {reason}")
+    served = {op: by for op in OPERATORS if (by := dispatch.served_by(op)) != "not called yet"}
+    for op, by in served.items():
+        print(f"{op}: {by}", file=sys.stderr)
+    if options.json:
+        options.json.write_text(
+            json.dumps({**machine.stamp(), "missing": report.missing, "served": served, "rows": report.rows}, indent=1)
+        )
+    if options.png:
+        chart.write(options.png, report.rows, machine.line())
+
+
+if __name__ == "__main__":
+    main()

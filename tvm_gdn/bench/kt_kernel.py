@@ -1,0 +1,169 @@
+"""The experts of kt-kernel, each build of its extension in a process of its own: two cannot be loaded into one.
+
+The child draws the same weights once more, and times its own calls, so that the pipe between the processes does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvm_gdn.bench import layers
+from tvm_gdn.errors import TvmGdnError
+
+INSTALL = "pip install --no-deps kt-kernel (its dependencies would replace torch)"
+#: Builds of the wheel that are compared, and the CPU features (of /proc/cpuinfo) that each needs.
+BUILDS = {"avx512_bf16": ("avx512_bf16", "avx512_vnni"), "amx": ("amx_bf16", "amx_int8")}
+#: Scheme -> class of the extension.
+KINDS = {"bf16": "AMXBF16_MOE", "int8": "AMXInt8_MOE", "int4": "AMXInt4_MOE"}
+#: Most tokens of a call; it reserves scratch for so many.
+LONGEST = 8192
+
+
+def extension(build: str) -> Path | None:
+    """File of a build; None where kt-kernel or the build is not installed. Nothing is imported."""
+    found = importlib.util.find_spec("kt_kernel")
+    if found is None or found.origin is None:
+        return None
+    return next(iter(Path(found.origin).parent.glob(f"_kt_kernel_ext_{build}.*.so")), None)
+
+
+def missing(build: str) -> str:
+    """Why a build cannot run here; empty if it can."""
+    if extension(build) is None:
+        return f"not installed: {INSTALL}"
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    lacking = [flag for flag in BUILDS[build] if flag not in flags]
+    return f"this CPU lacks {', '.join(lacking)}" if lacking else ""
+
+
+class Layer:
+    """One layer's experts in every scheme, in a child process.
+
+    Parameters
+    ----------
+    build : str
+        One of `BUILDS`.
+    schemes : list of str
+        Of `KINDS`.
+    sizes : dict
+        D, I, E, k, as in `layers.MODELS`; the child draws `layers.weights` of them in bf16.
+    threads : int
+        Of the child's pool.
+
+    Raises
+    ------
+    TvmGdnError
+        The child could not load the extension or the weights.
+    """
+
+    def __init__(self, build: str, schemes: list[str], sizes: dict[str, int], threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        arguments = (other, str(extension(build)), schemes, sizes, threads)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+        other.close()
+        self._answer()
+
+    def ask(self, *request: Any) -> Any:
+        """Send a request, return the answer."""
+        self.pipe.send(request)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            self.process.join(10)
+            raise TvmGdnError(f"kt-kernel's process ended with exit code {self.process.exitcode}") from None
+        if isinstance(answer, Exception):
+            raise TvmGdnError(f"kt-kernel: {answer}")
+        return answer
+
+    def close(self) -> None:
+        """End the child."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(None)
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+
+
+class Call:
+    """A contender: one scheme on one routing; calling it returns the output, `timed` is measured in the child."""
+
+    def __init__(self, layer: Layer, scheme: str, routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        x, share, ids = routing
+        self.layer, self.key = layer, (scheme, x.shape[0], ids.data_ptr())
+        layer.ask("prepare", self.key, x.view(torch.int16).numpy(), share.float().numpy(), ids.long().numpy())
+
+    def __call__(self) -> torch.Tensor:
+        """Output of the call."""
+        return torch.from_numpy(self.layer.ask("call", self.key)).view(torch.bfloat16)
+
+    def timed(self, count: int) -> float:
+        """Microseconds per call of `count` calls."""
+        taken: float = self.layer.ask("time", self.key, count)
+        return taken
+
+
+def _serve(pipe: Connection, file: str, schemes: list[str], sizes: dict[str, int], threads: int) -> None:
+    """The child: load, then answer requests until None comes."""
+    try:
+        # It greets and logs on the standard output, where the parent's results go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        found = importlib.util.spec_from_file_location("kt_kernel_ext", file)
+        assert found is not None and found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        pool = module.WorkerPoolConfig()
+        pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
+        infer = module.CPUInfer(pool)
+        drawn = layers.weights(sizes, torch.bfloat16)
+        loaded = {scheme: _load(module, infer, KINDS[scheme], *drawn, sizes["k"]) for scheme in schemes}
+        del drawn
+    except Exception as error:
+        pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+        return
+    pipe.send("ready")
+    prepared: dict[Any, tuple[Any, ...]] = {}
+    while (request := pipe.recv()) is not None:
+        what, key, *values = request
+        if what == "prepare":
+            x, share, ids = (torch.from_numpy(value) for value in values)
+            prepared[key] = (torch.tensor([x.shape[0]], dtype=torch.int32), ids, share, x, torch.empty_like(x))
+            pipe.send(None)
+            continue
+        count, ids, share, x, out = prepared[key]
+        layer = loaded[key[0]]
+        start = time.perf_counter()
+        for _ in range(values[0] if values else 1):
+            pointers = (ids.data_ptr(), share.data_ptr(), x.data_ptr(), out.data_ptr())
+            infer.submit(layer.forward_task(count.data_ptr(), ids.shape[1], *pointers, False))
+            infer.sync()
+        pipe.send(1e6 * (time.perf_counter() - start) / values[0] if what == "time" else out.numpy())
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _load(module: Any, infer: Any, kind: str, w13: torch.Tensor, w2: torch.Tensor, k: int) -> Any:
+    experts, inner, D = w13.shape[0], w13.shape[1] // 2, w13.shape[2]
+    gate, up = w13[:, :inner].contiguous(), w13[:, inner:].contiguous()
+    config = module.moe.MOEConfig(experts, k, D, inner, 0)
+    config.max_len, config.pool = LONGEST, infer.backend_
+    config.gate_proj, config.up_proj, config.down_proj = gate.data_ptr(), up.data_ptr(), w2.data_ptr()
+    layer = getattr(module.moe, kind)(config)
+    places = torch.arange(experts)
+    infer.submit(layer.load_weights_task(places.data_ptr()))
+    infer.sync()
+    return layer
