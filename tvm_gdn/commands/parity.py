@@ -48,7 +48,9 @@ def main(args: argparse.Namespace) -> int:
             raise ArgumentError("--compile-only: the matrix compiles what it cannot run by itself; name one target instead")
         return parity_matrix.main(args.op or list(OPS), args.cases or "small", args.json)
     target = resolve(args.target) if args.compile_only else arguments.use_target(args.target)
-    chosen = {op: parity.sample(OPS[op]) if args.cases == "small" else list(OPS[op].cases) for op in args.op or OPS}
+    chosen = {
+        op: parity.sample(OPS[op]) if args.cases == "small" else [dict(case) for case in OPS[op].cases] for op in args.op or OPS
+    }
     report = {**report_of(target, chosen, compile_only=args.compile_only), "selection": args.cases or "all"}
     deliver(report, _text(report), args.json)
     return 0 if all(row["passed"] for row in report["cases"]) else 1
