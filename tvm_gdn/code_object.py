@@ -48,7 +48,7 @@ def metadata(data: bytes) -> dict[str, Any]:
                 found, _ = _value(body, 0)
                 if isinstance(found, dict):
                     return found
-    except (struct.error, IndexError, UnicodeDecodeError) as error:
+    except (struct.error, ArithmeticError, LookupError, ValueError) as error:
         raise PackError(f"the code object is damaged: {error}") from error
     raise PackError("the code object has no AMDGPU metadata")
 
