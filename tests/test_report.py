@@ -140,7 +140,7 @@ def report(capsys, tmp_path, write):
 def loaded(tmp_path, content: dict):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
-    return data.load(path)
+    return data.load_runs(path)[0]
 
 
 def test_page_of_real_runs(capsys, monkeypatch, tmp_path):
@@ -303,6 +303,43 @@ def test_matrix_and_failures(report, tmp_path):
     heat = heatmap(runs, "x86-avx512")[1]["chunk_kda"]["fp16"]
     assert heat.case == "T63 fp16" and heat.error != heat.error  # NaN comes before every number
     assert heatmap(runs, "vega-gpu") == ([], {})
+
+
+def test_emulated_is_never_works(report, tmp_path, write, capsys):
+    """Runs of all targets in one file: each column says how its outcome came about, and the stronger evidence wins."""
+    gpu, other = "rocm-gfx942", "musa-mp31"
+    image = {"format": "hsaco", "built": True, "text": "hsaco built and inspected, not run, arch gfx942, spills 0"}
+    emulated = parity(parity_case(GATING, "M63 bf16"), ops=(CHUNK,), target=gpu, ran="emulated")
+    emulated["ops"][GATING] |= {"ran": "emulated", "image": image}
+    emulated["ops"][CHUNK] |= {"ran": "none", "reason": "no schedule of 'chunk'"}
+    built = parity(ops=(GATING,), compile_only=True, target="cuda-sm80")
+    runs = {"format": 1, "date": "2026-11-20T00:00:00Z", "target": "all", "runs": [PARITY, emulated, built]}
+    _, _, page = report(bench(bench_case(CHUNK, "T512", 20.0)), parities=runs)
+    header, *rows = page.rows("matrix")
+    row = dict(zip(header, next(row for row in rows if row[0] == GATING), strict=True))
+    assert row[gpu] == "emulated (1 cases, 1e-03)"
+    assert row["cuda-sm80"] == "compiles" and row["x86-avx512"].startswith("works")
+    assert f"{gpu} (emulated)" in page.text
+
+    file = write("matrix", runs)
+    found = cells(data.load_runs(file))
+    assert found[GATING, gpu].status == "emulated" and "not run" in found[GATING, gpu].detail
+    assert found[CHUNK, gpu].status == "planned"
+    alone = parity(parity_case(GATING, "M63 bf16"), target=f"emulated:{other}")  # a run of one target that says it in its name
+    later = parity(parity_case(GATING, "M63 bf16"), target=gpu, date="2026-10-01T00:00:00Z")
+    more = [*data.load_runs(file), loaded(tmp_path, alone), loaded(tmp_path, later)]
+    assert cells(more)[GATING, other].text == "emulated (1 cases, 1e-03)"
+    assert cells(more)[GATING, gpu].status == "works"  # on the device, though older
+    table = subprocess.run(
+        [sys.executable, "tools/op_table.py", str(file)], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parent.parent,
+    ).stdout  # fmt: skip
+    assert "| emulated (1 cases, 1e-03) |" in next(line for line in table.splitlines() if f"`{GATING}`" in line)
+    wrong = write("wrong", {**runs, "runs": [{**emulated, "ops": {GATING: {"kernels": 1, "ran": "somehow"}}}]})
+    assert (
+        cli.main(["report", str(write("b", bench(bench_case(CHUNK, "T512", 20.0)))), str(wrong), "-o", str(tmp_path / "x")]) == 2
+    )
+    assert "'ran': expected one of device, emulated, built, none, got 'somehow'" in capsys.readouterr().err
 
 
 def test_dtypes_in_labels():

@@ -4,8 +4,9 @@
     python tools/op_table.py parity-*.json
 
 Rows come from the registry, columns are the targets with a recorded run, cells the outcomes: *works* (every case within its
-limits on that target), *fallback* (right, but the torch reference served some), *compiles* (every kernel compiled, nothing
-run: ``parity --compile-only``), *planned* (nothing recorded).
+limits on that target), *emulated* (every case within its limits where this CPU ran the device code; never *works*), *fallback*
+(right, but the torch reference served some), *compiles* (every kernel compiled, nothing run: ``parity --compile-only``),
+*planned* (nothing recorded, or no schedule). The matrix of ``tvm_gdn parity --target all --json`` is one such file too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import OPS
-from tvm_gdn.report.data import Parity, load
+from tvm_gdn.report.data import Parity, load_runs
 from tvm_gdn.report.matrix import PLANNED, cells
 from tvm_gdn.target import target_names
 
@@ -28,7 +29,7 @@ def markdown(runs: Sequence[Parity]) -> str:
     Parameters
     ----------
     runs : sequence of Parity
-        Of several for one target a run wins over a mere compilation, then the newest.
+        Of several for one target a run on it wins over an emulated one, that over a mere compilation, then the newest.
 
     Returns
     -------
@@ -50,7 +51,7 @@ def main() -> int:
     parser.add_argument("parity", nargs="+", type=Path, help="JSON files of `tvm_gdn parity --json`")
     args = parser.parse_args()
     try:
-        runs = [load(path) for path in args.parity]
+        runs = [run for path in args.parity for run in load_runs(path)]
     except ArgumentError as error:
         print(error, file=sys.stderr)
         return 2

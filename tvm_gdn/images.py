@@ -6,16 +6,19 @@ a driver it silently packs *source*. `check` looks at the result: a pack that pr
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
 import struct
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
+from tvm_gdn import code_object, lowering
 from tvm_gdn.errors import BuildError, PackError
 from tvm_gdn.target import TargetSpec, concrete, named
 
@@ -101,6 +104,8 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
         if len(devices) != 1:
             raise BuildError(f"{symbol}: {len(devices)} device modules; a kernel has one")
         ((device_target, device),) = devices.items()
+        if "linker" in dict(target.compiler):
+            lowering.register(options["kind"])
         device = finalize_device()(device)
         table = tuple(_line(function) for function in device.functions.values())
         source = builder.codegen_build(device, device_target).inspect_source("cuda" if options["kind"] == "cuda" else "asm")
@@ -153,23 +158,45 @@ def _capture_objects(target: TargetSpec) -> list[bytes]:
 def wanted_tool(target: TargetSpec) -> str:
     """The program that compiles or links a target's device code."""
     compiler = dict(target.compiler)
-    return compiler["command"][0] if "command" in compiler else " or ".join(compiler.get("linker", _CXX))
+    names = compiler["command"][:1] if "command" in compiler else compiler.get("linker", _CXX)
+    return " or ".join(_spoken(name) for name in names)
 
 
 def tools(target: TargetSpec) -> str | None:
-    """Path of that program, or None where it is not installed."""
+    """Path of that program, or how it is called; None where it is not installed."""
+    found = _found(target)
+    return None if found is None else " ".join(found)
+
+
+def _found(target: TargetSpec) -> list[str] | None:
+    """Beginning of a command line that calls the first program that is installed."""
     compiler = dict(target.compiler)
     names = compiler["command"][:1] if "command" in compiler else compiler.get("linker", _CXX)
-    return next((path for path in map(shutil.which, names) if path), None)
+    return next((command for command in map(_command, names) if command), None)
 
 
-def _tool(target: TargetSpec) -> str:
-    path = tools(target)
-    if path is None:
+def _command(name: str) -> list[str] | None:
+    """A program on PATH; or ``python -m PACKAGE ...``, a program that a Python package brings along."""
+    words = name.split()
+    if words[:2] == ["python", "-m"]:
+        return [sys.executable, *words[1:]] if importlib.util.find_spec(words[2]) else None
+    path = shutil.which(name)
+    return [path] if path else None
+
+
+def _spoken(name: str) -> str:
+    """A program as advice names it."""
+    words = name.split()
+    return f"`pip install {words[2]}` (its {words[-1]})" if words[:2] == ["python", "-m"] else name
+
+
+def _tool(target: TargetSpec) -> list[str]:
+    found = _found(target)
+    if found is None:
         raise BuildError(
             f"{wanted_tool(target)} is not on PATH: it makes device code for {target.name}; install it, or use a prebuilt pack"
         )
-    return path
+    return found
 
 
 def _run(command: list[str], what: str) -> None:
@@ -206,7 +233,7 @@ def _link(objects: list[bytes], target: TargetSpec, image: Path) -> None:
         raise BuildError(f"TVM generated no object code for {target.name}")
     path = image.with_suffix(".o")
     path.write_bytes(objects[-1])
-    _run([linker, "-shared", "--no-undefined", str(path), "-o", str(image)], f"device code for {target.name}")
+    _run([*linker, "-shared", "--no-undefined", str(path), "-o", str(image)], f"device code for {target.name}")
 
 
 def _emulate(source: str, kernels: list[str], target: TargetSpec, image: Path) -> None:
@@ -219,7 +246,7 @@ def _emulate(source: str, kernels: list[str], target: TargetSpec, image: Path) -
     with resources.as_file(folder) as include:
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread"]
         _run(
-            [compiler, *flags, f"-DEMULATED_WARP={warp}", f"-I{include}", str(path), "-o", str(image)],
+            [*compiler, *flags, f"-DEMULATED_WARP={warp}", f"-I{include}", str(path), "-o", str(image)],
             f"the emulation of {target.name}",
         )
 
@@ -257,3 +284,8 @@ def check(path: Path, image: str) -> None:
     (machine,) = struct.unpack_from("<H", head, 18)
     if machine not in _MACHINES[image]:
         raise PackError(f"{path.name} is an ELF file for machine {machine}; {image} wants {_MACHINES[image]}")
+
+
+def facts(path: Path, image: str) -> dict[str, int | str]:
+    """What an image states about itself: of code objects the architecture, threads, registers, spills, scratch, local memory."""
+    return code_object.summary(path.read_bytes()) if image == "hsaco" else {}

@@ -11,6 +11,7 @@ from typing import Any
 
 import tvm_ffi
 
+from tvm_gdn import torch_modules
 from tvm_gdn.errors import PackError
 from tvm_gdn.manifest import Entry, File, Image
 from tvm_gdn.pack import Pack
@@ -112,12 +113,18 @@ def load_kernel(pack: Pack, entry: Entry) -> Callable[..., Any]:
 def _open_image(pack: Pack, image: Image, library: ctypes.CDLL, launcher: ctypes.CDLL) -> None:
     """Tell a device launcher which image a library's kernels are in, and which driver runs it."""
     path = pack.file(image)
-    data, driver = path.read_bytes(), pack.manifest.driver
+    data, driver = path.read_bytes(), dict(pack.manifest.driver)
+    own: tuple[Any, Any] = (None, None)
+    if driver.get("loader") == "torch":
+        driver["library"] = torch_modules.library() or driver["library"]
+        own = torch_modules.functions(data)
     texts = [driver[name].format(image=path).encode() for name in ("library", "prefix", "launch", "error")]
     launcher.tvm_gdn_device_open.restype = ctypes.c_char_p
-    launcher.tvm_gdn_device_open.argtypes = (ctypes.c_void_p, *(ctypes.c_char_p,) * 5, ctypes.c_uint64, ctypes.c_char_p)
+    launcher.tvm_gdn_device_open.argtypes = (
+        ctypes.c_void_p, *(ctypes.c_char_p,) * 5, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p,
+    )  # fmt: skip
     context = ctypes.c_void_p.in_dll(library, "__tvm_ffi__library_ctx").value
-    wrong = launcher.tvm_gdn_device_open(context, *texts, data, len(data), "\n".join(image.kernels).encode())
+    wrong = launcher.tvm_gdn_device_open(context, *texts, data, len(data), "\n".join(image.kernels).encode(), *own)
     if wrong:
         raise RuntimeError(wrong.decode())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 
 from tvm_gdn import cases, dispatch, reference
 from tvm_gdn.check import geometry_of
-from tvm_gdn.ops import OPS
 from tvm_gdn.spec import OpSpec, holds
 
 
@@ -126,23 +125,38 @@ def check_case(spec: OpSpec, case: Mapping[str, Any], seed: int = 0, device: str
     return Result(spec.name, cases.label(case), served, errors, limits, failure)
 
 
-def check_all(ops: list[str] | None = None, device: str = "cpu") -> Iterator[Result]:
-    """Run every case of operators, in order.
+def tokens(case: Mapping[str, Any]) -> int:
+    """Tokens of a case, which its time in an emulation grows with."""
+    return int(sum(case.get("lengths", (case.get("B", 1) * case.get("T", 1),))))
+
+
+def sample(spec: OpSpec, count: int = 2, longest: int = 200) -> list[dict[str, Any]]:
+    """A few short cases of an operator that differ from each other as much as its cases do.
 
     Parameters
     ----------
-    ops : list of str, optional
-        Operator names; default all.
-    device : str
-        Torch device.
+    spec : OpSpec
+        The operator.
+    count : int
+        How many.
+    longest : int
+        Tokens that a case may have.
 
-    Yields
-    ------
-    Result
+    Returns
+    -------
+    list of dict
+        The first short case, then always the one with the most keys that differ from those of the chosen ones.
     """
-    for name in ops or list(OPS):
-        for case in OPS[name].cases:
-            yield check_case(OPS[name], case, device=device)
+    short = [dict(case) for case in spec.cases if tokens(case) <= longest]
+
+    def distance(case: dict[str, Any], other: dict[str, Any]) -> int:
+        return sum(case.get(key) != other.get(key) for key in {*case, *other})
+
+    chosen = short[:1]
+    while len(chosen) < min(count, len(short)):
+        rest = [case for case in short if case not in chosen]
+        chosen.append(max(rest, key=lambda case: min(distance(case, other) for other in chosen)))
+    return chosen
 
 
 def share(error: float, limit: float) -> float:

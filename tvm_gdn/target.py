@@ -85,7 +85,8 @@ class TargetSpec:
     compiler : mapping
         How device code becomes an image: ``command`` (with the fields {arch}, {number}, {source}, {image}), or ``linker``.
     driver : mapping
-        What loads and launches an image: ``library``, ``prefix`` of its functions, name of the ``launch`` function.
+        What loads and launches an image: ``library``, ``prefix`` of its functions, name of the ``launch`` function; ``loader``
+        ``torch`` where torch's module loader loads it.
     """
 
     name: str

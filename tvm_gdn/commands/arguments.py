@@ -19,15 +19,15 @@ from tvm_gdn.target import TargetSpec, resolve, runnable, target_names
 _DIMS_KEYS = {"dtype": "dtype", "state": "state_dtype", "index": "index_dtype"}
 
 
-def add_target(parser: argparse.ArgumentParser) -> None:
-    """Add ``--target``."""
+def add_target(parser: argparse.ArgumentParser, also: str = "") -> None:
+    """Add ``--target``; `also` says what else the subcommand takes."""
     parser.add_argument(
         "--target",
         metavar="NAME",
         default=env.target_name(),
         help=f"auto (the best that this CPU runs; default), or one of: {', '.join(target_names())} (cuda, rocm and musa mean "
         "the device that is present); emulated:NAME runs a device's code on the CPU; or a JSON object with the fields of a "
-        "file in targets/",
+        f"file in targets/{also}",
     )
 
 

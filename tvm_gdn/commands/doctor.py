@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from tvm_gdn import build, device, dispatch, env, images, load
+from tvm_gdn import build, device, dispatch, env, images, load, torch_modules
 from tvm_gdn import pack as packs
 from tvm_gdn.bench import machine
 from tvm_gdn.commands.text import as_json, emit, size_text
@@ -67,7 +67,7 @@ def examine() -> list[Check]:
         A check that itself breaks is one that failed.
     """
     found: list[Check] = []
-    for part in (_software, _cpu, _devices, _compiler, _cache, _packs, _threads, _openmp, _environment):
+    for part in (_software, _cpu, _devices, _cross, _compiler, _cache, _packs, _threads, _openmp, _environment):
         try:
             found += part()
         except Exception as error:
@@ -140,6 +140,19 @@ def _devices() -> Iterator[Check]:
             f"{kind} device", "ok" if tools else "warn", f"{found}; calls use {target.name}, compiled with {tools or 'nothing'}",
             "" if tools else f"packs run without it; to compile install {images.wanted_tool(target)}",
         )  # fmt: skip
+
+
+def _cross() -> Iterator[Check]:
+    """For which accelerators code can be built here, present or not, and what stands in the way of loading it."""
+    for family in (spec for spec in map(named, target_names()) if not spec.concrete):
+        members = [name for name in target_names() if family.name in named(name).lineage[1:]]
+        tools = images.tools(family)
+        how = f"{family.image} with {tools}" if tools else "source only" if family.image == "source" else "not built here"
+        found = f"{', '.join(members)}: {how}"
+        wanting = "" if tools else f"to build code for it install {images.wanted_tool(family)}"
+        if dict(family.driver).get("loader") == "torch":
+            found += f"; loading: {torch_modules.available() or 'through torch'}"
+        yield Check(f"code for {family.name}", "ok", found, wanting)
 
 
 def _compiler() -> Iterator[Check]:

@@ -1,11 +1,11 @@
-"""``tvm_gdn parity``: every operator of a target against the float64 reference, as one table."""
+"""``tvm_gdn parity``: every operator of a target, or of all of them, against the float64 reference, as one table."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -13,19 +13,25 @@ from tqdm import tqdm
 from tvm_gdn import parity
 from tvm_gdn.bench import machine
 from tvm_gdn.cases import label
-from tvm_gdn.commands import aot, arguments
+from tvm_gdn.commands import aot, arguments, parity_images, parity_matrix
 from tvm_gdn.commands.text import checked_destination, deliver, table
-from tvm_gdn.errors import TvmGdnError
+from tvm_gdn.errors import ArgumentError, TargetError, TvmGdnError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import TargetSpec, resolve
 
 _log = logging.getLogger("tvm_gdn")
+#: Cases by operator.
+Chosen = Mapping[str, list[dict[str, Any]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments."""
-    arguments.add_target(parser)
+    arguments.add_target(parser, f"; {parity_matrix.ALL} makes the matrix of all targets: run here, emulated or only compiled")
     arguments.add_op(parser, "check this operator only; may be repeated")
+    parser.add_argument(
+        "--cases", choices=("all", "small"),
+        help="small: two short cases per operator, as different as its cases get; default: all, but small for the matrix",
+    )  # fmt: skip
     parser.add_argument(
         "--compile-only",
         action="store_true",
@@ -37,20 +43,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run the subcommand; exit status 1 if a case fails."""
     checked_destination(args.json)
+    if args.target == parity_matrix.ALL:
+        if args.compile_only:
+            raise ArgumentError("--compile-only: the matrix compiles what it cannot run by itself; name one target instead")
+        return parity_matrix.main(args.op or list(OPS), args.cases or "small", args.json)
     target = resolve(args.target) if args.compile_only else arguments.use_target(args.target)
-    ops = args.op or list(OPS)
-    _precompile(ops, target)
-    rows = [] if args.compile_only else list(_run(ops, target.device))
-    report = {
-        "format": 1, **machine.stamp(), "target": target.name, "compile_only": args.compile_only,
-        "ops": {op: _summary(op, [row for row in rows if row["op"] == op]) for op in ops}, "cases": rows,
-    }  # fmt: skip
+    chosen = {
+        op: parity.sample(OPS[op]) if args.cases == "small" else [dict(case) for case in OPS[op].cases] for op in args.op or OPS
+    }
+    report = {**report_of(target, chosen, compile_only=args.compile_only), "selection": args.cases or "all"}
     deliver(report, _text(report), args.json)
-    return 0 if all(row["passed"] for row in rows) else 1
+    return 0 if all(row["passed"] for row in report["cases"]) else 1
 
 
-def _precompile(ops: list[str], target: TargetSpec) -> None:
-    wanted = [(OPS[op], arguments.geometry_of_case(OPS[op], case)) for op in ops for case in OPS[op].cases]
+def report_of(target: TargetSpec, chosen: Chosen, *, compile_only: bool = False) -> dict[str, Any]:
+    """Compile and run cases of operators.
+
+    Parameters
+    ----------
+    target : TargetSpec
+        The target; what calls of this process use, unless nothing is run.
+    chosen : mapping
+        Cases by operator.
+    compile_only : bool
+        Run nothing.
+
+    Returns
+    -------
+    dict
+        The report; per operator ``ran`` says how its numbers came about: ``device`` (on the target itself), ``emulated`` (its
+        device code on this CPU), ``built`` (compiled, not run) or ``none``, with the reason.
+    """
+    ran = "built" if compile_only else "emulated" if target.emulated else "device"
+    lacking = _without_schedule(list(chosen), target)
+    wanted = {op: cases for op, cases in chosen.items() if op not in lacking}
+    _precompile(wanted, target)
+    rows = [] if compile_only else list(_run(wanted, target.device))
+    ops = {op: {**_summary(cases, op, [row for row in rows if row["op"] == op]), "ran": ran} for op, cases in chosen.items()}
+    for op, reason in lacking.items():
+        ops[op] |= {"kernels": 0, "ran": "none", "reason": reason}
+    if target.emulated:
+        for op, image in parity_images.build(wanted, target).items():
+            ops[op]["image"] = image
+    return {
+        "format": 1, **machine.stamp(), "target": target.name, "ran": ran, "compile_only": compile_only, "ops": ops,
+        "cases": rows,
+    }  # fmt: skip
+
+
+def _without_schedule(ops: list[str], target: TargetSpec) -> dict[str, str]:
+    """Operators that the target has no schedule for, and what says so; calls of them run on the torch reference."""
+    if target.image == "elf-so":
+        return {}
+    from tvm_gdn import schedule
+
+    lacking = {}
+    for op in ops:
+        try:
+            schedule.find_space(OPS[op].algorithm, target)
+        except TargetError as error:
+            lacking[op] = str(error)
+    return lacking
+
+
+def _precompile(chosen: Chosen, target: TargetSpec) -> None:
+    wanted = [(OPS[op], arguments.geometry_of_case(OPS[op], case)) for op, cases in chosen.items() for case in cases]
+    if not wanted:
+        return
     unique = len({(spec.name, geometry.key) for spec, geometry in wanted})
     start = time.perf_counter()
     _log.info("%d kernels for %d cases on %s; compiling those that the cache lacks", unique, len(wanted), target.name)
@@ -58,11 +117,11 @@ def _precompile(ops: list[str], target: TargetSpec) -> None:
     _log.info("kernels are ready after %.1f s", time.perf_counter() - start)
 
 
-def _run(ops: list[str], device: str) -> Iterator[dict[str, Any]]:
-    bar = tqdm(total=sum(len(OPS[op].cases) for op in ops), desc="comparing", unit="case", disable=None)
+def _run(chosen: Chosen, device: str) -> Iterator[dict[str, Any]]:
+    bar = tqdm(total=sum(map(len, chosen.values())), desc="comparing", unit="case", disable=None)
     with bar:
-        for op in ops:
-            for case in OPS[op].cases:
+        for op, cases in chosen.items():
+            for case in cases:
                 try:
                     result = parity.check_case(OPS[op], case, device=device)
                 except TvmGdnError as error:
@@ -74,7 +133,7 @@ def _run(ops: list[str], device: str) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
-def _summary(op: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(cases: list[dict[str, Any]], op: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of an operator and the output that came nearest to its limit, or furthest above it."""
     outputs = [
         {
@@ -88,7 +147,7 @@ def _summary(op: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         for name, limit in row["limits"].items()
     ]
     return {
-        "kernels": len({arguments.geometry_of_case(OPS[op], case).key for case in OPS[op].cases}),
+        "kernels": len({arguments.geometry_of_case(OPS[op], case).key for case in cases}),
         "cases": len(rows),
         "passed": sum(row["passed"] for row in rows),
         "worst": max(outputs, key=lambda output: output["of_limit"], default=None),
@@ -101,18 +160,27 @@ def _text(report: dict[str, Any]) -> str:
     for op, found in report["ops"].items():
         worst = found["worst"]
         error = "-" if worst is None else f"{worst['error']:.1e} / {worst['limit']:.0e} ({worst['tensor']})"
-        if report["compile_only"]:
-            verdict = "compiled, not run"
-        else:
-            failed = found["cases"] - found["passed"]
-            verdict = f"{failed} FAILED" if failed else "passed"
-        lines.append([op, str(found["kernels"]), str(found["cases"]), error, verdict, "; ".join(found["served_by"])])
+        told = found.get("reason") or "; ".join([*found["served_by"], *([found["image"]["text"]] if "image" in found else [])])
+        lines.append([op, str(found["kernels"]), str(found["cases"]), error, verdict(found), told])
     head = f"target {report['target']}; {machine.line()}; {report['date']}\n"
     body = table(("operator", "kernels", "cases", "worst error / limit", "outcome", "served by"), lines, right=(1, 2))
-    failures = [
+    failures = failures_of(report)
+    return "\n".join([head, body, *([""] if failures else []), *failures])
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """Outcome of an operator in words: passed, emulated, compiled, failed."""
+    if found["ran"] in {"built", "none"}:
+        return {"built": "compiled, not run", "none": "no schedule"}[found["ran"]]
+    failed = found["cases"] - found["passed"]
+    return f"{failed} FAILED" if failed else "passed" if found["ran"] == "device" else "passed, emulated"
+
+
+def failures_of(report: Mapping[str, Any]) -> list[str]:
+    """A line for every case that did not pass."""
+    return [
         f"FAILED {row['op']} [{row['case']}]: {row['failure'] or _exceeded(row)}" for row in report["cases"] if not row["passed"]
     ]
-    return "\n".join([head, body, *([""] if failures else []), *failures])
 
 
 def _exceeded(row: dict[str, Any]) -> str:

@@ -11,13 +11,15 @@ from tvm_gdn.commands.text import emit
 from tvm_gdn.errors import ArgumentError, TvmGdnError
 from tvm_gdn.records import write_atomic
 from tvm_gdn.report.compare import THRESHOLD, Change, compare, percent
-from tvm_gdn.report.data import Bench, Parity, load
+from tvm_gdn.report.data import Bench, Parity, load_runs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments."""
     parser.add_argument("bench", metavar="BENCH", type=Path, help="the benchmark that the page is about (tvm_gdn bench --json)")
-    parser.add_argument("parity", metavar="PARITY", type=Path, help="a parity run (tvm_gdn parity --json)")
+    parser.add_argument(
+        "parity", metavar="PARITY", type=Path, help="a parity run, or the matrix of all targets (tvm_gdn parity --json)"
+    )
     parser.add_argument(
         "more",
         metavar="MORE",
@@ -79,12 +81,14 @@ def _check_paths(inputs: Sequence[Path], output: Path, *, force: bool) -> None:
 
 def _load(paths: Sequence[Path]) -> tuple[Bench, list[Parity], list[Bench]]:
     order = "the order is BENCH PARITY [MORE ...]"
-    bench, parity, *more = map(load, paths)
+    benches, parities, *rest = map(load_runs, paths)
+    bench = benches[0]
     if not isinstance(bench, Bench):
         raise ArgumentError(f"{paths[0]}: is a parity run, but BENCH must be a benchmark; {order}")
-    if not isinstance(parity, Parity):
+    if any(isinstance(run, Bench) for run in parities):
         raise ArgumentError(f"{paths[1]}: is a benchmark, but PARITY must be a parity run; {order}")
-    return bench, [parity, *(run for run in more if isinstance(run, Parity))], [run for run in more if isinstance(run, Bench)]
+    more = [run for runs in (parities, *rest) for run in runs]
+    return bench, [run for run in more if isinstance(run, Parity)], [run for run in more if isinstance(run, Bench)]
 
 
 def _verdict(changes: dict[tuple[str, str], Change], regressed: Sequence[Change], threshold: float) -> str:

@@ -214,10 +214,12 @@ static Kernel* parse(Image* image, const char* line) {
 /* Registers the image that a library's kernels are in.
  *
  * library: the library's own context; driver: file of the driver, prefix of its functions, names of its launch and error-name
- * functions; data: the image; table: its kernels, one per line. Returns 0, or what is wrong.
+ * functions; data: the image; table: its kernels, one per line; load and function: what is called in place of the driver's own
+ * ModuleLoadData and ModuleGetFunction, or 0. Returns 0, or what is wrong.
  */
 const char* tvm_gdn_device_open(void* library, const char* file, const char* prefix, const char* launch, const char* error_name,
-                                const void* data, uint64_t size, const char* table) {
+                                const void* data, uint64_t size, const char* table, int (*load)(void**, const void*),
+                                int (*function)(void**, void*, const char*)) {
   void* driver = dlopen(file, RTLD_NOW | RTLD_LOCAL);
   if (!driver) {
     snprintf(message, sizeof message, "the driver cannot be loaded: %s", dlerror());
@@ -245,6 +247,7 @@ const char* tvm_gdn_device_open(void* library, const char* file, const char* pre
     }
     memcpy(needed[n].where, &address, sizeof address);
   }
+  if (load && function) found->load = load, found->function = function;
   void* address = dlsym(driver, launch);
   if (!address) {
     snprintf(message, sizeof message, "%s has no function %s", file, launch);

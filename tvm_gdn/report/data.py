@@ -16,6 +16,7 @@ from typing import Any
 
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.parity import share
+from tvm_gdn.target import EMULATED
 
 #: The ``"format"`` that this version reads.
 FORMAT = 1
@@ -23,7 +24,13 @@ FORMAT = 1
 OURS, KERNEL = "tvm_gdn", "kernel"
 #: What of ``hardware`` may differ between two runs on one machine.
 _INCIDENTAL = frozenset({"system", "memory_gb", "torch_threads"})
-_MADE_BY = {"bench": "tvm_gdn bench --json FILE", "parity": "tvm_gdn parity --json FILE"}
+_MADE_BY = {
+    "bench": "tvm_gdn bench --json FILE",
+    "parity": "tvm_gdn parity --json FILE",
+    "matrix": "tvm_gdn parity --target all --json FILE",
+}
+#: How an outcome of a parity run may have come about.
+RAN = ("device", "emulated", "built", "none")
 
 
 @dataclass(frozen=True)
@@ -118,11 +125,22 @@ class ParityCase:
 
 @dataclass(frozen=True)
 class Parity(Run):
-    """A parity run; `kernels` by operator, `cases` empty where it only compiled."""
+    """A parity run; `kernels` by operator, `cases` empty where it only compiled.
+
+    `ran` says by operator how its outcome came about: ``device`` (on the target itself), ``emulated`` (device code on a CPU),
+    ``built`` (compiled, not run) or ``none``; `notes` what else is told of it, such as machine code that was built and not run.
+    """
 
     compile_only: bool
     kernels: Mapping[str, int]
     cases: tuple[ParityCase, ...]
+    ran: Mapping[str, str]
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        """The target, and that it was emulated where it was."""
+        return f"{self.target} (emulated)" if "emulated" in self.ran.values() else self.target
 
 
 def nearest(errors: Mapping[str, float], limits: Mapping[str, float]) -> str | None:
@@ -165,8 +183,8 @@ class _Object:
         return {str(key): str(value) for key, value in self.get(name, dict, {}).items()}
 
 
-def load(path: Path) -> Bench | Parity:
-    """Read one recorded run.
+def load_runs(path: Path) -> list[Bench] | list[Parity]:
+    """Read what one command recorded.
 
     Parameters
     ----------
@@ -175,7 +193,8 @@ def load(path: Path) -> Bench | Parity:
 
     Returns
     -------
-    Bench or Parity
+    list of Bench or list of Parity
+        One run, or those of every target that ``tvm_gdn parity --target all`` went through.
 
     Raises
     ------
@@ -197,19 +216,28 @@ def load(path: Path) -> Bench | Parity:
     root = _Object(top, str(path))
     if root.get("format", int) != FORMAT:
         raise ArgumentError(f"{path}: format {top['format']}; this version reads format {FORMAT}: run `{_MADE_BY[kind]}` again")
-    common = {
+    digest = hashlib.sha256(data).hexdigest()
+    if kind == "matrix":
+        return [_parity(run, _common(run, path, digest)) for run in root.objects("runs")]
+    common = _common(root, path, digest)
+    return [_bench(root, common)] if kind == "bench" else [_parity(root, common)]
+
+
+def _common(root: _Object, path: Path, digest: str) -> dict[str, Any]:
+    return {
         "path": path,
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": digest,
         "date": _date(root),
         "target": root.get("target", str),
         "hardware": root.get("hardware", dict),
         "versions": root.texts("versions"),
     }
-    return _bench(root, common) if kind == "bench" else _parity(root, common)
 
 
 def kind_of(top: Any) -> str | None:
-    """``"bench"``, ``"parity"``, or None for anything else."""
+    """``"bench"``, ``"parity"``, ``"matrix"`` (parity of several targets), or None for anything else."""
+    if isinstance(top, dict) and "runs" in top:
+        return "matrix"
     if isinstance(top, dict) and "cases" in top:
         if "compile_only" in top:
             return "parity"
@@ -260,7 +288,19 @@ def _parity(root: _Object, common: dict[str, Any]) -> Parity:
     ops = _Object(root.get("ops", dict), f"{root.where}: ops")
     kernels = {op: _Object(found, f"{ops.where}: {op}").get("kernels", int) for op, found in ops.value.items()}
     cases = tuple(ParityCase(**_outcome(row), failure=row.get("failure", str, "")) for row in root.objects("cases"))
-    return Parity(**common, compile_only=root.get("compile_only", bool), kernels=kernels, cases=cases)
+    compile_only = root.get("compile_only", bool)
+    emulated = common["target"].startswith(EMULATED)
+    usual = "built" if compile_only else "emulated" if emulated else "device"
+    ran, notes = {}, {}
+    for op, found in ops.value.items():
+        entry = _Object(found, f"{ops.where}: {op}")
+        ran[op] = entry.get("ran", str, usual)
+        if ran[op] not in RAN:
+            raise ArgumentError(f"{entry.where}: 'ran': expected one of {', '.join(RAN)}, got {ran[op]!r}")
+        image = _Object(entry.get("image", dict, {}), f"{entry.where}: image")
+        notes[op] = image.get("text", str, entry.get("reason", str, ""))
+    common["target"] = common["target"].removeprefix(EMULATED)
+    return Parity(**common, compile_only=compile_only, kernels=kernels, cases=cases, ran=ran, notes=notes)
 
 
 def _outcome(row: _Object) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm_gdn.parity import share
-from tvm_gdn.report.data import Parity, ParityCase, nearest, severity
+from tvm_gdn.report.data import RAN, Parity, ParityCase, nearest, severity
 
 #: Words of a case's label that name a storage dtype (``bf16``, ``state-fp32``); index dtypes (``i64``) are none.
 _DTYPE = re.compile(r"([a-z0-9]+-)?(fp|bf|int|uint)\d+\w*")
@@ -15,7 +15,10 @@ _DTYPE = re.compile(r"([a-z0-9]+-)?(fp|bf|int|uint)\d+\w*")
 
 @dataclass(frozen=True)
 class Cell:
-    """One operator on one target: ``works``, ``fallback``, ``fails``, ``compiles`` or ``planned``, and the text for it."""
+    """One operator on one target, and the text for it.
+
+    ``works`` (on the target itself), ``emulated`` (its device code on a CPU), ``fallback``, ``fails``, ``compiles``, ``planned``.
+    """
 
     status: str
     text: str
@@ -42,10 +45,16 @@ class Heat:
 
 
 def newest(runs: Sequence[Parity]) -> dict[tuple[str, str], Parity]:
-    """For each operator and target the run that speaks for it: one with cases wins over a compilation, then the newest."""
-    found = {}
-    for run in sorted(runs, key=lambda run: (not run.compile_only, run.date)):
-        found.update({(op, run.target): run for op in run.kernels})
+    """For each operator and target the run that speaks for it.
+
+    One on the target itself wins over an emulated one, that over a compilation, and then the newest.
+    """
+    found: dict[tuple[str, str], Parity] = {}
+    for run in sorted(runs, key=lambda run: run.date):
+        for op in run.kernels:
+            other = found.get((op, run.target))
+            if other is None or RAN.index(run.ran[op]) <= RAN.index(other.ran[op]):
+                found[op, run.target] = run
     return found
 
 
@@ -55,7 +64,7 @@ def cells(runs: Sequence[Parity]) -> dict[tuple[str, str], Cell]:
 
 
 def _cell(op: str, run: Parity) -> Cell:
-    if run.compile_only:
+    if run.ran[op] == "built":
         return Cell("compiles", "compiles", f"{run.kernels[op]} kernels compiled, nothing run")
     rows = [row for row in run.cases if row.op == op]
     if not rows:
@@ -63,10 +72,12 @@ def _cell(op: str, run: Parity) -> Cell:
     failed = [row for row in rows if not row.passed]
     if not failed:
         worst = max((heat for heat in map(_heat, rows) if heat), key=lambda heat: heat.of_limit, default=None)
+        status = "emulated" if run.ran[op] == "emulated" else "works"
+        note = run.notes.get(op, "")
         if worst is None:
-            return Cell("works", f"works ({len(rows)} cases)")
+            return Cell(status, f"{status} ({len(rows)} cases)", note)
         detail = f"nearest to its limit: {worst.tensor} {worst.error:.1e} of {worst.limit:.0e} at {worst.case}"
-        return Cell("works", f"works ({len(rows)} cases, {worst.error:.0e})", detail)
+        return Cell(status, f"{status} ({len(rows)} cases, {worst.error:.0e})", f"{detail}; {note}" if note else detail)
     if all(_fell_back(row) for row in failed):
         return Cell("fallback", f"fallback ({len(failed)} of {len(rows)} cases)", failed[0].served_by)
     return Cell(

@@ -66,7 +66,7 @@ def render(bench: Bench, parities: Sequence[Parity], others: Sequence[Bench], th
         later=[run.path.name for run in others if run.date >= bench.date],
         elsewhere=[run.path.name for run in others if not same_series(run, bench)],
         matrix=_matrix(parities),
-        failures=[(run.target, row) for run in parities for row in run.cases if not row.passed],
+        failures=[(run.shown, row) for run in parities for row in run.cases if not row.passed],
         heatmaps=_heatmaps(parities),
         operators=operators,
         inputs=_inputs(bench, parities, others),
@@ -90,7 +90,7 @@ def _facts(
     """The head of the page: what was checked, what was timed, what regressed; each with whether it is good."""
     rows = [row for run in parities for row in run.cases]
     passed = sum(row.passed for row in rows)
-    targets = ", ".join(dict.fromkeys(run.target for run in parities if run.cases)) or "no target (compiled only)"
+    targets = ", ".join(dict.fromkeys(run.shown for run in parities if run.cases)) or "no target (compiled only)"
     right = sum(case.passed for case in bench.cases)
     found = [
         {
@@ -142,7 +142,8 @@ def _heatmaps(parities: Sequence[Parity]) -> list[dict[str, Any]]:
     for target in dict.fromkeys(run.target for run in parities):
         columns, rows = matrix.heatmap(parities, target)
         if rows:
-            found.append({"target": target, "columns": columns, "rows": rows})
+            shown = next(run.shown for run in parities if run.target == target and run.cases)
+            found.append({"target": shown, "columns": columns, "rows": rows})
     return found
 
 
@@ -204,6 +205,6 @@ def _inputs(bench: Bench, parities: Sequence[Parity], others: Sequence[Bench]) -
 
     return [
         entry(bench, "benchmark"),
-        *(entry(run, "parity, compiled only" if run.compile_only else "parity") for run in parities),
+        *(entry(run, "parity, compiled only" if run.compile_only else f"parity of {run.shown}") for run in parities),
         *(entry(run, "history") for run in sorted(others, key=lambda run: run.date, reverse=True)),
     ]

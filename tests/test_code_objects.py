@@ -1,0 +1,132 @@
+"""AMD code objects: built without ROCm, they state what they use; torch's loader gets the bytes of the pack. Nothing runs on AMD."""
+
+import ctypes
+import json
+import re
+import types
+
+import pytest
+import torch
+
+from tvm_gdn import build, code_object, dispatch, images, kernel_cache, pack, parity, torch_modules
+from tvm_gdn.commands.arguments import geometry_of_case
+from tvm_gdn.errors import BuildError, PackError
+from tvm_gdn.ops import OPS
+from tvm_gdn.target import named, resolve
+
+DECODE = "packed_decode_gated_delta_rule"
+GATING = "fused_gdn_gating"
+NORM = "rms_norm_gated"
+MODEL = {"B": 1, "H": 16, "HV": 32, "K": 128, "V": 128, "S": 2, "dtype": "bfloat16", "state_dtype": "float32"}
+MODEL["with"] = ("initial_state_source", "initial_state_indices")
+needs_linker = pytest.mark.skipif(images.tools(named("rocm-gfx942")) is None, reason="no ld.lld: pip install ziglang")
+
+
+@needs_linker
+@pytest.mark.parametrize(
+    ("target", "wave", "vector"),
+    [
+        ("rocm-gfx90a", 64, "global_load_dwordx4"),
+        ("rocm-gfx942", 64, "global_load_dwordx4"),
+        ("rocm-gfx1100", 32, "global_load_b128"),
+    ],
+)
+def test_code_objects_are_for_their_architecture_and_spill_nothing(tmp_path, target, wave, vector):
+    cases = {DECODE: MODEL, GATING: OPS[GATING].cases[-1], NORM: OPS[NORM].cases[0]}
+    requests = [build.Request(OPS[op], geometry_of_case(OPS[op], case)) for op, case in cases.items()]
+    built = build.run_builder(requests, resolve(target), tmp_path)
+    assert not [kernel for kernel in built if isinstance(kernel, BuildError)]
+    arch = named(target).arch
+    for kernel in built:
+        data = kernel.image.read_bytes()
+        images.check(kernel.image, "hsaco")
+        found = images.facts(kernel.image, "hsaco")
+        assert found["arch"] == arch
+        assert 0 < found["threads"] <= 256 and found["lds"] <= 65536 and found["registers"] <= 512
+        (entry,) = code_object.metadata(data)["amdhsa.kernels"]
+        assert entry[".wavefront_size"] == wave and entry[".name"] == kernel.table[0].split()[0]
+        text = kernel.image.with_suffix(".s").read_text()
+        assert f'.amdgcn_target "amdgcn-amd-amdhsa-hcc-{arch}' in text or f'"amdgcn-amd-amdhsa--{arch}' in text
+        if kernel.spec.name == NORM:
+            # A row per thread is an array per thread: 4 bytes for each of D = 128 elements.
+            assert found["scratch"] <= 4 * 128 + 64
+            continue
+        # On gfx90a registers may spill to the matrix unit's (24 do), which is no memory.
+        assert found["scratch"] == 0 and not re.search(r"\bscratch_(load|store)", text)
+        if kernel.spec.name == DECODE:
+            assert vector in text  # the state moves in 16 bytes
+            assert "ds_bpermute_b32" in text  # and is summed by shuffles
+    manifest = tmp_path / "pack"
+    pack.write(manifest, resolve(target), [], built, build.build_launcher(tmp_path, resolve(target)))
+    read = pack.read_whole(manifest).manifest
+    assert (read.image, read.arch, read.driver["loader"]) == ("hsaco", arch, "torch")
+
+
+def test_what_is_no_code_object_is_refused():
+    for data in (b"", b"\x7fELF\x02\x01" + b"\0" * 100, b"hello"):
+        with pytest.raises(PackError, match="no AMDGPU metadata"):
+            code_object.metadata(data)
+    with pytest.raises(PackError, match="damaged"):
+        code_object.metadata(b"\x7fELF\x02\x01" + b"\0" * 34 + b"\xff" * 24)
+
+
+def test_a_missing_linker_is_named_with_the_package_that_brings_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(images.shutil, "which", lambda name: None)
+    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
+    assert images.tools(named("rocm-gfx942")) is None
+    with pytest.raises(BuildError, match=r"ld\.lld or .*`pip install ziglang`"):
+        images._link([b"object"], named("rocm-gfx942"), tmp_path / "x.hsaco")
+
+
+class _Loader:
+    """Stands in for torch's: the "image" is a library of the emulation, whose kernels it finds by name."""
+
+    def __init__(self):
+        self.images = []
+
+    def __call__(self, image):
+        self.images.append(image)
+        return self
+
+    def __getattr__(self, name):
+        handle = ctypes.c_void_p()
+        if self.library.emuModuleGetFunction(ctypes.byref(handle), None, name.encode()):
+            raise AttributeError(name)
+        return types.SimpleNamespace(func=handle)
+
+
+def test_the_pack_goes_through_torchs_module_loader(tmp_path, monkeypatch):
+    monkeypatch.setenv("TVM_GDN_TARGET", "emulated:rocm-gfx942")
+    target = resolve("emulated:rocm-gfx942")
+    spec, case = OPS[GATING], {"M": 65, "HV": 33, "dtype": "bfloat16"}
+    kernel_cache.compile_pack(tmp_path / "pack", [build.Request(spec, geometry_of_case(spec, case))], target)
+    path = tmp_path / "pack" / pack.MANIFEST
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, "driver": {**data["driver"], "loader": "torch"}}))
+    loader = _Loader()
+
+    def refuses(image):
+        raise RuntimeError("HIP error: hipErrorNoBinaryForGpu")
+
+    monkeypatch.setattr(torch.cuda._utils, "_cuda_load_module", refuses)
+    monkeypatch.setenv("TVM_GDN_PACK_PATH", str(tmp_path / "pack"))
+    image = pack.read(tmp_path / "pack").file(pack.read(tmp_path / "pack").manifest.kernels[0].image)
+    loader.library = ctypes.CDLL(str(image))
+    dispatch.reset()
+    try:
+        with pytest.raises(RuntimeError, match=r"loading .*: the driver answered 999"):
+            parity.check_case(spec, case)
+        monkeypatch.setattr(torch.cuda._utils, "_cuda_load_module", loader)
+        for _ in range(2):
+            result = parity.check_case(spec, case)
+            assert result.passed and "emulated:rocm-gfx942" in result.served, result
+        assert loader.images == [image.read_bytes()]  # once, the pack's bytes
+    finally:
+        monkeypatch.undo()
+        dispatch.reset()
+
+
+def test_a_torch_without_rocm_says_so():
+    if torch.version.hip is None:
+        assert "is not built for ROCm" in torch_modules.available()
+        assert torch_modules.library() is None
