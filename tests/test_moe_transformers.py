@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import tvm_gdn
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.integrations import experts
+from tvm_gdn.integrations import transformers as integration
 from tvm_gdn.integrations.transformers import patch
 
 COMMON = {
@@ -29,19 +32,20 @@ COMMON = {
 }
 
 
-def build(name):
+def build(name, **options):
     torch.manual_seed(0)
+    common = {**COMMON, **options}
     if name == "qwen3-moe":
-        config = transformers.Qwen3MoeConfig(**COMMON, head_dim=16, num_experts=10)
+        config = transformers.Qwen3MoeConfig(**common, head_dim=16, num_experts=10)
     elif name == "qwen3-next":
         config = transformers.Qwen3NextConfig(
-            **COMMON, head_dim=16, num_experts=10, shared_expert_intermediate_size=48, linear_num_key_heads=2,
+            **common, head_dim=16, num_experts=10, shared_expert_intermediate_size=48, linear_num_key_heads=2,
             linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32,
             layer_types=["linear_attention", "full_attention"],
         )  # fmt: skip
     else:
         config = transformers.DeepseekV3Config(
-            **{**COMMON, "num_key_value_heads": 4}, n_routed_experts=16, n_group=4, topk_group=2, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32,
+            **{**common, "num_key_value_heads": 4}, n_routed_experts=16, n_group=4, topk_group=2, first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32,
             qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
         )  # fmt: skip
     return transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -61,11 +65,11 @@ def generate(model, prompt):
     return model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None)
 
 
-def count_calls(monkeypatch):
-    """Calls of `fused_experts` while a test runs: equality alone would also hold if nothing were patched."""
+def count_calls(monkeypatch, name="fused_experts"):
+    """Calls of an operator while a test runs: equality alone would also hold if nothing were patched."""
     calls = []
-    original = tvm_gdn.fused_experts
-    monkeypatch.setattr(tvm_gdn, "fused_experts", lambda *args, **kwargs: calls.append(args) or original(*args, **kwargs))
+    original = getattr(tvm_gdn, name)
+    monkeypatch.setattr(tvm_gdn, name, lambda *args, **kwargs: calls.append(kwargs) or original(*args, **kwargs))
     return calls
 
 
@@ -73,17 +77,68 @@ def count_calls(monkeypatch):
 def test_same_logits_and_tokens(model, prompt, monkeypatch):
     logits, tokens = model(prompt).logits, generate(model, prompt)
     before = model.config._experts_implementation
-    calls = count_calls(monkeypatch)
+    calls, routed = count_calls(monkeypatch), count_calls(monkeypatch, "moe_route")
     with patch(model) as patched:
-        assert patched.experts
+        assert patched.experts and len(patched.routers) == len(patched.experts)
         ours, ours_tokens = model(prompt).logits, generate(model, prompt)
-        assert len(calls) >= 13 * len(patched.experts)
+        assert len(routed) == len(calls) >= 13 * len(patched.experts)
     assert ((ours - logits).square().mean().sqrt() / logits.square().mean().sqrt()) < 1e-5
     assert torch.equal(ours_tokens, tokens)
     assert model.config._experts_implementation == before
     made = len(calls)
     assert torch.equal(model(prompt).logits, logits)
     assert len(calls) == made
+    permanent = patch(model)
+    assert torch.equal(generate(model, prompt), tokens)
+    assert len(calls) > made
+    permanent.unpatch()
+    assert torch.equal(model(prompt).logits, logits)
+
+
+@torch.no_grad()
+def test_routers_of_every_kind(prompt, monkeypatch):
+    """The choice and the weights of each router equal those of transformers, with a bias and without renormalization too."""
+    routed = count_calls(monkeypatch, "moe_route")
+    for name, options in (
+        ("qwen3-moe", {"norm_topk_prob": False}),
+        ("qwen3-next", {"norm_topk_prob": True}),
+        ("deepseek-v3", {"norm_topk_prob": True, "routed_scaling_factor": 2.5}),
+        ("deepseek-v3", {"norm_topk_prob": False, "routed_scaling_factor": 1.0}),
+    ):
+        model = build(name, **options)
+        gates = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+        rows = torch.randn(65, 64, generator=torch.Generator().manual_seed(2))
+        for gate in gates:
+            if hasattr(gate, "e_score_correction_bias"):
+                gate.e_score_correction_bias.copy_(torch.randn(16, generator=torch.Generator().manual_seed(3)) / 4)
+        stock = [gate(rows) for gate in gates]
+        tokens = generate(model, prompt)
+        with patch(model, operators=["moe_route"]) as patched:
+            assert len(patched.routers) == len(gates) > 0 and not patched.experts
+            ours = [gate(rows) for gate in gates]
+            assert torch.equal(generate(model, prompt), tokens)
+        for (logits, weights, ids), (own_logits, own_weights, own_ids) in zip(ours, stock, strict=True):
+            assert torch.equal(logits, own_logits) and (ids.dtype, weights.dtype) == (own_ids.dtype, own_weights.dtype)
+            order, own_order = ids.argsort(-1), own_ids.argsort(-1)
+            assert torch.equal(ids.gather(1, order), own_ids.gather(1, own_order))
+            assert (weights.gather(1, order) - own_weights.gather(1, own_order)).abs().max() < 1e-6
+    assert routed[-1]["scoring"] == "sigmoid" and routed[-1]["num_expert_group"] == 4
+
+
+@torch.no_grad()
+def test_bf16(model, prompt):
+    """Ours are as near to the fp32 model as transformers' own, on the experts that transformers chose."""
+    own_choice = [name for name in integration.SUPPORTED_OPERATORS if name != "moe_route"]
+    exact = model(prompt).logits.double()
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    stock = rounded(prompt).logits.double()
+    with patch(rounded, operators=own_choice):
+        ours = rounded(prompt).logits.double()
+    with patch(rounded):
+        routed = rounded(prompt).logits.double()
+    scale = exact.square().mean().sqrt()
+    errors = [((found - exact).square().mean().sqrt() / scale).item() for found in (stock, ours, routed)]
+    assert 0 < errors[1] < 1.25 * errors[0] and 0 < errors[2] < 1.25 * errors[0], errors
 
 
 @torch.no_grad()

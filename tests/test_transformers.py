@@ -1,4 +1,4 @@
-"""The patched decode path of transformers' Gated DeltaNet models, against the same models unpatched."""
+"""Patched Gated DeltaNet models of transformers, against the same models unpatched."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 import tvm_gdn
 from tvm_gdn.commands import demo
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError, TvmGdnError
-from tvm_gdn.integrations import transformers as integration
+from tvm_gdn.integrations import gdn_layer
 from tvm_gdn.integrations.transformers import patch
 
-STOCK = modeling_qwen3_next.torch_recurrent_gated_delta_rule
 STEPS = 24
+DECODE = "fused_sigmoid_gating_delta_rule_update"  # with its gates
 UPDATE = "fused_recurrent_gated_delta_rule_update"
 FUNCTIONAL = "fused_recurrent_gated_delta_rule"
+AROUND = ("causal_conv1d_fn", "causal_conv1d_update", "fused_gdn_gating", "chunk_gated_delta_rule", "rms_norm_gated", "moe_route")
 
 COMMON = {
     "vocab_size": 512,
@@ -84,8 +85,8 @@ def model() -> torch.nn.Module:
 
 @pytest.fixture
 def calls(monkeypatch) -> dict[str, int]:
-    """Count the calls of the two operators that the patched decode path may use."""
-    counts = {UPDATE: 0, FUNCTIONAL: 0}
+    """Count the calls of the operators that a patched decode step may use, and of those around them."""
+    counts = dict.fromkeys((DECODE, UPDATE, FUNCTIONAL, *AROUND), 0)
 
     def counted(name):
         operator = getattr(tvm_gdn, name)
@@ -141,10 +142,15 @@ def same(left: list[dict], right: list[dict]) -> bool:
 def test_same_tokens_and_logits(model, calls, batch):
     ids, mask = prompt(batch)
     tokens, logits = greedy(model, ids, mask)
-    assert calls == {UPDATE: 0, FUNCTIONAL: 0}
+    assert not any(calls.values())
     with patch(model) as patched:
         patched_tokens, patched_logits = greedy(model, ids, mask)
-    assert calls == {UPDATE: 3 * STEPS, FUNCTIONAL: 0}
+    # Three Gated DeltaNet layers and four mixtures: every step between the projections ran compiled.
+    assert calls == {
+        "causal_conv1d_fn": 3, "fused_gdn_gating": 3, "chunk_gated_delta_rule": 3,
+        "causal_conv1d_update": 3 * STEPS, DECODE: 3 * STEPS, UPDATE: 0, FUNCTIONAL: 0,
+        "rms_norm_gated": 3 * (STEPS + 1), "moe_route": 4 * (STEPS + 1),
+    }  # fmt: skip
     assert patched.layers == tuple(f"model.layers.{i}.linear_attn" for i in range(3))
     assert torch.equal(patched_tokens, tokens)
     assert logits.std() > 0.1
@@ -154,7 +160,7 @@ def test_same_tokens_and_logits(model, calls, batch):
 def test_a_wrong_operator_is_noticed(model, monkeypatch):
     ids, mask = prompt(1)
     tokens, logits = greedy(model, ids, mask)
-    monkeypatch.setattr(tvm_gdn, UPDATE, lambda q, k, v, *args, **kwargs: torch.zeros_like(v))
+    monkeypatch.setattr(tvm_gdn, DECODE, lambda *args, **kwargs: torch.zeros_like(args[7]))
     with patch(model):
         wrong_tokens, wrong_logits = greedy(model, ids, mask)
     assert not torch.equal(wrong_tokens, tokens)
@@ -168,7 +174,8 @@ def test_other_families(calls, family):
     tokens, logits = greedy(model, ids, mask)
     with patch(model):
         patched_tokens, patched_logits = greedy(model, ids, mask)
-    assert calls[UPDATE] == 3 * STEPS
+    # Olmo-Hybrid doubles its write strength, which the fused decode step does not.
+    assert calls[UPDATE if family == "OlmoHybrid" else DECODE] == 3 * STEPS
     assert torch.equal(patched_tokens, tokens)
     assert (patched_logits - logits).abs().max() < 1e-5
 
@@ -198,7 +205,7 @@ def test_bf16(calls):
         assert error(forced(model, ids, mask), own) < 5e-3
     with patch(model):
         patched = forced(model, ids, mask)
-    assert calls[UPDATE] == 2 * 3 * 8
+    assert calls[UPDATE] == calls[DECODE] == 3 * 8
     # Transformers rounds the norm before it multiplies, tvm_gdn does not: the logits of both are off, ours not further.
     assert error(patched, exact) < 1.05 * error(own, exact) < 0.05
 
@@ -212,12 +219,12 @@ def test_generate(model, calls, options):
     expected = model.generate(ids, attention_mask=mask, **options)
     with patch(model):
         assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected)
-    assert calls[UPDATE] > 0
-    assert calls[FUNCTIONAL] == 0
+    assert calls[DECODE] > 0
+    assert calls[UPDATE] == calls[FUNCTIONAL] == 0
 
 
 @pytest.mark.parametrize("operators", [None, (FUNCTIONAL,)])
-def test_prefill_in_parts_continues_a_cache(model, operators):
+def test_prefill_in_parts_continues_a_cache(model, calls, operators):
     ids, _ = prompt(1)
 
     @torch.no_grad()
@@ -227,11 +234,11 @@ def test_prefill_in_parts_continues_a_cache(model, operators):
             output = model(part, past_key_values=cache, use_cache=True)
         return output.logits, [cache.layers[i].recurrent_states[0] for i in range(3)]
 
-    chunk = modeling_qwen3_next.torch_chunk_gated_delta_rule
     logits, states = run()
     with patch(model, operators=operators):
-        assert (modeling_qwen3_next.torch_chunk_gated_delta_rule is chunk) == (operators is not None)
         patched_logits, patched_states = run()
+    assert calls[UPDATE if operators else DECODE] == 3
+    assert calls["chunk_gated_delta_rule"] == (0 if operators else 6)
     assert (patched_logits - logits).abs().max() < 1e-5
     for state, patched_state in zip(states, patched_states, strict=True):
         assert (patched_state - state).abs().max() < 1e-5
@@ -269,7 +276,7 @@ def test_the_states_of_another_cache_class_are_not_modified(model, calls):
     cache = KeepingCache(model.config)
     with patch(model):
         patched_tokens, _ = greedy(model, ids, mask, cache=cache)
-    assert calls == {UPDATE: 0, FUNCTIONAL: 3 * STEPS}
+    assert (calls[DECODE], calls[UPDATE], calls[FUNCTIONAL]) == (0, 0, 3 * STEPS)
     assert torch.equal(patched_tokens, tokens)
     assert len(cache.history) == 3 * (STEPS + 1)
     assert all(torch.equal(state, copied) for state, copied in cache.history)
@@ -280,26 +287,26 @@ def test_only_the_patched_model_is_affected(model, calls):
     ids, mask = prompt(1)
     with patch(model):
         greedy(other, ids, mask, steps=2)
-        assert calls[UPDATE] == 0
+        assert calls[DECODE] == 0
         first = patch(other)
         greedy(other, ids, mask, steps=2)
-        assert calls[UPDATE] == 6
+        assert calls[DECODE] == 6
     greedy(model, ids, mask, steps=2)
-    assert calls[UPDATE] == 6
+    assert calls[DECODE] == 6
     greedy(other, ids, mask, steps=2)
-    assert calls[UPDATE] == 12
+    assert calls[DECODE] == 12
     first.unpatch()
     greedy(other, ids, mask, steps=2)
-    assert calls[UPDATE] == 12
+    assert calls[DECODE] == 12
 
 
 def test_everything_is_restored(model):
     ids, mask = prompt(1)
     greedy(model, ids, mask, steps=1)
     before = snapshot(model)
-    assert before[-1]["torch_recurrent_gated_delta_rule"] is STOCK
     with patch(model):
         assert not same(snapshot(model), before)
+        assert same(snapshot(model)[-1:], before[-1:])  # transformers itself stays as it is
         greedy(model, ids, mask, steps=1)
     assert same(snapshot(model), before)
 
@@ -329,43 +336,71 @@ def test_patches_do_not_nest(model):
         pass
 
 
-def test_a_function_wrapped_by_somebody_else_stays(model, monkeypatch, calls):
-    name = "torch_recurrent_gated_delta_rule"
+@torch.no_grad()
+def test_a_forward_wrapped_by_somebody_else_stays(model, calls):
+    layer, (ids, mask) = model.model.layers[0].linear_attn, prompt(1)
+    expected, _ = greedy(model, ids, mask, steps=1)
     patched = patch(model)
-    router = getattr(modeling_qwen3_next, name)
-    monkeypatch.setattr(modeling_qwen3_next, name, lambda *args, **kwargs: router(*args, **kwargs))
-    wrapper = getattr(modeling_qwen3_next, name)
-    ids, mask = prompt(1)
+    inner = layer.forward
+    layer.forward = wrapper = lambda *args, **kwargs: inner(*args, **kwargs)
     greedy(model, ids, mask, steps=1)
-    assert calls[UPDATE] == 3
+    assert calls[DECODE] == 3
     patched.unpatch()
-    assert getattr(modeling_qwen3_next, name) is wrapper
-    greedy(model, ids, mask, steps=1)
-    with patch(model):
-        greedy(model, ids, mask, steps=1)
-    assert calls[UPDATE] == 6
-    assert getattr(modeling_qwen3_next, name) is wrapper
-    setattr(modeling_qwen3_next, name, STOCK)
+    assert layer.forward is wrapper
+    assert torch.equal(greedy(model, ids, mask, steps=1)[0], expected)
+    assert calls[DECODE] == 3
+    with pytest.raises(ArgumentError, match=r"'model\.layers\.0\.linear_attn'.*forward of its own.*accelerate"):
+        patch(model)
+    del layer.forward, layer._tvm_gdn
 
 
-def test_copies_of_a_patched_model_run(model):
+def test_copies_of_a_patched_model_end_with_its_patch(model, calls, tmp_path):
     ids, mask = prompt(1)
     expected, _ = greedy(model, ids, mask, steps=2)
     with patch(model):
         copied = copy.deepcopy(model)
-    assert torch.equal(greedy(copied, ids, mask, steps=2)[0], expected)
+        assert torch.equal(greedy(copied, ids, mask, steps=2)[0], expected)
+        assert calls[DECODE] == 6
+        torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for other in (copied, loaded):
+        assert torch.equal(greedy(other, ids, mask, steps=2)[0], expected)
+    assert calls[DECODE] == 6
+    with patch(loaded):
+        assert torch.equal(greedy(loaded, ids, mask, steps=2)[0], expected)
+    assert calls[DECODE] == 12
+
+
+@pytest.mark.parametrize("family", ["Qwen3_5", "OlmoHybrid"])
+def test_saved_and_reloaded(calls, family, tmp_path):
+    """Weights written from a patched model are those of the model; what is read from them is patched anew."""
+    model = build(family)
+    ids, mask = prompt(2)
+    tokens, logits = greedy(model, ids, mask, steps=4)
+    with patch(model):
+        model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(greedy(loaded, ids, mask, steps=4)[1], logits)
+    permanent = patch(loaded)
+    patched_tokens, patched_logits = greedy(loaded, ids, mask, steps=4)
+    assert calls[UPDATE if family == "OlmoHybrid" else DECODE] == 3 * 4
+    assert torch.equal(patched_tokens, tokens)
+    assert 0 < (patched_logits - logits).abs().max() < 1e-5
+    permanent.unpatch()
+    assert torch.equal(greedy(loaded, ids, mask, steps=4)[1], logits)
 
 
 def test_gradients_keep_the_function_of_transformers(model, calls, monkeypatch):
     messages = []
-    monkeypatch.setattr(integration.logger, "warning", messages.append)
-    integration._warn_once.cache_clear()
+    monkeypatch.setattr(gdn_layer.logger, "warning", messages.append)
+    gdn_layer._warn_once.cache_clear()
     ids, _ = prompt(1)
     with patch(model):
         cache = model(ids, use_cache=True).past_key_values
         output = model(ids[:, :1], past_key_values=cache, use_cache=True)
     assert output.logits.requires_grad
-    assert calls == {UPDATE: 0, FUNCTIONAL: 0}
+    assert not any(calls.values())
     assert sum("DeltaNet" in message for message in messages) == 1
     assert "no_grad" in messages[0]
 
@@ -377,7 +412,7 @@ def test_packed_length_of_one_token(model, calls):
         expected = model(ids[:, :1], past_key_values=copy.deepcopy(cache), use_cache=True).logits
         bounds = torch.tensor([0, 1], dtype=torch.int32)
         logits = model(ids[:, :1], past_key_values=cache, use_cache=True, cu_seq_lens_q=bounds).logits
-    assert calls[UPDATE] == 6
+    assert calls[DECODE] == 6
     assert (logits - expected).abs().max() < 1e-6
 
 
@@ -467,7 +502,7 @@ def test_demo():
     assert decode["max_abs_logit_difference"] < 1e-5
     assert decode["served_by"] == "somebody"
     assert min(decode["ms_per_token"].values()) > 0
-    assert asked == [UPDATE] * 3
+    assert asked == [DECODE, UPDATE, UPDATE]
     assert [row["batch"] for row in result["layer"]] == [1, 8]
     for row in result["layer"]:
         assert row["max_abs_difference"] < 1e-5
@@ -496,7 +531,7 @@ def test_demo_output_and_exit_status(monkeypatch, capsys):
 
 
 def test_demo_fails_on_other_tokens(monkeypatch, capsys, caplog):
-    monkeypatch.setattr(tvm_gdn, UPDATE, lambda q, k, v, *args, **kwargs: torch.zeros_like(v))
+    monkeypatch.setattr(tvm_gdn, DECODE, lambda *args, **kwargs: torch.zeros_like(args[7]))
     result = demo.run(16, 5, seconds=0, served_by=lambda name, geometry: "zeros")
     monkeypatch.setattr(demo, "run", lambda tokens, prompt_tokens: result)
     assert demo.main(demo_args()) == 1

@@ -36,6 +36,8 @@ _CONFIG = {
     "H": "linear_num_key_heads", "HV": "linear_num_value_heads", "K": "linear_key_head_dim", "V": "linear_value_head_dim",
 }  # fmt: skip
 
+#: The recurrence of a patched model's decode step, and that of the timed layer, whose gates are given.
+DECODE = "fused_sigmoid_gating_delta_rule_update"
 UPDATE = "fused_recurrent_gated_delta_rule_update"
 
 ServedBy = Callable[[str, Geometry], str]
@@ -110,10 +112,10 @@ def _decode_greedily(model: torch.nn.Module, prompt: torch.Tensor, tokens: int) 
     return _Decoded(chosen, torch.stack(logits), 1e3 * median(seconds))
 
 
-def _geometry(sizes: dict[str, int]) -> Geometry:
+def _geometry(op: str, sizes: dict[str, int]) -> Geometry:
     """Geometry of a decode step in float32, its state updated in place."""
     case = {**sizes, "B": 1, "T": 1, "S": 1, "dtype": "float32", "with": ("initial_state_source",)}
-    return geometry_of_case(OPS[UPDATE], case)
+    return geometry_of_case(OPS[op], case)
 
 
 def _compare_models(tokens: int, prompt_tokens: int, served_by: ServedBy) -> dict[str, Any]:
@@ -126,7 +128,8 @@ def _compare_models(tokens: int, prompt_tokens: int, served_by: ServedBy) -> dic
     with patch(model) as patched:
         _decode_greedily(model, prompt, 2)
         ours = _decode_greedily(model, prompt, tokens)
-        served = served_by(UPDATE, _geometry({axis: getattr(model.config, name) for axis, name in _CONFIG.items()}))
+        sizes = {axis: getattr(model.config, name) for axis, name in _CONFIG.items()}
+        served = served_by(DECODE, _geometry(DECODE, sizes))
     return {
         "prompt_tokens": prompt_tokens,
         "patched_layers": list(patched.layers),
@@ -190,7 +193,7 @@ def _time_decode_step(batch: int, seconds: float, served_by: ServedBy) -> dict[s
     return {
         "batch": batch,
         **FULL_SIZE,
-        "served_by": served_by(UPDATE, _geometry(FULL_SIZE)),
+        "served_by": served_by(UPDATE, _geometry(UPDATE, FULL_SIZE)),
         "max_abs_difference": difference,
         "tvm_gdn_us": ours_us,
         "transformers_us": transformers_us,
