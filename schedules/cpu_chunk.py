@@ -125,6 +125,9 @@ class ChunkTiles(CpuTiles):
     #: LLVM functions that the operations call.
     helpers = TO_LINE
 
+    #: One pass: a worker goes through its sequence once, and what it needs of a chunk stays in the cache.
+    ahead = False
+
     def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, rows: int, columns: int, span: int, v_first: bool) -> None:
         self.K, self.V, self.v_tile, self.chunk, self.span = K, V, v_tile, chunk, span
         self.mr, self.nr, self.v_first = rows, columns, v_first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import CpuTiles, local_array
 from tvm_gdn.schedules.generic_tiles import Portable
 
@@ -24,6 +25,14 @@ class RouteTiles(CpuTiles):
 
     def __init__(self, rows_per_worker: int = 1, vector: int = 1) -> None:
         self.rows_per_worker, self.vector = rows_per_worker, vector
+
+    def alone(self) -> None:
+        """What follows runs on the calling thread, as it would anyway."""
+
+    @staticmethod
+    def every(count: int) -> Any:
+        """Loop over elements that do not depend on one another."""
+        return T.vectorized(count)
 
     def integers(self, count: int) -> Any:
         """int32 scratch."""

@@ -133,17 +133,22 @@ class GpuChunkTiles(WarpTiles):
         Dtype of q, k and v.
     v_first : bool
         Whether states are stored ``[V, K]``.
-    arena : int
-        Bytes of shared memory; what `used` says after a kernel was built.
+    ahead : bool
+        Whether what does not depend on states is computed first, a block per chunk.
+    arenas : mapping, optional
+        Bytes of shared memory of blocks without and with a state; what `used` says after a kernel was built.
     """
 
     span = 1
 
-    def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, arena: int = 0) -> None:
+    def __init__(
+        self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: bool = False
+    ) -> None:
         super().__init__(warps * WARP)
+        self.ahead = ahead
         self.K, self.V, self.v_tile, self.chunk = K, V, v_tile, chunk
         self.warps, self.threads, self.data, self.v_first = warps, warps * WARP, data, v_first
-        self.arena, self.used = arena, 0
+        self.arenas, self.used = {False: 0, True: 0}, {False: 0, True: 0}
         self.parts = 3 if data == "float32" else 2
 
     # Mapping of the work.
@@ -151,33 +156,46 @@ class GpuChunkTiles(WarpTiles):
         """The threads of the block."""
         return T.thread_binding(self.threads, thread="threadIdx.x")
 
-    def enter(self, lane: Expr) -> None:
+    def enter(self, lane: Expr, *, states: bool = True) -> None:
         """Allocate the arena and the worker's state."""
-        self.lane = lane
-        self.used = 0
-        size = max(self.arena, 16)
+        self.lane, self.states, self.copying = lane, states, False
+        self.used[states] = 0
+        size = max(self.arenas[states], 16)
         memory = T.alloc_buffer((size,), "uint8", scope="shared.dyn")
         self.views = {
             dtype: T.decl_buffer((size // itemsize,), dtype, data=memory.data, scope="shared.dyn")
             for dtype, itemsize in _ITEMSIZE.items()
         }
         self.words = T.decl_buffer((size // 4,), "uint32", data=memory.data, scope="shared.dyn")
-        self._state = self.tile(self.K, self.v_tile, "register")
+        if states:
+            self._state = self.tile(self.K, self.v_tile, "register")
         # What products round up to is multiplied by zeros; what an earlier block left there may be no number.
-        with T.serial(ceil_div(size // 4, self.threads)) as step:
+        with T.serial(ceil_div(size // 16, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + lane))
-            when(index < size // 4, lambda: T.buffer_store(self.words, T.uint32(0), [index]))
+
+            def clear() -> None:
+                with T.vectorized(4) as word:
+                    T.buffer_store(self.words, T.uint32(0), [index * 4 + word])
+
+            when(index < size // 16, clear)
         self.sync()
 
-    def sync(self) -> None:
-        """A barrier of the block."""
+    def sync(self, *, loads: bool = True) -> None:
+        """A barrier of the block, after this thread's copies have arrived."""
+        if loads and self.copying:
+            self.copying = False
+            T.evaluate(T.call_extern("int32", "tvm_gdn_copied"))
         T.evaluate(T.tvm_storage_sync("shared"))
 
     # Tiles.
     def _allocate(self, size: int) -> int:
-        offset = self.used
-        self.used = padded(offset + size, 16)
+        offset = self.used[self.states]
+        self.used[self.states] = padded(offset + size, 16)
         return offset
+
+    def integers(self, count: int) -> Any:
+        """int64 scratch of a thread."""
+        return T.alloc_buffer((count,), "int64", scope="local")
 
     def leave(self) -> None:
         """Nothing is held."""
@@ -352,6 +370,7 @@ class GpuChunkTiles(WarpTiles):
 
     def _load_shared(self, dst: Tile, src: Window, rows: Expr | None) -> None:
         dtype = src.buffer.dtype
+        self.copying = True
         self._place(dst.storage)
         storage, limit = dst.storage, dst.rows if rows is None else rows
         storage.version += 1
@@ -379,33 +398,16 @@ class GpuChunkTiles(WarpTiles):
         if storage.dtype != dtype or wide != dst.cols or dst.cols % lanes or pieces % self.threads:
             plain()
             return
-        # Moved as words: the generator has no vectors of eight 16-bit numbers.
-        per_word = 4 // _ITEMSIZE[dtype]
-        words, first, stride = self._words(src, per_word)
         with T.If(T.And(aligned(src.buffer, 0, 0, elements=lanes), aligned(src.buffer, 1, 0, elements=lanes))):
             with T.Then():
                 with T.unroll(pieces // self.threads) as step:
                     index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
                     i, j = index // (dst.cols // lanes), index % (dst.cols // lanes) * lanes
-                    place = self._index(dst, i, j) // per_word
-                    with T.If(T.Cast("int64", i) < limit):
-                        with T.Then():
-                            # int64 throughout: a vector of indices that is converted is no consecutive one any more.
-                            with T.vectorized(T.int64(4)) as word:
-                                at = first + T.Cast("int64", i) * stride + T.Cast("int64", j // per_word)
-                                T.buffer_store(self.words, words[at + word], [T.Cast("int64", place) + word])
-                        with T.Else():
-                            with T.vectorized(4) as word:
-                                T.buffer_store(self.words, T.uint32(0), [place + word])
+                    to, source = T.address_of(view[self._index(dst, i, j)]), T.address_of(src.buffer[i, j])
+                    inside = T.Cast("int32", T.Cast("int64", i) < limit)
+                    T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, inside))
             with T.Else():
                 plain()
-
-    @staticmethod
-    def _words(src: Window, per_word: int) -> tuple[Any, Expr, Expr]:
-        """The tensor behind a window as words: all of it, the window's first word, and words from row to row."""
-        buffer = src.buffer
-        words = T.decl_buffer((T.int64(1 << 60),), "uint32", data=buffer.data)
-        return words, T.Bind(buffer.elem_offset // per_word), T.Bind(buffer.strides[0] // per_word)
 
     def store(self, dst: Window, src: Any, rows: Expr | None = None) -> None:
         """Rounded to the tensor's dtype."""
@@ -416,7 +418,7 @@ class GpuChunkTiles(WarpTiles):
 
         self._over(src, element, cut=True)
 
-    def row_sum(self, dst: Tile, function: ElementFunction, *sources: Any, rows: Expr | None = None) -> None:
+    def row_sum(self, dst: Tile, function: ElementFunction, *sources: Any, rows: Expr | None = None, finish: Any = None) -> None:
         """A warp per row, its threads along the columns."""
         cols = sources[0].cols
         part = self.scalars(1)
@@ -438,7 +440,7 @@ class GpuChunkTiles(WarpTiles):
                     for bit in (1, 2, 4, 8, 16):
                         other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), part[0], bit, WARP, WARP)
                         T.buffer_store(part, part[0] + other, [0])
-                    when(lane == 0, lambda: self._put(dst, part[0], row, 0))
+                    when(lane == 0, lambda: self._put(dst, part[0] if finish is None else finish(part[0]), row, 0))
 
     def scan(self, dst: Tile, src: Window, rows: Expr) -> None:
         """One column: a warp, by shuffles. Several: a thread per column, row by row."""
@@ -519,42 +521,46 @@ class GpuChunkTiles(WarpTiles):
         packed.version = source.version
         if native:
             return
-        half, base = self.views["bfloat16"], packed.offset // 2
-        high, wide = padded(tile.rows), padded(tile.cols)
-        rest = self.scalars(1)
+        base, wide = packed.offset // 2, padded(tile.cols)
 
-        def split(value: Expr, place: Expr) -> None:
-            T.buffer_store(rest, value, [0])
-            for part in range(packed.parts):
-                T.buffer_store(half, T.Cast("bfloat16", rest[0]), [place + part * packed.plane])
-                if part + 1 < packed.parts:
-                    stored = T.Cast("float32", half[place + part * packed.plane])
-                    T.buffer_store(rest, rest[0] - stored, [0])
+        def split(place: Expr, first: Expr, second: Expr) -> None:
+            """Neighbouring elements, as one word in every part."""
+            address = T.address_of(self.views["bfloat16"][place])
+            T.evaluate(T.call_extern("int32", "tvm_gdn_split", address, packed.plane, packed.parts, first, second))
 
         if isinstance(tile, Fragments):
             # Rows and columns of the last fragments that lie outside the tile hold zeros: products of zeros, or zeros loaded.
-            self._over(tile, lambda i, j, slot: split(tile.buffer[slot], base + i * packed.stride + j), rows)
+            per_row = self._grid(tile.rows, tile.cols)[1]
+
+            def fragment(a: int, b: int, mi: Expr, ni: Expr) -> None:
+                slot, places = (a * per_row + b) * 4, self._elements(mi, ni)
+                for e in (0, 2):
+                    i, j = places[e]
+                    split(base + i * packed.stride + j, tile.buffer[slot + e], tile.buffer[slot + e + 1])
+
+            self._fragments(tile.rows, tile.cols, fragment, rows)
             if wide > padded(tile.cols, 8):
-                self._clear(packed, high, padded(tile.cols, 8), wide)
+                self._clear(packed, padded(tile.rows), padded(tile.cols, 8), wide)
             return
-        count = high * wide if rows is None else rows * wide
+        pairs = wide // 2
+        count = padded(tile.rows) * pairs if rows is None else rows * pairs
         with T.serial(ceil_div(count, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
-            i, j = index // wide, index % wide
+            i, j = index // pairs, index % pairs * 2
 
-            def element() -> None:
+            def value(j: Expr) -> Expr:
                 inside: Any = True
                 if tile.rows % BLOCK:
                     inside = i < tile.rows
                 if tile.cols % BLOCK:
                     inside = j < tile.cols if inside is True else T.And(inside, j < tile.cols)
-                if inside is True:
-                    split(self._get(tile, i, j), base + i * packed.stride + j)
-                else:
-                    value = T.if_then_else(inside, self._get(tile, i, j), T.float32(0))
-                    split(value, base + i * packed.stride + j)
+                return self._get(tile, i, j) if inside is True else T.if_then_else(inside, self._get(tile, i, j), T.float32(0))
 
-            when(True if high * wide % self.threads == 0 else index < high * wide, element)
+            even = padded(tile.rows) * pairs % self.threads == 0
+            when(
+                True if even else index < padded(tile.rows) * pairs,
+                lambda: split(base + i * packed.stride + j, value(j), value(j + 1)),
+            )
 
     def _place_packed(self, packed: Packed, tile: Any, native: bool) -> None:
         if native:
@@ -593,9 +599,12 @@ class GpuChunkTiles(WarpTiles):
         start: ElementFunction | None = None,
         finish: ElementFunction | None = None,
         sources: tuple[Any, ...] = (),
+        coarse: bool = False,
     ) -> None:
-        """Fragment by fragment; the accumulators of a register tile are its own elements where nothing stands in between."""
+        """Fragment by fragment, in accumulators of its own."""
         terms, rows = self._terms(a.packed, b.packed), self._rounded(rows)
+        if coarse and self.data == "bfloat16":
+            terms = terms[:1]
         high, wide = ceil_div(dst.rows, BLOCK), ceil_div(dst.cols, 8)
         count_a, count_b, along, across = self._grid(dst.rows, dst.cols)
         left = self._registers("uint32", 4 * a.packed.parts)
@@ -636,21 +645,19 @@ class GpuChunkTiles(WarpTiles):
                     when(inside, lambda last=last, i=i, j=j, slot=slot: self._put(dst, last, i, j, slot))
 
             def load_right(nb: int, ni: Expr, kk: Expr) -> None:
-                for y in range(b.packed.parts):
+                for y in sorted({y for _, y in terms}):
                     self._load_fragment("b", b, right, (nb * b.packed.parts + y) * 2, y, kk * BLOCK, ni * 8)
 
             def multiply(nb: int, x: int, y: int) -> None:
-                places = acc[nb * 4], left[x * 4], right[(nb * b.packed.parts + y) * 2]
-                T.evaluate(T.call_extern("int32", "tvm_gdn_mma", *(T.address_of(place) for place in places)))
+                # Whole arrays: by the address of an element TVM takes only that one for used, and cuts off the others.
+                places = (acc.data, nb * 4, left.data, x * 4, right.data, (nb * b.packed.parts + y) * 2)
+                T.evaluate(T.call_extern("int32", "tvm_gdn_mma", *places))
 
             for nb, ni in columns:
                 when(wanted(nb, ni), lambda nb=nb, ni=ni: begin(nb, ni))
-            full = padded(a.cols) // BLOCK
-            steps: Any = full if depth is None else T.Cast("int32", ceil_div(depth, BLOCK))
-            if lower == "left":
-                steps = T.min(mi + 1, steps)
-            with T.unroll(steps) if isinstance(steps, int) and steps <= 8 else T.serial(steps) as kk:
-                for x in range(a.packed.parts):
+
+            def step(kk: int) -> None:
+                for x in sorted({x for x, _ in terms}):
                     self._load_fragment("a", a, left, x * 4, x, mi * BLOCK, kk * BLOCK)
                 # Loads of all columns first, then products that do not wait for one another.
                 for nb, ni in columns:
@@ -658,6 +665,12 @@ class GpuChunkTiles(WarpTiles):
                 for x, y in terms:
                     for nb, ni in columns:
                         when(wanted(nb, ni), lambda nb=nb, x=x, y=y: multiply(nb, x, y))
+
+            for kk in range(padded(a.cols) // BLOCK):
+                inside: Any = True if depth is None else kk * BLOCK < depth
+                if lower == "left":
+                    inside = kk <= mi if inside is True else T.And(inside, kk <= mi)
+                when(inside, lambda kk=kk: step(kk))
             for nb, ni in columns:
                 when(wanted(nb, ni), lambda nb=nb, ni=ni: end(nb, ni))
 
@@ -695,7 +708,7 @@ class GpuChunkTiles(WarpTiles):
         place = packed.offset // 2 + part * packed.plane + row * packed.stride + col
         name = f"tvm_gdn_load_{side}{'_turned' if operand.transposed else ''}"
         address = T.address_of(self.views["bfloat16"][place])
-        T.evaluate(T.call_extern("int32", name, T.address_of(registers[slot]), address, packed.stride))
+        T.evaluate(T.call_extern("int32", name, registers.data, slot, address, packed.stride))
 
     def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
         """A thread per column of a block: forward substitution in registers."""
@@ -720,22 +733,25 @@ def sized(geometry: Geometry, **options: Any) -> GpuChunkTiles:
     K, V, data = geometry.axis["K"], geometry.axis["V"], geometry.dtype["v"]
     tiles = GpuChunkTiles(K, V, data=data, v_first=bool(geometry.attr.get("state_v_first")), **options)
     chunk_rule(geometry, tiles)
-    tiles.arena = tiles.used
+    tiles.arenas = dict(tiles.used)
     return tiles
 
 
+@schedule("chunk", "cuda")
 class ChunkGpu:
     """Chunked delta rules: a block per tile of value columns, the state in registers for the whole sequence."""
 
     #: Bytes of shared memory that a block may have.
     shared = 99 * 1024
+    #: Whether what does not depend on states is computed first.
+    ahead = True
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
         """Tokens per chunk, value columns and warps per block."""
         V = geometry.axis["V"]
         tiles = tuple(d for d in (8, 16, 32, 64) if V % d == 0) or (max(d for d in range(1, 33) if V % d == 0),)
-        return {"chunk": (16, 32, 64), "v_tile": tiles, "warps": (4, 8)}
+        return {"chunk": (16, 32, 64), "v_tile": tiles, "warps": (4, 8), "ahead": (False, True)}
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
@@ -743,28 +759,30 @@ class ChunkGpu:
         v_tile = max(d for d in cls.knobs(geometry)["v_tile"] if d <= 32)
         for chunk_size in (64, 32, 16):
             for columns in sorted({v_tile, *(d for d in cls.knobs(geometry)["v_tile"] if d < v_tile)}, reverse=True):
-                knobs = {"chunk": chunk_size, "v_tile": columns, "warps": 8 if chunk_size > 16 else 4}
-                if (columns == v_tile or chunk_size == 16) and sized(geometry, **knobs).used <= cls.shared:
+                knobs = {"chunk": chunk_size, "v_tile": columns, "warps": 8 if chunk_size > 16 else 4, "ahead": cls.ahead}
+                if (columns == v_tile or chunk_size == 16) and max(sized(geometry, **knobs).arenas.values()) <= cls.shared:
                     return knobs
         raise TargetError(f"K = {geometry.axis['K']} needs more than {cls.shared} bytes of shared memory")
 
     @classmethod
-    def tiles(cls, geometry: Geometry, *, chunk: int, v_tile: int, warps: int) -> GpuChunkTiles:
+    def tiles(cls, geometry: Geometry, *, chunk: int, v_tile: int, warps: int, ahead: bool) -> GpuChunkTiles:
         """Tile operations on matrix fragments."""
-        found = sized(geometry, chunk=chunk, v_tile=v_tile, warps=warps)
-        if found.arena > cls.shared:
-            raise TargetError(
-                f"chunk {chunk} and v_tile {v_tile} need {found.arena} bytes of shared memory, a block has {cls.shared}"
-            )
+        found = sized(geometry, chunk=chunk, v_tile=v_tile, warps=warps, ahead=ahead)
+        size = max(found.arenas.values())
+        if size > cls.shared:
+            raise TargetError(f"chunk {chunk} and v_tile {v_tile} need {size} bytes of shared memory, a block has {cls.shared}")
         return found
+
+
+@schedule("chunk", "cuda-sm90")
+class ChunkHopper(ChunkGpu):
+    """With 227 KiB of shared memory."""
+
+    shared = 227 * 1024
 
 
 @schedule("chunk", "musa")
 class ChunkSmall(ChunkGpu):
-    """With 64 KiB of shared memory.
+    """With 64 KiB of shared memory."""
 
-    CUDA targets have no schedule yet: the form with ldmatrix and mma.sync meets the reference in the emulation's plain C++ but
-    gave wrong numbers on an H200 where a thread block had more than one fragment per warp (docs/gpu.md).
-    """
-
-    shared = 64 * 1024
+    shared, ahead = 64 * 1024, False

@@ -5,8 +5,10 @@ They make every operator run; they are not fast: neighbouring threads read neigh
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from tvm.script import tirx as T
 from tvm_gdn.schedules.gpu import WarpTiles
 
 from tvm_gdn.schedule import NoKnobs, schedule
@@ -45,3 +47,104 @@ class NormThreads(NoKnobs):
         """Scalar loops."""
         del geometry
         return NormThreadTiles()
+
+
+class LoopTiles(ThreadTiles):
+    """Loops of an algorithm whose workers are plain iterations: an iteration per thread.
+
+    Parameters
+    ----------
+    threads : int
+        Iterations of a block.
+    kind : str
+        Dtype of integer scratch.
+    """
+
+    rows_per_worker = 1
+    tokens, channels = 32, 1
+
+    def __init__(self, threads: int = 128, kind: str = "int32") -> None:
+        super().__init__()
+        self.group, self.kind = threads, kind
+
+    def alone(self) -> Any:
+        """What follows runs on one thread of the device."""
+        self._launch(1, 1)
+
+    def workers(self, count: Any) -> Any:
+        """The thread's own iteration, or none: to the end of the enclosing scope everything runs on the device."""
+        block, thread = self._launch((count + self.group - 1) // self.group, self.group)
+        own = T.Bind(T.Cast("int64", block) * self.group + T.Cast("int64", thread))
+        return T.serial(own, T.min(own + 1, count))
+
+    @staticmethod
+    def _launch(blocks: Any, threads: int) -> list[Any]:
+        indices = []
+        for tag, extent in (("blockIdx.x", blocks), ("threadIdx.x", threads)):
+            frame = T.launch_thread(tag, extent)
+            frame.add_callback(partial(frame.__exit__, None, None, None))
+            indices.append(frame.__enter__())
+        return indices
+
+    def integers(self, count: int) -> Any:
+        """Integer scratch of a thread."""
+        return T.alloc_buffer((count,), self.kind, scope="local")
+
+    @staticmethod
+    def every(count: int) -> Any:
+        """Loop over elements that do not depend on one another."""
+        return T.serial(count)
+
+    @staticmethod
+    def columns_in(to: Any, at: Any, source: Any, first: Any, count: int, pitch: int, width: int) -> None:
+        """Read one row of `count` elements, contiguous from `first` on, as fp32 elements `pitch` apart."""
+        del width
+        for k in range(count):
+            T.buffer_store(to, T.Cast("float32", source[first + k]), [at + k * pitch])
+
+    @staticmethod
+    def columns_out(to: Any, first: Any, source: Any, at: Any, count: int, pitch: int, width: int) -> None:
+        """The inverse of `columns_in`."""
+        del width
+        for k in range(count):
+            T.buffer_store(to, T.Cast(to.dtype, source[at + k * pitch]), [first + k])
+
+
+class _Loops(NoKnobs):
+    """Plain loops, nothing to tune."""
+
+    @staticmethod
+    def tiles(geometry: Geometry) -> LoopTiles:
+        """An iteration per thread."""
+        del geometry
+        return LoopTiles()
+
+
+@schedule("moe_sort", "generic-cuda")
+@schedule("moe_sort", "generic-musa")
+class SortThread(_Loops):
+    """Counting sort, on one thread."""
+
+
+@schedule("moe_stats", "generic-cuda")
+@schedule("moe_stats", "generic-musa")
+class StatsThread(_Loops):
+    """Load statistics, on one thread."""
+
+
+@schedule("moe_route", "generic-cuda")
+@schedule("moe_route", "generic-musa")
+class RouteThreads(_Loops):
+    """Routing, a token per thread."""
+
+
+@schedule("conv", "generic-cuda")
+@schedule("conv", "generic-musa")
+class ConvThreads(NoKnobs):
+    """Convolution: a channel and 32 tokens per thread, neighbouring threads on neighbouring channels."""
+
+    @staticmethod
+    def tiles(geometry: Geometry) -> LoopTiles:
+        """An iteration per thread."""
+        del geometry
+        return LoopTiles(kind="int64")

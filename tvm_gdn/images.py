@@ -96,8 +96,10 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
     options = dict(target.codegen)
     goal = tvm_target(options)
     objects = _capture_objects(target)
-    # Barriers are the schedules' own: inserted ones would stand inside conditions too.
-    with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config), disabled_pass=["s_tir.ThreadSync"]):
+    # Barriers are the schedules' own: inserted ones would stand inside conditions too. And arrays have the size that they were
+    # given: compaction cuts them down to the elements that it sees being used, which are not those behind an address.
+    own = ["s_tir.ThreadSync", "s_tir.CompactBufferAllocation"]
+    with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config), disabled_pass=own):
         module = tvm.tirx.transform.BindTarget(goal)(tvm.IRModule.from_expr(function))
         pipeline, finalize_host, finalize_device = tvm.tirx.get_default_tir_pipeline(goal)
         host, devices = builder.split_host_device_mods(pipeline(module))
@@ -253,7 +255,7 @@ def _emulate(source: str, kernels: list[str], target: TargetSpec, image: Path) -
 
 def emulated_source(source: str, kernels: list[str]) -> str:
     """Generated CUDA C as C++ for the emulation header."""
-    text = re.sub(r"#\s*include\s*[<\"](?:mma|cuda|musa)[^>\"]*[>\"]", "", source)
+    text = re.sub(r"#\s*include\s*[<\"](?:mma|cuda|musa|math_constants)[^>\"]*[>\"]", "", source)
     dynamic = r"extern\s+__shared__\s+(?:alignas\(\d+\)\s+|__align__\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\]"
     text = re.sub(dynamic, r"\1* \2 = (\1*)emulation::dynamic_shared()", text)
     text = re.sub(r"__shared__\s+(alignas\(\d+\)|__align__\(\d+\))", r"\1 __shared__", text)

@@ -11,7 +11,7 @@ from typing import Any
 
 import tvm_ffi
 
-from tvm_gdn import torch_modules
+from tvm_gdn import device_memory, torch_modules
 from tvm_gdn.errors import PackError
 from tvm_gdn.manifest import Entry, File, Image
 from tvm_gdn.pack import Pack
@@ -100,6 +100,10 @@ def load_kernel(pack: Pack, entry: Entry) -> Callable[..., Any]:
                     owner = runtime if hasattr(runtime, ours) else ctypes.CDLL(None)
                     address = ctypes.cast(getattr(owner, ours), ctypes.c_void_p).value
                     ctypes.c_void_p.in_dll(library, symbol).value = address
+            if entry.image is not None:
+                for symbol, function_ in device_memory.functions(pack.manifest.device).items():
+                    if hasattr(library, symbol):
+                        ctypes.c_void_p.in_dll(library, symbol).value = ctypes.cast(function_, ctypes.c_void_p).value
     except (OSError, RuntimeError, AttributeError, KeyError) as error:
         raise PackError(f"pack {pack.folder}: {entry.file} cannot be loaded: {error}") from error
     _modules.append(module)

@@ -125,6 +125,8 @@ static inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 static inline float __fdividef(float a, float b) { return a / b; }
 static inline float __int_as_float(int x) { float f; memcpy(&f, &x, 4); return f; }
 static inline int __float_as_int(float x) { int f; memcpy(&f, &x, 4); return f; }
+#define CUDART_INF_F __builtin_inff()
+#define CUDART_NAN_F __builtin_nanf("")
 #define __expf expf
 #define __logf logf
 #define __powf powf
@@ -188,6 +190,9 @@ static thread_local Block* block;
   fprintf(stderr, "emulation: %s in block (%u, %u, %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z);
   abort();
 }
+// Fragments of matrix instructions: a compiler for the device drops what lies outside of an array, padding here would hide it.
+#define TVM_GDN_INSIDE(size, at, count) \
+  if ((at) < 0 || (at) + (count) > (size)) emulation::fail("a fragment outside of its registers")
 static inline void* dynamic_shared() { return block->shared.data(); }
 
 static void entry() {

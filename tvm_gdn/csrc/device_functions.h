@@ -9,35 +9,79 @@ static __device__ __forceinline__ bool tvm_gdn_aligned(const void* address, int 
 // Fragments of mma.m16n8k16: A is 16 x 16 (four registers of two bf16), B 16 x 8 (two), C and D 16 x 8 fp32 (four), each spread
 // over a warp as the PTX manual says. `tile` points to the first element in shared memory, rows are `stride` elements apart.
 // "turned": the operand lies the other way round in memory. Returns 0; generated code has no void calls.
+// Registers come as whole arrays with the place of the first element, so that the emulation can check that a fragment lies inside
+// (TVM cuts arrays down to the elements that it sees being used, and compilers drop what is written behind their ends).
+#ifndef TVM_GDN_INSIDE
+#define TVM_GDN_INSIDE(size, at, count)
+#endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
-static __device__ __forceinline__ int tvm_gdn_load_a(unsigned* a, const void* tile, int stride) {
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_a(unsigned (&registers)[N], int at, const void* tile, int stride) {
+  TVM_GDN_INSIDE(N, at, 4);
+  unsigned* a = registers + at;
   int lane = threadIdx.x & 31;
   unsigned address = TVM_GDN_SHARED(tile) + 2 * ((lane & 15) * stride + (lane >> 4) * 8);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
   return 0;
 }
-static __device__ __forceinline__ int tvm_gdn_load_a_turned(unsigned* a, const void* tile, int stride) {
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_a_turned(unsigned (&registers)[N], int at, const void* tile, int stride) {
+  TVM_GDN_INSIDE(N, at, 4);
+  unsigned* a = registers + at;
   int lane = threadIdx.x & 31;
   unsigned address = TVM_GDN_SHARED(tile) + 2 * (((lane & 7) + (lane >> 4) * 8) * stride + (lane >> 3 & 1) * 8);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
   return 0;
 }
-static __device__ __forceinline__ int tvm_gdn_load_b(unsigned* b, const void* tile, int stride) {
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_b(unsigned (&registers)[N], int at, const void* tile, int stride) {
+  TVM_GDN_INSIDE(N, at, 2);
+  unsigned* b = registers + at;
   unsigned address = TVM_GDN_SHARED(tile) + 2 * ((threadIdx.x & 15) * stride);
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(b[0]), "=r"(b[1]) : "r"(address) : "memory");
   return 0;
 }
-static __device__ __forceinline__ int tvm_gdn_load_b_turned(unsigned* b, const void* tile, int stride) {
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_b_turned(unsigned (&registers)[N], int at, const void* tile, int stride) {
+  TVM_GDN_INSIDE(N, at, 2);
+  unsigned* b = registers + at;
   int lane = threadIdx.x & 31;
   unsigned address = TVM_GDN_SHARED(tile) + 2 * ((lane & 7) * stride + (lane >> 3 & 1) * 8);
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(b[0]), "=r"(b[1]) : "r"(address) : "memory");
   return 0;
 }
-static __device__ __forceinline__ int tvm_gdn_mma(float* c, const unsigned* a, const unsigned* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+template <int NC, int NA, int NB>
+static __device__ __forceinline__ int tvm_gdn_mma(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
+  TVM_GDN_INSIDE(NC, at_c, 4);
+  TVM_GDN_INSIDE(NA, at_a, 4);
+  TVM_GDN_INSIDE(NB, at_b, 2);
+  float* c = sums + at_c;
+  const unsigned *a = left + at_a, *b = right + at_b;
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  return 0;
+}
+// Copies 16 aligned bytes to shared memory, or zeros, without waiting; `tvm_gdn_copied` waits for all that this thread copies.
+static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(TVM_GDN_SHARED(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_copied() {
+  asm volatile("cp.async.wait_all;" : : : "memory");
+  return 0;
+}
+// Two neighbouring numbers as `parts` pairs of bf16 numbers, each the rest that the ones before leave, `plane` elements apart.
+static __device__ __forceinline__ int tvm_gdn_split(void* place, int plane, int parts, float first, float second) {
+#pragma unroll
+  for (int part = 0; part < parts; ++part) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    ((unsigned*)place)[part * plane / 2] = pair;
+    first -= __uint_as_float(pair << 16);
+    second -= __uint_as_float(pair & 0xffff0000u);
+  }
   return 0;
 }
 #else
@@ -46,35 +90,47 @@ static __device__ __forceinline__ unsigned tvm_gdn_pair(const void* tile, int fi
   const unsigned short* elements = (const unsigned short*)tile;
   return (unsigned)elements[first] | (unsigned)elements[second] << 16;
 }
-static __device__ __forceinline__ int tvm_gdn_load_a(unsigned* a, const void* tile, int stride) {
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_a(unsigned (&registers)[N], int at, const void* tile, int stride) {
+  TVM_GDN_INSIDE(N, at, 4);
+  unsigned* a = registers + at;
   int lane = threadIdx.x & 31, row = lane / 4, col = lane % 4 * 2;
   for (int n = 0; n < 4; ++n) {
-    int at = (row + n % 2 * 8) * stride + col + n / 2 * 8;
-    a[n] = tvm_gdn_pair(tile, at, at + 1);
+    int place = (row + n % 2 * 8) * stride + col + n / 2 * 8;
+    a[n] = tvm_gdn_pair(tile, place, place + 1);
   }
   return 0;
 }
-static __device__ __forceinline__ int tvm_gdn_load_a_turned(unsigned* a, const void* tile, int stride) {
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_a_turned(unsigned (&registers)[N], int at, const void* tile, int stride) {
+  TVM_GDN_INSIDE(N, at, 4);
+  unsigned* a = registers + at;
   int lane = threadIdx.x & 31, row = lane / 4, col = lane % 4 * 2;
   for (int n = 0; n < 4; ++n) {
-    int at = (col + n / 2 * 8) * stride + row + n % 2 * 8;
-    a[n] = tvm_gdn_pair(tile, at, at + stride);
+    int place = (col + n / 2 * 8) * stride + row + n % 2 * 8;
+    a[n] = tvm_gdn_pair(tile, place, place + stride);
   }
   return 0;
 }
-static __device__ __forceinline__ int tvm_gdn_load_b(unsigned* b, const void* tile, int stride) {
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_b(unsigned (&registers)[N], int at, const void* tile, int stride) {
+  TVM_GDN_INSIDE(N, at, 2);
+  unsigned* b = registers + at;
   int lane = threadIdx.x & 31, row = lane % 4 * 2, col = lane / 4;
   for (int n = 0; n < 2; ++n) {
-    int at = (row + n * 8) * stride + col;
-    b[n] = tvm_gdn_pair(tile, at, at + stride);
+    int place = (row + n * 8) * stride + col;
+    b[n] = tvm_gdn_pair(tile, place, place + stride);
   }
   return 0;
 }
-static __device__ __forceinline__ int tvm_gdn_load_b_turned(unsigned* b, const void* tile, int stride) {
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_b_turned(unsigned (&registers)[N], int at, const void* tile, int stride) {
+  TVM_GDN_INSIDE(N, at, 2);
+  unsigned* b = registers + at;
   int lane = threadIdx.x & 31, row = lane % 4 * 2, col = lane / 4;
   for (int n = 0; n < 2; ++n) {
-    int at = col * stride + row + n * 8;
-    b[n] = tvm_gdn_pair(tile, at, at + 1);
+    int place = col * stride + row + n * 8;
+    b[n] = tvm_gdn_pair(tile, place, place + 1);
   }
   return 0;
 }
@@ -86,7 +142,13 @@ static __device__ __forceinline__ float tvm_gdn_half_of(unsigned pair, int which
   both.bits = which ? pair & 0xffff0000u : pair << 16;
   return both.value;
 }
-static __device__ __forceinline__ int tvm_gdn_mma(float* c, const unsigned* a, const unsigned* b) {
+template <int NC, int NA, int NB>
+static __device__ __forceinline__ int tvm_gdn_mma(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
+  TVM_GDN_INSIDE(NC, at_c, 4);
+  TVM_GDN_INSIDE(NA, at_a, 4);
+  TVM_GDN_INSIDE(NB, at_b, 2);
+  float* c = sums + at_c;
+  const unsigned *a = left + at_a, *b = right + at_b;
   int lane = threadIdx.x & 31;
   for (int quad = 0; quad < 4; ++quad) {
     for (int n = 0; n < 2; ++n) {
@@ -102,6 +164,30 @@ static __device__ __forceinline__ int tvm_gdn_mma(float* c, const unsigned* a, c
         c[3] += tvm_gdn_half_of(below, k) * tvm_gdn_half_of(second, k);
       }
     }
+  }
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) {
+  const uint4 zero = {0, 0, 0, 0};
+  *(uint4*)to = inside ? *(const uint4*)from : zero;
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_copied() { return 0; }
+static __device__ __forceinline__ unsigned tvm_gdn_bfloat16(float x) {
+  union {
+    float value;
+    unsigned bits;
+  } both;
+  both.value = x;
+  if ((both.bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return (both.bits + 0x7fff + (both.bits >> 16 & 1)) >> 16;
+}
+static __device__ __forceinline__ int tvm_gdn_split(void* place, int plane, int parts, float first, float second) {
+  for (int part = 0; part < parts; ++part) {
+    unsigned pair = tvm_gdn_bfloat16(first) | tvm_gdn_bfloat16(second) << 16;
+    ((unsigned*)place)[part * plane / 2] = pair;
+    first -= tvm_gdn_half_of(pair, 0);
+    second -= tvm_gdn_half_of(pair, 1);
   }
   return 0;
 }

@@ -32,6 +32,8 @@ from tvm_gdn.spec import Geometry
 
 #: Diagonal blocks that are inverted by substitution; larger ones are merged by products.
 BLOCK = 16
+#: Factors that are kept of every token: of K S, of Q S, of U in the state's update, beta, and the state's own decay.
+FACTORS = 8
 
 
 def chunk(geometry: Geometry, tiles: ChunkTiles) -> Any:
@@ -49,11 +51,39 @@ def chunk(geometry: Geometry, tiles: ChunkTiles) -> Any:
     tvm.tirx.PrimFunc
     """
 
-    def advance(*arguments: Any) -> None:
-        gate = "channel" if geometry.attr.get("channel_gate") else "head" if "g" in geometry.dtype else "none"
-        _Chunks(tiles, geometry.axis["K"], gate, geometry.dtype["k"]).run(_Work(*arguments))
+    gate = "channel" if geometry.attr.get("channel_gate") else "head" if "g" in geometry.dtype else "none"
+    return delta_rule(geometry, tiles, _Advance(tiles, geometry.axis["K"], gate, geometry.dtype["k"]))
 
-    return delta_rule(geometry, tiles, advance)
+
+class _Advance:
+    """What `delta_rule` calls: all in one pass over a sequence, or what does not depend on states ahead of it."""
+
+    def __init__(self, tiles: ChunkTiles, K: int, gate: str, data: str) -> None:
+        self.arguments, self.tiles = (tiles, K, gate, data), tiles
+        self.ahead = tiles.ahead and gate != "channel"
+        self.kept: tuple[Any, ...] = ()
+
+    def keep(self, units: Expr) -> None:
+        """Memory for (I + A)^-1, P and the factors of tokens, of every chunk of every value head."""
+        C, data = self.tiles.chunk, self.arguments[3]
+        self.kept = tuple(
+            T.alloc_buffer((units * elements,), dtype)
+            for elements, dtype in ((C * C, "float32"), (C * C, data), (C * FACTORS, "float32"))
+        )
+
+    def prepare(self, *arguments: Any) -> None:
+        """One chunk of one value head, ahead of the states."""
+        *work, unit, start = arguments
+        _Chunks(*self.arguments).prepare(_Work(*work), self.kept, unit, start)
+
+    def __call__(self, *arguments: Any) -> None:
+        """All chunks of a worker's value heads."""
+        *work, unit, heads = arguments
+        chunks = _Chunks(*self.arguments)
+        if self.ahead:
+            chunks.carry(_Work(*work), self.kept, unit, heads)
+        else:
+            chunks.run(_Work(*work))
 
 
 @dataclass(frozen=True)
@@ -81,7 +111,7 @@ class _Chunks:
     """Tiles of a worker, and the steps over them."""
 
     def __init__(self, tiles: ChunkTiles, K: int, gate: str, data: str) -> None:
-        self.tiles, self.K, self.C, self.VT, self.gate = tiles, K, tiles.chunk, tiles.v_tile, gate
+        self.tiles, self.K, self.C, self.VT, self.gate, self.data = tiles, K, tiles.chunk, tiles.v_tile, gate, data
         C, VT, tile, operand = self.C, self.VT, tiles.tile, tiles.operand
         self.k, self.q = tile(C, K, dtype=data), tile(C, K, dtype=data)
         self.k_factor, self.q_factor = tile(C, 1), tile(C, 1)
@@ -89,7 +119,7 @@ class _Chunks:
         self.kk, self.qk = tile(C, C), tile(C, C)
         # One value head overwrites the products of q and k with its own A and P; several need them again.
         self.A, self.P = (self.kk, self.qk) if tiles.span == 1 or gate == "channel" else (tile(C, C), tile(C, C))
-        self.inverse, self.merge = tile(C, C), tile(C, C)
+        self.inverse, self.merge = tile(C, C), tile(max(C // 2, BLOCK), max(C // 2, BLOCK))
         self.R, self.U, self.out = tile(C, VT, "register"), tile(C, VT, "register"), tile(C, VT, "register", data)
         self.R_right, self.U_right = operand(self.R, "right"), operand(self.U, "right")
         self.P_left, self.inverse_left = operand(self.P, "left"), operand(self.inverse, "left")
@@ -120,6 +150,116 @@ class _Chunks:
             else:
                 with T.serial(work.count) as index:
                     self._value_head(work, start, m, index)
+
+    def prepare(self, work: _Work, kept: tuple[Any, ...], unit: Expr, at: Expr) -> None:
+        """Compute and keep what one chunk of one value head needs besides its state: tokens from `at` of the sequence."""
+        tiles, C, exp, zero, one = self.tiles, self.C, self.tiles.exp, T.float32(0), T.float32(1)
+        P = tiles.tile(C, C, dtype=self.data)
+        start = T.Bind(work.first + at)
+        m = T.Bind(T.min(T.int64(C), work.length - at))
+        factors = tiles.tile(C, FACTORS)
+        column = [tiles.block(factors, 0, number, C, 1) for number in range(FACTORS)]
+        G, n, r, beta = self.G, self.k_factor, self.q_factor, self.beta
+        tiles.zero(self.inverse)
+        tiles.load(self.k, self._rows(work.k, work, start, work.h, self.K), rows=m)
+        tiles.load(self.q, self._rows(work.q, work, start, work.h, self.K), rows=m)
+        tiles.load(beta, self._rows(work.beta, work, start, work.hv, 1), rows=m)
+        if self.gate == "none":
+            tiles.zero(G)
+        else:
+            tiles.scan(G, self._rows(work.g, work, start, work.hv, 1), m)
+        tiles.sync()
+        for tile, factor, scale in ((self.k, n, one), (self.q, r, work.scale)):
+            with T.If(work.l2norm != 0):
+                with T.Then():
+                    tiles.row_sum(
+                        factor, lambda _i, _j, x: x * x, tile, finish=lambda s, a=scale: a / T.sqrt(s + T.float32(NORM_EPS))
+                    )
+                with T.Else():
+                    tiles.map(factor, lambda _i, _j, a=scale: a)
+        tiles.pack(self.k_left, self.k_right)
+        tiles.pack(self.q_left)
+        tiles.sync()
+        last = tiles.block(G, C - 1, 0, 1, 1)
+        tiles.map(column[0], lambda _i, _j, x, a, b: x * a * exp(b), beta, n, G)
+        tiles.map(column[1], lambda _i, _j, a, b: a * exp(b), r, G)
+        tiles.map(column[2], lambda _i, _j, a, b, e: a * exp(e - b), n, G, last)
+        tiles.map(column[3], lambda _i, _j, x: x, beta)
+        tiles.map(column[4], lambda _i, _j, e: exp(e), last)
+        sources = (G, tiles.turn(G), n, tiles.turn(n), r, beta)
+        tiles.mma(
+            self.A, self.k_left, self.k_right, lower="result", sources=sources,
+            finish=lambda i, j, x, a, b, f, h, _r, w: T.Select(j < i, x * f * h * w * exp(a - b), zero),
+        )  # fmt: skip
+        tiles.mma(
+            P, self.q_left, self.k_right, lower="result", sources=sources,
+            finish=lambda i, j, x, a, b, _f, h, r, _w: T.Select(j <= i, x * r * h * exp(a - b), zero),
+        )  # fmt: skip
+        self._invert(T.int64(C))
+        tiles.sync()
+        for tile, buffer, cols in ((self.inverse, kept[0], C), (P, kept[1], C), (factors, kept[2], FACTORS)):
+            tiles.store(tiles.window(buffer, unit * (C * cols), C, cols, (cols, 1)), tile)
+
+    def carry(self, work: _Work, kept: tuple[Any, ...], unit: Expr, heads: Expr) -> None:
+        """Advance the worker's state over all tokens of its sequence, with what was kept from `unit` on."""
+        tiles, C, VT, data = self.tiles, self.C, self.VT, self.data
+        S, U_end = tiles.state(T.int64(0)), tiles.tile(C, VT, "register")
+        S_right, U_end_right = tiles.operand(S, "right"), tiles.operand(U_end, "right")
+        # Two of each: one is read while the next chunk arrives in the other.
+        both = {
+            "k": tiles.tile(2 * C, self.K, dtype=data), "q": tiles.tile(2 * C, self.K, dtype=data),
+            "v": tiles.tile(2 * C, VT, dtype=data), "inverse": tiles.tile(2 * C, C), "P": tiles.tile(2 * C, C, dtype=data),
+            "factors": tiles.tile(2 * C, FACTORS),
+        }  # fmt: skip
+
+        def half(name: str, c: Expr) -> Tile:
+            return tiles.block(both[name], T.Cast("int32", c % 2) * C, 0, C, both[name].cols)
+
+        def fetch(c: Expr) -> None:
+            start, m, own = work.first + c * C, T.min(T.int64(C), work.length - c * C), unit + c * heads
+            tiles.load(half("k", c), self._rows(work.k, work, start, work.h, self.K), rows=m)
+            tiles.load(half("q", c), self._rows(work.q, work, start, work.h, self.K), rows=m)
+            tiles.load(half("v", c), self._rows(work.v, work, start, work.hv, VT, work.j0), rows=m)
+            for name, buffer, cols in (("inverse", kept[0], C), ("P", kept[1], C), ("factors", kept[2], FACTORS)):
+                tiles.load(half(name, c), tiles.window(buffer, own * (C * cols), C, cols, (cols, 1)))
+
+        count = T.Bind((work.length + C - 1) // C)
+        with T.If(count > 0):
+            with T.Then():
+                fetch(T.int64(0))
+        with T.serial(count) as c:
+            m = T.Bind(T.min(T.int64(C), work.length - c * C))
+            factors = [tiles.block(both["factors"], T.Cast("int32", c % 2) * C, number, C, 1) for number in range(4)]
+            end = tiles.block(both["factors"], T.Cast("int32", c % 2) * C, 4, 1, 1)
+            k_start, q_start, k_end, beta = factors
+            k, q, P = half("k", c), half("q", c), half("P", c)
+            k_left, k_t_left = tiles.operand(k, "left"), tiles.operand(k, "left", transpose=True)
+            q_left, P_left = tiles.operand(q, "left"), tiles.operand(P, "left")
+            inverse_left = tiles.operand(half("inverse", c), "left")
+            tiles.pack(S_right)
+            tiles.sync()
+            with T.If(c + 1 < count):
+                with T.Then():
+                    fetch(c + 1)
+            tiles.pack(inverse_left, lower=True)
+            for operand in (k_left, q_left, P_left, k_t_left):
+                tiles.pack(operand)
+            if data != "bfloat16":
+                tiles.sync(loads=False)
+            tiles.mma(
+                self.R, k_left, S_right, finish=lambda _i, _j, x, v, b, d: b * v - d * x, sources=(half("v", c), beta, k_start)
+            )  # fmt: skip
+            tiles.mma(self.out, q_left, S_right, finish=lambda _i, _j, x, d: x * d, sources=(q_start,), coarse=True)
+            tiles.pack(self.R_right)
+            tiles.sync(loads=False)
+            tiles.mma(self.U, inverse_left, self.R_right, lower="left")
+            tiles.map(U_end, lambda _i, _j, u, w: u * w, self.U, k_end)
+            tiles.pack(self.U_right)
+            tiles.pack(U_end_right)
+            tiles.sync(loads=False)
+            tiles.mma(self.out, P_left, self.U_right, lower="left", start=keep, coarse=True)
+            tiles.store(self._rows(work.o, work, work.first + c * C, work.hv, VT, work.j0), self.out, rows=m)
+            tiles.mma(S, k_t_left, U_end_right, start=lambda _i, _j, s, d: s * d, sources=(end,))
 
     def _rows(self, buffer: Any, work: _Work, start: Expr, head: Expr, cols: int, col: Expr | int = 0) -> Tile:
         """Tokens of the chunk in a tensor [B, T, heads, columns]."""

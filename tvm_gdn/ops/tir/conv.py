@@ -97,11 +97,10 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
         o = T.match_buffer(o_, of_batch(B, D, TT), data, strides=of_batch(ob, oc, ot), align=2)
 
         weight_flat = T.decl_buffer((D * W,), has["weight"], data=weight.data)
-        shape = of_batch(B, D, TT)
-        x_rows = T.decl_buffer(shape, data, data=x.data, strides=of_batch(xb, one, xt))
-        o_rows = T.decl_buffer(shape, data, data=o.data, strides=of_batch(ob, one, ot))
-        x_columns = T.decl_buffer(shape, data, data=x.data, strides=of_batch(xb, xc, one))
-        o_columns = T.decl_buffer(shape, data, data=o.data, strides=of_batch(ob, oc, one))
+        x_rows = T.decl_buffer(of_batch(B, D, TT), data, data=x.data, strides=of_batch(xb, one, xt))
+        o_rows = T.decl_buffer(of_batch(B, D, TT), data, data=o.data, strides=of_batch(ob, one, ot))
+        x_columns = T.decl_buffer(of_batch(B, D, TT), data, data=x.data, strides=of_batch(xb, xc, one))
+        o_columns = T.decl_buffer(of_batch(B, D, TT), data, data=o.data, strides=of_batch(ob, oc, one))
         if stateful:
             pool = pick(update, conv_state.data, conv_states.data)
             states = T.decl_buffer((S, D, T.int64(L)), state_dtype, data=pool, strides=(s0, s1, s2))

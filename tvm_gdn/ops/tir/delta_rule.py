@@ -40,8 +40,10 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         Static axes K and V, dtypes of the tensors present, ``state_v_first`` and ``output_final_state``.
     tiles : object
         The target's tile operations.
-    advance : function, optional
-        Emits code that advances a worker's states over a whole sequence (`chunk.py`); by default they step token by token.
+    advance : object, optional
+        ``advance(...)`` emits code that advances a worker's states over a whole sequence (`chunk.py`); by default they step
+        token by token. With ``advance.ahead`` what does not depend on states is computed first, chunks side by side, and kept
+        in memory: ``advance.keep(units)`` allocates it and ``advance.prepare(...)`` emits one chunk of one value head.
 
     Returns
     -------
@@ -82,6 +84,8 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     checks = tiles.host_checks
     # Value heads of one q/k head that a worker takes; a token step has nothing to share between them.
     span = tiles.span if chunked else 1
+    ahead = chunked and advance.ahead
+    size = tiles.chunk if ahead else 1
 
     def gate_dims(batch: Any, token: Any, head: Any) -> tuple[Any, ...]:
         """The packed decode step has one token and so no token axis on a and b."""
@@ -272,6 +276,40 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             ["retrieve_parent_token: parent"],
                         )
 
+        # Chunks of packed sequences are numbered from first // size + n on: more numbers than chunks, but none twice.
+        per_row: T.let[T.int64] = (TK + (size - 1)) // size
+        if ahead:
+            chunks: T.let[T.int64] = pick(varlen, TK // size + n_seq, n_seq * per_row)
+            advance.keep(chunks * HV)
+            for block in tiles.workers(chunks * HV):
+                for lane in tiles.lanes():
+                    tiles.enter(lane, states=False)
+                    piece: T.let[T.int64] = T.Cast("int64", tiles.worker(block, lane))
+                    number: T.let[T.int64] = div(piece, HV)
+                    found = tiles.integers(2)
+                    found[0] = T.int64(0)
+                    if varlen:
+                        # The last sequence whose numbers start at or before this one.
+                        found[1] = n_seq
+                        while found[1] - found[0] > 1:
+                            middle: T.let[T.int64] = (found[0] + found[1]) // 2
+                            if int64(cu_seqlens, middle) // size + middle <= number:
+                                found[0] = middle
+                            else:
+                                found[1] = middle
+                    else:
+                        found[0] = div(number, per_row)
+                    owner: T.let[T.int64] = found[0]
+                    begin: T.let[T.int64] = pick(varlen, int64(cu_seqlens, owner), T.int64(0))
+                    tokens: T.let[T.int64] = pick(varlen, int64(cu_seqlens, owner + 1) - begin, TK)
+                    at: T.let[T.int64] = (number - pick(varlen, begin // size + owner, owner * per_row)) * size
+                    head: T.let[T.int64] = mod(piece, HV)
+                    if at < tokens:
+                        advance.prepare(
+                            q, k, v, g, beta, o, pick(varlen, T.int64(0), owner), begin, tokens, div(head, div(HV, heads)), head,
+                            T.int64(1), T.int64(0), scale, use_qk_l2norm_in_kernel, piece, at,
+                        )  # fmt: skip
+
         # Workers of a sequence: one per v tile of every `span` value heads (the last of a q/k head may have fewer).
         per_key: T.let[T.int64] = pick(span > 1, HV // T.max(heads, T.int64(1)), T.int64(1))
         per_head: T.let[T.int64] = (per_key + span - 1) // span
@@ -414,7 +452,10 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                 if chunked:
                     for i in T.serial(count):
                         load_initial(tiles.state(i), hv + i)
-                    advance(q, k, v, g, beta, o, row, first, length, h, hv, count, j0, scale, use_qk_l2norm_in_kernel)
+                    advance(
+                        q, k, v, g, beta, o, row, first, length, h, hv, count, j0, scale, use_qk_l2norm_in_kernel,
+                        pick(varlen, first // size + n, n * per_row) * HV + hv, HV,
+                    )  # fmt: skip
                     tiles.sync()
                     for i in T.serial(count):
                         store_final(tiles.state(i), hv + i)

@@ -38,7 +38,8 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
         Static axes E and top_k, the dtypes of logits and correction_bias, the attributes ``scoring``, ``num_expert_group``,
         ``topk_group``.
     tiles : object
-        The target's loops: `workers` over blocks of `rows_per_worker` rows, `vector` experts at once, `integers` for scratch.
+        The target's loops: `workers` over blocks of `rows_per_worker` rows, `vector` experts at once, `every`
+        for all of them, `integers` for scratch.
 
     Returns
     -------
@@ -75,9 +76,9 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
             """score: of every expert; choice: what decides before groups, -inf beyond the last expert."""
             for e in T.serial(EP):
                 score[e] = T.float32(-infinity)
-            for e in T.vectorized(E):
+            for e in tiles.every(E):
                 score[e] = T.Cast("float32", logits[t, e])
-            for e in T.vectorized(EP):
+            for e in tiles.every(EP):
                 choice[e] = score[e]
             if softmax:
                 for lane in T.vectorized(lanes):
@@ -99,14 +100,14 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
                 total[0] = T.float32(0)
                 for lane in T.serial(lanes):
                     total[0] = total[0] + part[lane]
-                for e in T.vectorized(EP):
+                for e in tiles.every(EP):
                     score[e] = score[e] / total[0]
             else:
                 for c in T.serial(EP // lanes):
                     for lane in T.vectorized(lanes):
                         score[c * lanes + lane] = T.float32(1) / (T.float32(1) + tiles.exp(-score[c * lanes + lane]))
             if biased:
-                for e in T.vectorized(E):
+                for e in tiles.every(E):
                     choice[e] = score[e] + T.Cast("float32", correction_bias[e])
 
         @T.inline

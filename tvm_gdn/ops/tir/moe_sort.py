@@ -45,7 +45,7 @@ def moe_sort(geometry: Geometry, tiles: Any) -> Any:
     geometry : Geometry
         Dtype of topk_ids.
     tiles : object
-        Not used: the sort is serial on every CPU.
+        The target's `alone`: the sort is serial.
 
     Returns
     -------
@@ -63,6 +63,7 @@ def moe_sort(geometry: Geometry, tiles: Any) -> Any:
         order = T.match_buffer(order_, (tokens, top_k), "int32", align=4)
         flat = T.decl_buffer((tokens * top_k,), "int32", data=order.data)
 
+        tiles.alone()
         for i in T.serial(tokens * top_k):
             flat[i] = -1
         # The counts serve as the sort's cursors and are made from the offsets afterwards.

@@ -17,7 +17,7 @@ def moe_stats(geometry: Geometry, tiles: Any) -> Any:
     geometry : Geometry
         Dtype of topk_ids.
     tiles : object
-        The target's `log` and `scalars`.
+        The target's `alone`, `log` and `scalars`.
 
     Returns
     -------
@@ -33,6 +33,7 @@ def moe_stats(geometry: Geometry, tiles: Any) -> Any:
         imbalance = T.match_buffer(imbalance_, (), "float32", align=4)
         entropy = T.match_buffer(entropy_, (), "float32", align=4)
 
+        tiles.alone()
         total, largest, share = tiles.scalars(1), tiles.scalars(1), tiles.scalars(1)
         for e in T.serial(E):
             counts[e] = 0
