@@ -8,7 +8,32 @@ from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import CpuTiles, local_array
 
 
-class ConvTiles(CpuTiles):
+class ColumnTiles(CpuTiles):
+    """Small matrices in memory, such as taps and states of a convolution, as columns."""
+
+    def array(self, count: int, dtype: str) -> Any:
+        """Scratch of a worker."""
+        return local_array(count, dtype=dtype)
+
+    def columns_in(self, to: Any, at: Any, source: Any, first: Any, count: int, pitch: int, width: int) -> None:
+        """Read `width` rows of `count` elements, contiguous from `first` on, as columns `pitch` apart.
+
+        One load of all and shuffles: loads that jump from row to row are one instruction an element.
+        """
+        rows = source[_ramp(first, width * count)]
+        for k in range(count):
+            column = rows if count == 1 else T.Shuffle([rows], [k + lane * count for lane in range(width)])
+            T.buffer_store(to, T.Cast(_vector(to.dtype, width), column), [_ramp(at + k * pitch, width)])
+
+    def columns_out(self, to: Any, first: Any, source: Any, at: Any, count: int, pitch: int, width: int) -> None:
+        """Write columns as rows: the inverse of `columns_in`."""
+        columns = [source[_ramp(at + k * pitch, width)] for k in range(count)]
+        order = [k * width + lane for lane in range(width) for k in range(count)]
+        rows = columns[0] if count == 1 else T.Shuffle(columns, order)
+        T.buffer_store(to, T.Cast(_vector(to.dtype, width * count), rows), [_ramp(first, width * count)])
+
+
+class ConvTiles(ColumnTiles):
     """Loops of the convolution.
 
     Parameters
@@ -21,27 +46,6 @@ class ConvTiles(CpuTiles):
 
     def __init__(self, tokens: int, channels: int, vector: int) -> None:
         self.tokens, self.channels, self.vector = tokens, channels, vector
-
-    def integers(self, count: int) -> Any:
-        """int64 scratch scalars."""
-        return local_array(count, dtype="int64")
-
-    def columns_in(self, to: Any, at: Any, source: Any, first: Any, count: int, pitch: int, width: int) -> None:
-        """Read `width` rows of `count` elements, contiguous from `first` on, as fp32 columns `pitch` apart.
-
-        One load of all and shuffles: loads that jump from row to row are one instruction an element.
-        """
-        rows = T.Cast(_vector("float32", width * count), source[_ramp(first, width * count)])
-        for k in range(count):
-            column = rows if count == 1 else T.Shuffle([rows], [k + lane * count for lane in range(width)])
-            T.buffer_store(to, column, [_ramp(at + k * pitch, width)])
-
-    def columns_out(self, to: Any, first: Any, source: Any, at: Any, count: int, pitch: int, width: int) -> None:
-        """Write columns as rows: the inverse of `columns_in`."""
-        columns = [source[_ramp(at + k * pitch, width)] for k in range(count)]
-        order = [k * width + lane for lane in range(width) for k in range(count)]
-        rows = columns[0] if count == 1 else T.Shuffle(columns, order)
-        T.buffer_store(to, T.Cast(_vector(to.dtype, width * count), rows), [_ramp(first, width * count)])
 
 
 def _vector(dtype: str, lanes: int) -> str:

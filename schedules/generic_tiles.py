@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import local_array
 from tvm_gdn.schedules.cpu_chunk import BLOCK, ChunkTiles, Tile, ceil_div
 from tvm_gdn.schedules.cpu_conv import ConvTiles
+from tvm_gdn.schedules.cpu_fused_decode import FusedDecodeTiles
 
 
 class Portable:
@@ -62,15 +63,23 @@ class PortableChunkTiles(Portable, ChunkTiles):
                 dst.put(x[i, j], b * BLOCK + i, b, BLOCK, j)
 
 
-class PortableConvTiles(Portable, ConvTiles):
-    """Loops of the convolution, taps and states element by element."""
+class PortableColumns(Portable):
+    """Taps and states of the convolution element by element."""
 
     def columns_in(self, to: Any, at: Any, source: Any, first: Any, count: int, pitch: int, width: int) -> None:
-        """Read `width` rows of `count` elements as fp32 columns `pitch` apart."""
+        """Read `width` rows of `count` elements as columns `pitch` apart."""
         with T.serial(width) as lane, T.serial(count) as k:
-            T.buffer_store(to, T.Cast("float32", source[first + lane * count + k]), [at + k * pitch + lane])
+            T.buffer_store(to, T.Cast(to.dtype, source[first + lane * count + k]), [at + k * pitch + lane])
 
     def columns_out(self, to: Any, first: Any, source: Any, at: Any, count: int, pitch: int, width: int) -> None:
         """Write columns as rows: the inverse of `columns_in`."""
         with T.serial(width) as lane, T.serial(count) as k:
             T.buffer_store(to, T.Cast(to.dtype, source[at + k * pitch + lane]), [first + lane * count + k])
+
+
+class PortableConvTiles(PortableColumns, ConvTiles):
+    """Loops of the convolution."""
+
+
+class PortableFusedDecodeTiles(PortableColumns, FusedDecodeTiles):
+    """Loops of the fused decode step."""

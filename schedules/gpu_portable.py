@@ -56,16 +56,14 @@ class LoopTiles(ThreadTiles):
     ----------
     threads : int
         Iterations of a block.
-    kind : str
-        Dtype of integer scratch.
     """
 
     rows_per_worker = 1
     tokens, channels = 32, 1
 
-    def __init__(self, threads: int = 128, kind: str = "int32") -> None:
+    def __init__(self, threads: int = 128) -> None:
         super().__init__()
-        self.group, self.kind = threads, kind
+        self.group = threads
 
     def alone(self) -> Any:
         """What follows runs on one thread of the device."""
@@ -87,8 +85,13 @@ class LoopTiles(ThreadTiles):
         return indices
 
     def integers(self, count: int) -> Any:
-        """Integer scratch of a thread."""
-        return T.alloc_buffer((count,), self.kind, scope="local")
+        """int32 scratch of a thread."""
+        return self.array(count, "int32")
+
+    @staticmethod
+    def array(count: int, dtype: str) -> Any:
+        """Scratch of a thread."""
+        return T.alloc_buffer((count,), dtype, scope="local")
 
     @staticmethod
     def every(count: int) -> Any:
@@ -97,10 +100,10 @@ class LoopTiles(ThreadTiles):
 
     @staticmethod
     def columns_in(to: Any, at: Any, source: Any, first: Any, count: int, pitch: int, width: int) -> None:
-        """Read one row of `count` elements, contiguous from `first` on, as fp32 elements `pitch` apart."""
+        """Read one row of `count` elements, contiguous from `first` on, as elements `pitch` apart."""
         del width
         for k in range(count):
-            T.buffer_store(to, T.Cast("float32", source[first + k]), [at + k * pitch])
+            T.buffer_store(to, T.Cast(to.dtype, source[first + k]), [at + k * pitch])
 
     @staticmethod
     def columns_out(to: Any, first: Any, source: Any, at: Any, count: int, pitch: int, width: int) -> None:
@@ -140,11 +143,5 @@ class RouteThreads(_Loops):
 
 @schedule("conv", "generic-cuda")
 @schedule("conv", "generic-musa")
-class ConvThreads(NoKnobs):
+class ConvThreads(_Loops):
     """Convolution: a channel and 32 tokens per thread, neighbouring threads on neighbouring channels."""
-
-    @staticmethod
-    def tiles(geometry: Geometry) -> LoopTiles:
-        """An iteration per thread."""
-        del geometry
-        return LoopTiles(kind="int64")

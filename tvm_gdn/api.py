@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm_gdn import logs, torch_ops
 from tvm_gdn.ops import OPS
 from tvm_gdn.ops.conv import causal_conv1d_fn, causal_conv1d_update
+from tvm_gdn.ops.fused_decode import fused_conv_gated_delta_rule_update
 from tvm_gdn.ops.gating import fused_gdn_gating
 from tvm_gdn.ops.moe import expert_stats, moe_route, moe_sort
 from tvm_gdn.ops.moe_experts import fused_experts, shared_expert
@@ -33,6 +34,7 @@ __all__ = [
     "chunk_gated_delta_rule",
     "chunk_kda",
     "expert_stats",
+    "fused_conv_gated_delta_rule_update",
     "fused_experts",
     "fused_gdn_gating",
     "fused_recurrent_delta_rule",

@@ -555,6 +555,47 @@ def causal_conv1d_update(
     return causal_conv1d_fn(tokens, weight, bias, *args, exact=exact).reshape(x.shape)
 
 
+def fused_conv_gated_delta_rule_update(
+    mixed_qkv: Tensor,
+    conv_state: Tensor,
+    conv_weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    initial_state_source: Tensor,
+    conv_bias: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+    initial_state_indices: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm_in_kernel: bool = True,
+    activation: str | None = "silu",
+    softplus_beta: float = 1.0,
+    softplus_threshold: float = 20.0,
+    pad_slot_id: int = -1,
+    *,
+    state_v_first: bool = False,
+    exact: bool = False,
+) -> Tensor:
+    """:func:`causal_conv1d_update` of the packed row, then :func:`packed_decode_gated_delta_rule`."""
+    conv = (conv_state, conv_weight, conv_bias, activation, conv_state_indices, pad_slot_id)
+    return packed_decode_gated_delta_rule(
+        causal_conv1d_update(mixed_qkv, *conv, exact=exact),
+        a,
+        b,
+        A_log,
+        dt_bias,
+        initial_state_source,
+        initial_state_indices,
+        scale,
+        use_qk_l2norm_in_kernel,
+        softplus_beta,
+        softplus_threshold,
+        state_v_first=state_v_first,
+        exact=exact,
+    )
+
+
 def rms_norm_gated(
     x: Tensor,
     weight: Tensor,

@@ -16,7 +16,8 @@ from tvm_gdn.ops.arguments import ITEMSIZE
 from tvm_gdn.ops.rules import check_bounds, check_slots
 from tvm_gdn.spec import INTS, Draw, Geometry, OpSpec, Output, Scalar, Tensor, named_sizes
 
-_ACTIVATIONS = (("silu", "silu"), ("swish", "silu"), (None, "none"))
+#: Activations of a convolution, and what they mean.
+ACTIVATIONS = (("silu", "silu"), ("swish", "silu"), (None, "none"))
 _WEIGHT = Tensor("weight", "D W", strides="any")
 _BIAS = Tensor("bias", "D", optional=True, strides="dense")
 _PAD = Scalar("pad_slot_id", "int", -1)
@@ -67,19 +68,34 @@ def _cost(sizes: Mapping[str, int], geometry: Geometry) -> tuple[int, int]:
     return moved, tokens * D * (2 * W + 4)
 
 
-def _check(args: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+def check_conv(args: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    """Check taps, states, bounds and slots of a convolution, alone or in a fused step.
+
+    Parameters
+    ----------
+    args : mapping
+        Arguments by name, as given to the torch operator.
+    sizes : mapping
+        Axis sizes found in their shapes.
+
+    Raises
+    ------
+    ArgumentError
+        Names the argument, what is allowed, and what to do.
+    """
+    weight = "conv_weight" if "conv_weight" in args else "weight"
     states = "conv_state" if "conv_state" in args else "conv_states"
     indices = "conv_state_indices" if "conv_state" in args else "cache_indices"
     if not 1 <= sizes["W"] <= 8:
-        raise ArgumentError(f"weight has {sizes['W']} taps (axis 1); allowed: 1 to 8")
+        raise ArgumentError(f"{weight} has {sizes['W']} taps (axis 1); allowed: 1 to 8")
     if args[states] is not None and sizes["L"] < sizes["W"] - 1:
         raise ArgumentError(
-            f"{states} holds {sizes['L']} inputs per channel (axis 2), weight has {sizes['W']} taps; it must hold at least "
+            f"{states} holds {sizes['L']} inputs per channel (axis 2), {weight} has {sizes['W']} taps; it must hold at least "
             f"{sizes['W'] - 1}"
         )
     bounds = args.get("query_start_loc")
     sequences = sizes["B"] if bounds is None else len(check_bounds("query_start_loc", bounds, sizes["T"]))
-    check_slots(args, indices, states, sequences, pad=args["pad_slot_id"])
+    check_slots(args, indices, states, sequences, written=True, pad=args["pad_slot_id"])
     flags = args.get("has_initial_state")
     if flags is not None and args[states] is None:
         raise ArgumentError(f"has_initial_state needs {states}")
@@ -94,7 +110,7 @@ def _state(name: str, optional: bool) -> Tensor:
 _FAMILY: dict[str, Any] = {
     "outputs": (_OUT,),
     "static_axes": ("W", "L"),
-    "check": _check,
+    "check": check_conv,
     "cost": _cost,
     "derived": (("N", ("query_start_loc", "B")),),
     "sizes": _sizes,
@@ -116,7 +132,7 @@ CAUSAL_CONV1D_FN = OpSpec(
         Tensor("query_start_loc", "N+1", dtypes=INTS, optional=True, strides="dense", values=_bounds),
         Tensor("cache_indices", "N", dtypes=INTS, optional=True, strides="dense", values=_slots),
         Tensor("has_initial_state", "N", dtypes=("bool",), optional=True, strides="dense", values=_flags),
-        Scalar("activation", "str", "silu", static=True, choices=_ACTIVATIONS),
+        Scalar("activation", "str", "silu", static=True, choices=ACTIVATIONS),
         _PAD,
     ),
     cases=tuple(
@@ -165,7 +181,7 @@ CAUSAL_CONV1D_UPDATE = OpSpec(
         _state("conv_state", optional=False),
         _WEIGHT,
         _BIAS,
-        Scalar("activation", "str", None, static=True, choices=_ACTIVATIONS),
+        Scalar("activation", "str", None, static=True, choices=ACTIVATIONS),
         Tensor("conv_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values=_slots),
         _PAD,
     ),
@@ -237,7 +253,7 @@ def causal_conv1d_fn(
     Raises
     ------
     ArgumentError
-        A shape, bound, slot or activation that is not allowed; nothing has been written then.
+        A shape, bound, slot or activation that is not allowed, or a slot that two sequences share; nothing has been written then.
     ArgumentTypeError
         A dtype or device that is not allowed.
 
@@ -283,7 +299,7 @@ def causal_conv1d_update(
     Raises
     ------
     ArgumentError
-        A shape, slot or activation that is not allowed; nothing has been written then.
+        A shape, slot or activation that is not allowed, or a slot that two sequences share; nothing has been written then.
     ArgumentTypeError
         A dtype or device that is not allowed.
 

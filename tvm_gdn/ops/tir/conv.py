@@ -16,6 +16,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from tvm_gdn.ops.tir.conv_step import ConvStep
 from tvm_gdn.spec import Geometry
 
 
@@ -28,7 +29,7 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
         Static axes W (width) and L (length of a state), dtypes of the tensors present, ``activation``; ``update`` for decode,
         where every sequence has a state.
     tiles : object
-        The target's loops: `workers`, `tokens` and `channels` of one, `vector` elements at once, `integers`, and
+        The target's loops: `workers`, `tokens` and `channels` of one, `vector` elements at once, `array` for scratch, and
         `columns_in` and `columns_out` for the small matrices that taps and states are in memory.
 
     Returns
@@ -63,9 +64,7 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
         """Slot of a sequence."""
         return int64(indices[update], n) if stateful and slots_given else n
 
-    def reach(own: Any, stride: Any, size: Any) -> Any:
-        """Elements that an axis spans if its stride is no longer than `own`."""
-        return T.Select(T.And(size > 1, stride <= own), stride * (size - 1), T.int64(0))
+    step = ConvStep(tiles, W=W, L=L, state=state_dtype, biased=biased, silu=silu, index=of_batch)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -118,18 +117,10 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                     assert query_start_loc[n] <= query_start_loc[n + 1], ("ValueError", ["query_start_loc: decreasing"])
             if stateful:
                 if slots_given:
-                    assert NC == sequences, ("ValueError", ["slots: length"])
-                    for n in T.serial(sequences):
-                        wanted: T.let[T.int64] = slot_of(n, cache_indices, conv_state_indices)
-                        assert wanted == pad_slot_id or (wanted >= 0 and wanted < S), ("ValueError", ["slots: slot"])
+                    step.check_slots(pick(update, conv_state_indices, cache_indices), NC, sequences, S, pad_slot_id)
                 else:
                     assert S >= sequences, ("ValueError", ["conv states: fewer slots than sequences"])
-                # Written to: every element needs memory of its own. Each axis steps over what the finer ones span.
-                assert (
-                    (S <= 1 or s0 > reach(s0, s1, D) + reach(s0, s2, T.int64(L)))
-                    and (D <= 1 or s1 > reach(s1, s0, S) + reach(s1, s2, T.int64(L)))
-                    and (L <= 1 or s2 > reach(s2, s0, S) + reach(s2, s1, D))
-                ), ("ValueError", ["conv states: overlapping"])
+                step.check_strides(S, D, s0, s1, s2)
                 if flags:
                     assert NF == sequences, ("ValueError", ["has_initial_state: length"])
 
@@ -139,7 +130,7 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
         for w in tiles.workers(blocks * strips):
             c0: T.let[T.int64] = w % strips * strip
             c1: T.let[T.int64] = T.min(c0 + strip, D)
-            found = tiles.integers(2)
+            found = tiles.array(2, "int64")
             if varlen:
                 # The last sequence whose ids start at or before this one.
                 found[0] = T.int64(0)
@@ -168,27 +159,15 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
             @T.inline
             def finish(acc, out, c, t, width, along, sigmoid):
                 """Activation, and o[c, t] = acc, on `width` channels or tokens."""
-                if silu:
-                    gate = tiles.scalars(width)
-                    for lane in T.vectorized(width):
-                        gate[lane] = acc[lane]
-                    sigmoid(gate)
-                    for lane in T.vectorized(width):
-                        acc[lane] = acc[lane] * gate[lane]
+                step.activate(acc, width, sigmoid)
                 for lane in T.vectorized(width):
                     out[of_batch(n, c + lane * along, t + lane * (1 - along))] = T.Cast(data, acc[lane])
-
-            @T.inline
-            def begin(acc, taps, c, width, along):
-                """Start sums of `width` channels (along = 1) or tokens (0) from channel c; its bias is behind its taps."""
-                for lane in T.vectorized(width):
-                    acc[lane] = taps[W * strip + c - c0 + lane * along]
 
             @T.inline
             def interior(taps, source, out, c, t, width, along, sigmoid):
                 """Tokens that have all their inputs in x."""
                 acc = tiles.scalars(width)
-                begin(acc, taps, c, width, along)
+                step.begin(acc, taps, c - c0, strip, width, along)
                 for k in T.unroll(W):
                     for lane in T.vectorized(width):
                         acc[lane] = acc[lane] + taps[k * strip + c - c0 + lane * along] * T.Cast(
@@ -197,136 +176,76 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                 finish(acc, out, c, t, width, along, sigmoid)
 
             @T.inline
-            def head(taps, old, source, out, c, t, width, sigmoid):
+            def token(taps, old, source, out, c, t, width, sigmoid):
                 """A token whose inputs reach back before the sequence's first: channels from c on."""
                 acc = tiles.scalars(width)
-                begin(acc, taps, c, width, 1)
-                for k in T.unroll(W):
-                    at: T.let[T.int64] = t - (W - 1) + k
-                    if at >= start:
-                        for lane in T.vectorized(width):
-                            acc[lane] = acc[lane] + taps[k * strip + c - c0 + lane] * T.Cast(
-                                "float32", source[of_batch(n, c + lane, at)]
-                            )
-                    elif stateful:
-                        for lane in T.vectorized(width):
-                            acc[lane] = (
-                                acc[lane] + taps[k * strip + c - c0 + lane] * old[(L + at - start) * strip + c - c0 + lane]
-                            )
+                step.head(acc, taps, c - c0, strip, old, stateful, source, n, c, t, start, width)
                 finish(acc, out, c, t, width, 1, sigmoid)
 
             @T.inline
-            def load_taps(taps, c, width):
-                """Taps and bias of channels in fp32, one row of channels per tap."""
-                if w1 == 1 and w0 == W:
-                    tiles.columns_in(taps, c - c0, weight_flat, c * W, W, strip, width)
-                else:
-                    for k in T.unroll(W):
-                        for lane in T.vectorized(width):
-                            taps[k * strip + c - c0 + lane] = T.Cast("float32", weight[c + lane, k])
-                for lane in T.vectorized(width):
-                    taps[W * strip + c - c0 + lane] = pick(biased, T.Cast("float32", bias[c + lane]), T.float32(0))
+            def keep(old, source, c, until, width):
+                """The state after the token before `until`."""
+                step.keep(old, source, n, c, start, until, width)
+                step.store_state(old, states, states_flat, s2 == 1 and s1 == L, slot * s0 + c * L, slot, c, width)
 
             @T.inline
-            def load_state(old, c, width):
-                """The state that the sequence starts from in fp32, one row of channels per input."""
-                if not starts_from:
-                    for j in T.unroll(L):
-                        for lane in T.vectorized(width):
-                            old[j * strip + c - c0 + lane] = T.float32(0)
-                elif s2 == 1 and s1 == L:
-                    tiles.columns_in(old, c - c0, states_flat, slot * s0 + c * L, L, strip, width)
+            def opening(taps, source, out, c, width, sigmoid):
+                """The tokens whose inputs reach back before the sequence's first, and the state: `width` channels from c on."""
+                old = tiles.array(max(L, 1) * width, state_dtype)
+                if stateful:
+                    step.load_state(old, states, states_flat, s2 == 1 and s1 == L, slot * s0 + c * L, slot, starts_from, c, width)
+                if update and TT == 1:
+                    # Decode: without a loop over tokens the state stays in registers.
+                    token(taps, old, source, out, c, start, width, sigmoid)
+                    if usable:
+                        keep(old, source, c, start + 1, width)
                 else:
-                    for j in T.unroll(L):
-                        for lane in T.vectorized(width):
-                            old[j * strip + c - c0 + lane] = T.Cast("float32", states[slot, c + lane, j])
+                    for t in T.serial(start, T.min(start + (W - 1), last)):
+                        token(taps, old, source, out, c, t, width, sigmoid)
+                    if stateful:
+                        if usable:
+                            keep(old, source, c, end, width)
 
             @T.inline
-            def keep(old, source, c, width):
-                """The state becomes the last L inputs; what stays of it moves towards index 0."""
-                for j in T.unroll(L):
-                    at: T.let[T.int64] = end - L + j
-                    if at >= start:
-                        for lane in T.vectorized(width):
-                            old[j * strip + c - c0 + lane] = T.Cast("float32", source[of_batch(n, c + lane, at)])
-                    else:
-                        for lane in T.vectorized(width):
-                            old[j * strip + c - c0 + lane] = old[(L + at - start) * strip + c - c0 + lane]
-                if s2 == 1 and s1 == L:
-                    tiles.columns_out(states_flat, slot * s0 + c * L, old, c - c0, L, strip, width)
-                else:
-                    for j in T.unroll(L):
-                        for lane in T.vectorized(width):
-                            states[slot, c + lane, j] = T.Cast(state_dtype, old[j * strip + c - c0 + lane])
-
-            @T.inline
-            def by_channels(taps, old, source, out, width):
+            def by_channels(taps, source, out, width):
                 """All tokens of the block, vectors along channels; the channels that fill no vector one by one."""
                 full: T.let[T.int64] = (c1 - c0) // width
-                for t in T.serial(first, last):
-                    if t - start >= W - 1:
-                        for i in T.serial(full):
-                            interior(taps, source, out, c0 + i * width, t, width, 1, sigmoids[width])
-                        for i in T.serial(c1 - c0 - full * width):
-                            interior(taps, source, out, c0 + full * width + i, t, 1, 1, sigmoids[1])
-                    else:
-                        for i in T.serial(full):
-                            head(taps, old, source, out, c0 + i * width, t, width, sigmoids[width])
-                        for i in T.serial(c1 - c0 - full * width):
-                            head(taps, old, source, out, c0 + full * width + i, t, 1, sigmoids[1])
+                if first == start:
+                    for i in T.serial(full):
+                        opening(taps, source, out, c0 + i * width, width, sigmoids[width])
+                    for i in T.serial(c1 - c0 - full * width):
+                        opening(taps, source, out, c0 + full * width + i, 1, sigmoids[1])
+                for t in T.serial(T.max(first, start + (W - 1)), last):
+                    for i in T.serial(full):
+                        interior(taps, source, out, c0 + i * width, t, width, 1, sigmoids[width])
+                    for i in T.serial(c1 - c0 - full * width):
+                        interior(taps, source, out, c0 + full * width + i, t, 1, 1, sigmoids[1])
 
             @T.inline
-            def by_tokens(taps, old, source, out):
+            def by_tokens(taps, source, out):
                 """All channels of the strip, vectors along tokens."""
                 for c in T.serial(c0, c1):
+                    if first == start:
+                        opening(taps, source, out, c, 1, sigmoids[1])
                     ready: T.let[T.int64] = T.min(T.max(first, start + (W - 1)), last)
                     full: T.let[T.int64] = (last - ready) // lanes
-                    for t in T.serial(first, ready):
-                        head(taps, old, source, out, c, t, 1, sigmoids[1])
                     for i in T.serial(full):
                         interior(taps, source, out, c, ready + i * lanes, lanes, 0, sigmoids[lanes])
                     for t in T.serial(ready + full * lanes, last):
                         interior(taps, source, out, c, t, 1, 0, sigmoids[1])
 
-            @T.inline
-            def each(width, operation):
-                """Run an operation on all channels of the strip."""
-                full: T.let[T.int64] = (c1 - c0) // width
-                for i in T.serial(full):
-                    operation(c0 + i * width, width)
-                for i in T.serial(c1 - c0 - full * width):
-                    operation(c0 + full * width + i, 1)
-
             if first < last:
-                taps, old = tiles.scalars((W + 1) * strip), tiles.scalars(max(L, 1) * strip)
-
-                @T.inline
-                def prepare(c, width):
-                    load_taps(taps, c, width)
-                    if stateful:
-                        if first == start:
-                            load_state(old, c, width)
-
-                @T.inline
-                def keep_rows(c, width):
-                    keep(old, x_rows, c, width)
-
-                @T.inline
-                def keep_any(c, width):
-                    keep(old, x, c, width)
-
-                each(lanes, prepare)
+                taps = tiles.scalars((W + 1) * strip)
+                for i in T.serial((c1 - c0) // lanes):
+                    step.load_taps(taps, i * lanes, strip, weight, weight_flat, w1 == 1 and w0 == W, bias, c0 + i * lanes, lanes)
+                for i in T.serial((c1 - c0) % lanes):
+                    last_ones: T.let[T.int64] = c1 - (c1 - c0) % lanes + i
+                    step.load_taps(taps, last_ones - c0, strip, weight, weight_flat, w1 == 1 and w0 == W, bias, last_ones, 1)
                 if xc == 1 and oc == 1:
-                    by_channels(taps, old, x_rows, o_rows, lanes)
+                    by_channels(taps, x_rows, o_rows, lanes)
                 elif xt == 1 and ot == 1:
-                    by_tokens(taps, old, x_columns, o_columns)
+                    by_tokens(taps, x_columns, o_columns)
                 else:
-                    by_channels(taps, old, x, o, 1)
-                if stateful:
-                    if first == start and usable:
-                        if xc == 1:
-                            each(lanes, keep_rows)
-                        else:
-                            each(lanes, keep_any)
+                    by_channels(taps, x, o, 1)
 
     return kernel

@@ -10,9 +10,9 @@ which is the contract's ``S *= exp(g); u = (v - S^T k) * beta; S += k u^T; o = S
 so that a step passes over the state twice and writes it once. Source of the maths: Yang et al., Gated Delta Networks
 (arXiv:2412.06464).
 
-What differs between the operators (gates given or computed, separate or packed q/k/v, pool or separate states, verification)
-is decided here, while the function is parsed, from the geometry. What differs between targets comes from `tiles`
-(see `schedules/cpu.py`): how workers map to threads or blocks, where the state tile lives, and the two matrix-vector
+What differs between the operators (gates given or computed, separate or packed q/k/v, convolved before or here, pool or separate
+states, verification) is decided here, while the function is parsed, from the geometry. What differs between targets comes from
+`tiles` (see `schedules/cpu.py`): how workers map to threads or blocks, where the state tile lives, and the two matrix-vector
 operations. `tiles.direct` says that a state may be updated in the pool's own memory instead of in a local copy.
 """
 
@@ -23,12 +23,14 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tvm_gdn.ops.rules import NO_STEPS
+from tvm_gdn.ops.tir.conv_step import ConvStep
 from tvm_gdn.ops.tir.gates import gate_macros
+from tvm_gdn.ops.tir.slots import find_shared
 from tvm_gdn.spec import Geometry
 
 NORM_EPS = 1e-6
-#: What a table of slots costs beside its bytes, in comparisons of two slots (0.15 us).
-TABLE_COST = 512
+#: Slot of padding sequences.
+NOBODY = -1
 
 
 def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
@@ -60,6 +62,9 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     head_strides = (T.int64(K * V), state_shape[1], 1)
 
     packed = "mixed_qkv" in has
+    # The packed row is convolved here. A worker then takes all value heads of a q/k head: its q and k are convolved once, and
+    # their convolution states have one reader and writer.
+    convolved = "conv_state" in has
     gated = "g" in has
     channel_gate = bool(geometry.attr.get("channel_gate", False))
     per_channel, unit = ((K,), (1,)) if channel_gate else ((), ())
@@ -86,6 +91,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     span = tiles.span if chunked else 1
     ahead = chunked and advance.ahead
     size = tiles.chunk if ahead else 1
+    NW = 1 if convolved else NV  # workers per head, or heads
 
     def gate_dims(batch: Any, token: Any, head: Any) -> tuple[Any, ...]:
         """The packed decode step has one token and so no token axis on a and b."""
@@ -112,28 +118,20 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         return T.Cast("float32", buffer[gate_dims(batch, token, head)])
 
     log_decay, sigmoid = gate_macros(tiles, 1)
-
-    @T.inline
-    def find_shared(found, slots, count, size):
-        """Set found[0] if two sequences name one slot; slots are in range already, -1 is nobody's.
-
-        A few are compared with each other, many are ticked off in a table with a byte for every slot of the pool.
-        """
-        found[0] = T.float32(0)
-        if count * count <= size + TABLE_COST:
-            for n in T.serial(count):
-                for other in T.serial(n):
-                    if slots[n] >= 0 and slots[n] == slots[other]:
-                        found[0] = T.float32(1)
-        else:
-            taken = T.alloc_buffer((size,), "int8")
-            for slot in T.serial(size):
-                taken[slot] = T.int8(0)
-            for n in T.serial(count):
-                if slots[n] >= 0:
-                    if taken[slots[n]] != 0:
-                        found[0] = T.float32(1)
-                    taken[slots[n]] = T.int8(1)
+    if convolved:
+        W, L, conv_dtype = geometry.axis["W"], geometry.axis["L"], dtype_of("conv_state")
+        conv = ConvStep(
+            tiles,
+            W=W,
+            L=L,
+            state=conv_dtype,
+            biased="conv_bias" in has,
+            silu=geometry.attr["activation"] == "silu",
+            index=lambda n, c, _token: (n, c),
+        )
+        silus = {width: tiles.sigmoid(width) for width in (1, tiles.vector)}
+    else:
+        W, L, conv_dtype, conv, silus = 0, 0, "float32", None, {}
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -155,6 +153,10 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         buffer_: T.handle,
         buffer_slots_: T.handle,
         parents_: T.handle,
+        conv_state_: T.handle,
+        conv_weight_: T.handle,
+        conv_bias_: T.handle,
+        conv_slots_: T.handle,
         o_: T.handle,
         scale: T.float32,
         softplus_beta: T.float32,
@@ -162,6 +164,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         use_qk_l2norm_in_kernel: T.int32,
         disable_state_update: T.int32,
         cache_steps: T.int64,
+        pad_slot_id: T.int64,
     ):
         T.func_attr({"global_symbol": "kernel"})
         B, TK, H, HV = T.int64(), T.int64(), T.int64(), T.int64()
@@ -176,6 +179,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         N1, NI, NB, NP, NS, NF, R = T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         S, C, P, PT = T.int64(), T.int64(), T.int64(), T.int64()
         m0, s0, i0, c0, c1 = T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
+        SC, NC, h0, h1, h2, w0, w1 = T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64(), T.int64()
         q = T.match_buffer(q_, (B, TK, H, K), data, strides=(q0, q1, q2, 1), align=2)
         k = T.match_buffer(k_, (B, TK, H, K), data, strides=(k0, k1, k2, 1), align=2)
         v = T.match_buffer(v_, (B, TK, HV, V), data, strides=(v0s, v1, v2, 1), align=2)
@@ -201,7 +205,14 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         retrieve_parent_token = T.match_buffer(
             parents_, (NP, PT), dtype_of("retrieve_parent_token", "int64"), strides=(p0, T.int64(1)), align=4
         )
+        conv_state = T.match_buffer(conv_state_, (SC, R, T.int64(L)), conv_dtype, strides=(h0, h1, h2), align=2)
+        conv_weight = T.match_buffer(conv_weight_, (R, T.int64(W)), dtype_of("conv_weight"), strides=(w0, w1), align=2)
+        conv_bias = T.match_buffer(conv_bias_, (R,), dtype_of("conv_bias"), align=2)
+        conv_state_indices = T.match_buffer(conv_slots_, (NC,), dtype_of("conv_state_indices", "int64"), align=4)
         o = T.match_buffer(o_, (B, TK, HV, V), data, strides=(o0, o1, o2, 1), align=2)
+        if convolved:
+            conv_state_flat = T.decl_buffer((SC * h0,), conv_dtype, data=conv_state.data)
+            conv_weight_flat = T.decl_buffer((R * W,), dtype_of("conv_weight"), data=conv_weight.data)
 
         n_seq: T.let[T.int64] = pick(varlen, N1 - 1, B)
         heads: T.let[T.int64] = pick(packed, (R - HV * V) // (2 * K), H)
@@ -229,10 +240,16 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         )
                     shared_slots = tiles.scalars(1)
                     if disable_state_update == 0:
-                        find_shared(shared_slots, initial_state_indices, n_seq, S)
+                        find_shared(shared_slots, initial_state_indices, n_seq, S, NOBODY)
                         assert shared_slots[0] == T.float32(0), ("ValueError", ["initial_state_indices: shared slot"])
                 else:
                     assert S >= n_seq, ("ValueError", ["initial_state_source: fewer slots than sequences"])
+            if convolved:
+                if "conv_state_indices" in has:
+                    conv.check_slots(conv_state_indices, NC, n_seq, SC, pad_slot_id)
+                else:
+                    assert SC >= n_seq, ("ValueError", ["conv_state: fewer slots than sequences"])
+                conv.check_strides(SC, R, h0, h1, h2)
             if separate:
                 assert NS == n_seq, ("ValueError", ["initial_state: length"])
             if final:
@@ -254,7 +271,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             ["intermediate_state_indices: slot"],
                         )
                     shared_steps = tiles.scalars(1)
-                    find_shared(shared_steps, intermediate_state_indices, n_seq, C)
+                    find_shared(shared_steps, intermediate_state_indices, n_seq, C, NOBODY)
                     assert shared_steps[0] == T.float32(0), ("ValueError", ["intermediate_state_indices: shared slot"])
                 else:
                     assert C >= n_seq, ("ValueError", ["intermediate_states_buffer: fewer slots than sequences"])
@@ -311,19 +328,21 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         )  # fmt: skip
 
         # Workers of a sequence: one per v tile of every `span` value heads (the last of a q/k head may have fewer).
-        per_key: T.let[T.int64] = pick(span > 1, HV // T.max(heads, T.int64(1)), T.int64(1))
+        per_key: T.let[T.int64] = pick(span > 1 or convolved, HV // T.max(heads, T.int64(1)), T.int64(1))
         per_head: T.let[T.int64] = (per_key + span - 1) // span
-        units: T.let[T.int64] = pick(span > 1, heads * per_head, HV)
-        for block in tiles.workers(n_seq * units * NV):
+        units: T.let[T.int64] = pick(convolved, heads, pick(span > 1, heads * per_head, HV))
+        for block in tiles.workers(n_seq * units * NW):
             for lane in tiles.lanes():
                 tiles.enter(lane)
                 w: T.let[T.int64] = T.Cast("int64", tiles.worker(block, lane))
                 # Workers fit in 32 bits, where a division is several times cheaper than in 64, above all on GPUs.
-                n: T.let[T.int64] = div(w, units * NV)
-                place: T.let[T.int64] = mod(div(w, NV), units)
-                j0: T.let[T.int64] = mod(w, NV) * VT
-                h: T.let[T.int64] = pick(span > 1, div(place, per_head), div(place, div(HV, heads)))
-                hv: T.let[T.int64] = pick(span > 1, h * per_key + mod(place, per_head) * span, place)
+                n: T.let[T.int64] = div(w, units * NW)
+                place: T.let[T.int64] = mod(div(w, NW), units)
+                j0: T.let[T.int64] = mod(w, NW) * VT
+                h: T.let[T.int64] = pick(convolved, place, pick(span > 1, div(place, per_head), div(place, div(HV, heads))))
+                hv: T.let[T.int64] = pick(
+                    convolved, h * per_key, pick(span > 1, h * per_key + mod(place, per_head) * span, place)
+                )
                 count: T.let[T.int64] = pick(span > 1, T.min(T.int64(span), (h + 1) * per_key - hv), T.int64(1))
                 row: T.let[T.int64] = pick(varlen, T.int64(0), n)
                 first: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n), T.int64(0))
@@ -338,10 +357,46 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                     if fused_gate:
                         gate, rate = tiles.scalars(1), tiles.scalars(1)
 
+                if convolved:
+                    value = tiles.v_vector()
+                    conv_slot: T.let[T.int64] = pick("conv_state_indices" in has, int64(conv_state_indices, n), n)
+                    conv_usable: T.let[T.bool] = conv_slot >= 0 and conv_slot < SC and conv_slot != pad_slot_id
+                    conv_from: T.let[T.int64] = T.Select(conv_usable, conv_slot, T.int64(0))
+
+                @T.inline
+                def convolve_lanes(to, at, c, width):
+                    taps, old = tiles.scalars((W + 1) * width), tiles.array(max(L, 1) * width, conv_dtype)
+                    acc = tiles.scalars(width)
+                    dense: T.let[T.bool] = h2 == 1 and h1 == L
+                    conv.load_taps(taps, 0, width, conv_weight, conv_weight_flat, w1 == 1 and w0 == W, conv_bias, c, width)
+                    conv.load_state(
+                        old, conv_state, conv_state_flat, dense, conv_from * h0 + c * L, conv_from, conv_usable, c, width
+                    )
+                    conv.head(acc, taps, 0, width, old, True, mixed_qkv, n, c, T.int64(0), T.int64(0), width)
+                    conv.activate(acc, width, silus[width])
+                    for lane in T.vectorized(width):
+                        to[at + lane] = acc[lane]
+                    if conv_usable:
+                        conv.keep(old, mixed_qkv, n, c, T.int64(0), T.int64(1), width)
+                        conv.store_state(old, conv_state, conv_state_flat, dense, conv_from * h0 + c * L, conv_from, c, width)
+
+                @T.inline
+                def convolve(to, c, size):
+                    """The next output of `size` channels of the packed row from c on, in fp32; their state moves by one."""
+                    for i in T.serial(size // tiles.vector):
+                        convolve_lanes(to, i * tiles.vector, c + i * tiles.vector, tiles.vector)
+                    for i in T.serial(size % tiles.vector):
+                        convolve_lanes(to, size - size % tiles.vector + i, c + size - size % tiles.vector + i, 1)
+
                 @T.inline
                 def load_qk(t):
+                    if convolved:
+                        convolve(x, (heads + h) * K, K)
+                        convolve(y, h * K, K)
                     for i in tiles.rows(K):
-                        if packed:
+                        if convolved:
+                            pass
+                        elif packed:
                             x[i] = T.Cast("float32", mixed_qkv[n, (heads + h) * K + tiles.row(i)])
                             y[i] = T.Cast("float32", mixed_qkv[n, h * K + tiles.row(i)])
                         else:
@@ -359,7 +414,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         y[i] = y[i] * m[1]
 
                 @T.inline
-                def load_gates(t):
+                def load_gates(t, hv):
                     """D = exp(g) for every row of the state, m[1] = beta."""
                     m[0] = T.float32(0)
                     if fused_gate:
@@ -383,14 +438,17 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             d[i] = m[0]
 
                 @T.inline
-                def step(W, t):
-                    load_qk(t)
-                    load_gates(t)
+                def step(W, t, hv, j0):
+                    if not convolved:
+                        load_qk(t)
+                    load_gates(t, hv)
                     for i in tiles.rows(K):
                         dx[i] = d[i] * x[i]
                     tiles.gemv(u, W, dx)
                     for j in tiles.cols(VT):
-                        if packed:
+                        if convolved:
+                            u[j] = (value[j] - u[j]) * m[1]
+                        elif packed:
                             u[j] = (T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)]) - u[j]) * m[1]
                         else:
                             u[j] = (T.Cast("float32", v[row, first + t, hv, j0 + tiles.col(j)]) - u[j]) * m[1]
@@ -399,7 +457,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         o[row, first + t, hv, j0 + tiles.col(j)] = T.Cast(data, z[j])
 
                 @T.inline
-                def load_initial(W, hv):
+                def load_initial(W, hv, j0):
                     if pool:
                         if slot >= 0 and slot < S:
                             tiles.load(W, tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
@@ -411,23 +469,23 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         tiles.zero(W)
 
                 @T.inline
-                def load_parent(W, t):
+                def load_parent(W, t, hv, j0):
                     """The state after the parent's step; the initial state where there is no parent."""
                     parent: T.let[T.int64] = int64(retrieve_parent_token, n, t)
                     if parent < 0:
-                        load_initial(W, hv)
+                        load_initial(W, hv, j0)
                     elif buffer_slot >= 0 and buffer_slot < C and parent < P:
                         tiles.load(W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0))
                     else:
                         tiles.zero(W)
 
                 @T.inline
-                def steps(W):
+                def steps(W, hv, j0):
                     for t in T.serial(length):
                         if tree:
                             if t > 0:
-                                load_parent(W, t)
-                        step(W, t)
+                                load_parent(W, t, hv, j0)
+                        step(W, t, hv, j0)
                         if buffered:
                             if buffer_slot >= 0 and buffer_slot < C and t < P:
                                 tiles.store(
@@ -435,7 +493,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                                 )
 
                 @T.inline
-                def store_final(W, hv):
+                def store_final(W, hv, j0):
                     if pool:
                         if slot >= 0 and slot < S and disable_state_update == 0:
                             tiles.store(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), W)
@@ -443,29 +501,40 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         tiles.store(tiles.view(final_state, (n * HV + hv) * (K * V), j0), W)
 
                 @T.inline
-                def through_local():
+                def through_local(hv, j0):
                     local = tiles.state()
-                    load_initial(local, hv)
-                    steps(local)
-                    store_final(local, hv)
+                    load_initial(local, hv, j0)
+                    steps(local, hv, j0)
+                    store_final(local, hv, j0)
+
+                @T.inline
+                def over_states(hv, j0):
+                    if direct_pool:
+                        if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
+                            steps(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), hv, j0)
+                        else:
+                            through_local(hv, j0)
+                    else:
+                        through_local(hv, j0)
 
                 if chunked:
                     for i in T.serial(count):
-                        load_initial(tiles.state(i), hv + i)
+                        load_initial(tiles.state(i), hv + i, j0)
                     advance(
                         q, k, v, g, beta, o, row, first, length, h, hv, count, j0, scale, use_qk_l2norm_in_kernel,
                         pick(varlen, first // size + n, n * per_row) * HV + hv, HV,
                     )  # fmt: skip
                     tiles.sync()
                     for i in T.serial(count):
-                        store_final(tiles.state(i), hv + i)
+                        store_final(tiles.state(i), hv + i, j0)
                     tiles.leave()
-                elif direct_pool:
-                    if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
-                        steps(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
-                    else:
-                        through_local()
+                elif convolved:
+                    load_qk(0)
+                    for i in T.serial(per_key):
+                        for tile in T.serial(NV):
+                            convolve(value, 2 * heads * K + (hv + i) * V + tile * VT, VT)
+                            over_states(hv + i, tile * VT)
                 else:
-                    through_local()
+                    over_states(hv, j0)
 
     return kernel
