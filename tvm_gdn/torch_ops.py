@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tvm_gdn import check, dispatch, env, reference
-from tvm_gdn.errors import KernelError, TvmGdnError
+from tvm_gdn.errors import ArgumentTypeError, KernelError, TvmGdnError
 from tvm_gdn.spec import Axis, OpSpec, Output, Scalar, Tensor
 from tvm_gdn.target import dispatch_keys
 
@@ -180,10 +180,13 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
         table[key] = function
         return function
 
-    def explain(error: Exception, values: tuple[Any, ...]) -> None:
+    def explain(error: Exception, values: tuple[Any, ...]) -> Any:
         if isinstance(error, TvmGdnError):
             raise error
         check.validate(spec, dict(zip(names, values, strict=True)))
+        if any(isinstance(value, torch.Tensor) and not value.numel() for value in values):
+            # Kernels take no tensor whose strides are other than its sizes say; torch gives such to tensors without elements.
+            return reference_function(spec)(*values)
         raise KernelError(f"{spec.name}: the kernel refused the call: {error}") from error
 
     def checked(values: tuple[Any, ...]) -> None:
@@ -201,7 +204,7 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
         f"        function = table.get(key) or resolve(key, ({arguments},))\n"
         f"        return function({arguments})\n"
         f"    except Exception as error:\n"
-        f"        explain(error, ({arguments},))\n"
+        f"        return explain(error, ({arguments},))\n"
     )
     table: dict[tuple[Any, ...], Callable[..., Any]] = {}
     # Reading the environment costs as much as allocating an output, so what it says holds until the next reset.
@@ -217,9 +220,22 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
     return _define(source, "implementation", namespace)
 
 
+def _refusing(spec: OpSpec) -> Callable[..., Any]:
+    """What runs where no implementation does: without any tensor, and on devices of no target."""
+
+    def refuse(*values: Any) -> Any:
+        args = dict(zip((arg.name for arg in spec.inputs), values, strict=False))
+        check.validate(spec, args)
+        name, device = next((n, x.device) for n, x in args.items() if isinstance(x, torch.Tensor))
+        raise ArgumentTypeError(f"{spec.name}: {name} is on {device}; allowed: {', '.join(dispatch_keys())}")
+
+    return refuse
+
+
 def register(spec: OpSpec) -> None:
     """Define ``torch.ops.tvm_gdn.<name>`` with its fake kernel and one implementation per device type."""
     _LIBRARY.define(spec.schema(), tags=(torch.Tag.pt2_compliant_tag,))
     for device, key in dispatch_keys().items():
         _LIBRARY.impl(spec.name, _implementation(spec, device), key)
+    _LIBRARY.impl(spec.name, _refusing(spec), "CompositeExplicitAutograd")
     torch.library.register_fake(f"tvm_gdn::{spec.name}", fake_function(spec), lib=_LIBRARY)
