@@ -111,6 +111,25 @@ def test_packed_sequences_slots_and_padding():
         assert torch.equal(pool[slot], before[slot])
 
 
+@pytest.mark.parametrize("pad", [-1, 2])
+@pytest.mark.parametrize("count", [5, 40])
+def test_sequences_must_not_share_a_slot_unless_it_is_padding(count, pad):
+    """Few slots are compared with each other, many are ticked off in a table."""
+    x, weight, pool = drawn(count, D), drawn(D, W, seed=1), drawn(50, D, W - 1, seed=2)
+    slots = torch.arange(49, 49 - count, -1)
+    slots[[0, 3, count - 2]] = pad
+    before = pool.clone()
+    o = tvm_gdn.causal_conv1d_update(x, pool, weight, None, "silu", slots, pad)
+    for n, slot in enumerate(slots.tolist()):
+        history = torch.zeros(D, W - 1) if slot == pad else before[slot]
+        assert rms_ratio(o[n], exact(x[n : n + 1].T, weight, history=history)[:, 0]) < 1e-5
+    pool.copy_(before)
+    slots[count - 1] = slots[1]
+    with pytest.raises(ArgumentError, match=rf"conv_state_indices\[1\] and conv_state_indices\[{count - 1}\] are both 48; "):
+        tvm_gdn.causal_conv1d_update(x, pool, weight, None, "silu", slots, pad)
+    assert torch.equal(pool, before)
+
+
 def test_states_of_any_strides():
     x, weight = drawn(2, D), drawn(D, W, seed=1)
     outputs, states = [], []
@@ -162,6 +181,7 @@ def test_gates_far_out(value):
         ({"conv_states": torch.zeros(4, D, 2)}, "conv_states holds 2 inputs"),
         ({"cache_indices": torch.tensor([0, 4])}, r"cache_indices\[1\] = 4; allowed: 0 to 3"),
         ({"cache_indices": torch.tensor([0, -2])}, r"cache_indices\[1\] = -2"),
+        ({"cache_indices": torch.tensor([3, 3])}, r"cache_indices\[0\] and cache_indices\[1\] are both 3"),
         ({"query_start_loc": torch.tensor([0, 5, 6])}, "query_start_loc must start with 0 and end with"),
         ({"query_start_loc": torch.tensor([0, 8, 7])}, "query_start_loc must never decrease"),
         ({"has_initial_state": torch.tensor([True])}, r"has_initial_state has 1 on axis 0 \(N\)"),

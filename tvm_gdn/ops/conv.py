@@ -79,7 +79,7 @@ def _check(args: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
         )
     bounds = args.get("query_start_loc")
     sequences = sizes["B"] if bounds is None else len(check_bounds("query_start_loc", bounds, sizes["T"]))
-    check_slots(args, indices, states, sequences, pad=args["pad_slot_id"])
+    check_slots(args, indices, states, sequences, written=True, pad=args["pad_slot_id"])
     flags = args.get("has_initial_state")
     if flags is not None and args[states] is None:
         raise ArgumentError(f"has_initial_state needs {states}")
@@ -237,7 +237,7 @@ def causal_conv1d_fn(
     Raises
     ------
     ArgumentError
-        A shape, bound, slot or activation that is not allowed; nothing has been written then.
+        A shape, bound, slot or activation that is not allowed, or a slot that two sequences share; nothing has been written then.
     ArgumentTypeError
         A dtype or device that is not allowed.
 
@@ -283,7 +283,7 @@ def causal_conv1d_update(
     Raises
     ------
     ArgumentError
-        A shape, slot or activation that is not allowed; nothing has been written then.
+        A shape, slot or activation that is not allowed, or a slot that two sequences share; nothing has been written then.
     ArgumentTypeError
         A dtype or device that is not allowed.
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from tvm_gdn.ops.tir.slots import find_shared
 from tvm_gdn.spec import Geometry
 
 
@@ -122,6 +123,9 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                     for n in T.serial(sequences):
                         wanted: T.let[T.int64] = slot_of(n, cache_indices, conv_state_indices)
                         assert wanted == pad_slot_id or (wanted >= 0 and wanted < S), ("ValueError", ["slots: slot"])
+                    shared = tiles.scalars(1)
+                    find_shared(shared, pick(update, conv_state_indices, cache_indices), sequences, S, pad_slot_id)
+                    assert shared[0] == T.float32(0), ("ValueError", ["slots: shared"])
                 else:
                     assert S >= sequences, ("ValueError", ["conv states: fewer slots than sequences"])
                 # Written to: every element needs memory of its own. Each axis steps over what the finer ones span.

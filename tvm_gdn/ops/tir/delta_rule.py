@@ -24,11 +24,12 @@ from tvm.script import tirx as T
 
 from tvm_gdn.ops.rules import NO_STEPS
 from tvm_gdn.ops.tir.gates import gate_macros
+from tvm_gdn.ops.tir.slots import find_shared
 from tvm_gdn.spec import Geometry
 
 NORM_EPS = 1e-6
-#: What a table of slots costs beside its bytes, in comparisons of two slots (0.15 us).
-TABLE_COST = 512
+#: Slot of padding sequences.
+NOBODY = -1
 
 
 def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
@@ -112,28 +113,6 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         return T.Cast("float32", buffer[gate_dims(batch, token, head)])
 
     log_decay, sigmoid = gate_macros(tiles, 1)
-
-    @T.inline
-    def find_shared(found, slots, count, size):
-        """Set found[0] if two sequences name one slot; slots are in range already, -1 is nobody's.
-
-        A few are compared with each other, many are ticked off in a table with a byte for every slot of the pool.
-        """
-        found[0] = T.float32(0)
-        if count * count <= size + TABLE_COST:
-            for n in T.serial(count):
-                for other in T.serial(n):
-                    if slots[n] >= 0 and slots[n] == slots[other]:
-                        found[0] = T.float32(1)
-        else:
-            taken = T.alloc_buffer((size,), "int8")
-            for slot in T.serial(size):
-                taken[slot] = T.int8(0)
-            for n in T.serial(count):
-                if slots[n] >= 0:
-                    if taken[slots[n]] != 0:
-                        found[0] = T.float32(1)
-                    taken[slots[n]] = T.int8(1)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -229,7 +208,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         )
                     shared_slots = tiles.scalars(1)
                     if disable_state_update == 0:
-                        find_shared(shared_slots, initial_state_indices, n_seq, S)
+                        find_shared(shared_slots, initial_state_indices, n_seq, S, NOBODY)
                         assert shared_slots[0] == T.float32(0), ("ValueError", ["initial_state_indices: shared slot"])
                 else:
                     assert S >= n_seq, ("ValueError", ["initial_state_source: fewer slots than sequences"])
@@ -254,7 +233,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             ["intermediate_state_indices: slot"],
                         )
                     shared_steps = tiles.scalars(1)
-                    find_shared(shared_steps, intermediate_state_indices, n_seq, C)
+                    find_shared(shared_steps, intermediate_state_indices, n_seq, C, NOBODY)
                     assert shared_steps[0] == T.float32(0), ("ValueError", ["intermediate_state_indices: shared slot"])
                 else:
                     assert C >= n_seq, ("ValueError", ["intermediate_states_buffer: fewer slots than sequences"])
