@@ -115,7 +115,7 @@ class Call:
         if arguments.get("g") is not None and chance() < 0.3:
             # Where a state grows (g > 0), a chunk's products amplify rounding by the growth within the chunk.
             chunked = self.spec.algorithm == "chunk"
-            arguments["g"] *= self.random.choice([20.0, 0.0, *((20.0, -0.1) if chunked else (100.0, -0.5))])
+            arguments["g"] *= self.random.choice([20.0, 0.0, *((100.0, -0.25) if chunked else (100.0, -0.5))])
         finite = _FINITE.get(self.spec.algorithm)
         if chance() < 0.05 and finite != ():
             tensors = [t.name for t in self._present() if t.name not in (finite or ()) and arguments[t.name].is_floating_point()]
@@ -428,7 +428,7 @@ def _differences(
         value = got[name]
         error, limit = parity.rms_ratio(value, want[name]), parity.limit(spec, name, value.dtype)
         if not error <= limit:
-            limit = max(limit, 2 * _error_in_fp32(spec, name, want[name], given))
+            limit = max(limit, 2 * _error_in_fp32(spec, name, want[name], given), 2 * _sensitivity(spec, name, want[name], given))
         if value.shape != want[name].shape or not error <= limit:
             wrong.append(f"{name} is off by {error:.2e} (limit {limit:.0e})")
     return "; ".join(wrong)
@@ -443,6 +443,25 @@ def _error_in_fp32(spec: OpSpec, name: str, want: torch.Tensor, given: Mapping[s
     result = getattr(reference, spec.name)(**spec.for_reference(arguments))
     found = _outputs(spec, result, given) | {tensor.name: arguments[tensor.name] for tensor in spec.tensors if tensor.mutated}
     return parity.rms_ratio(found[name], want)
+
+
+def _sensitivity(spec: OpSpec, name: str, want: torch.Tensor, given: Mapping[str, Any]) -> float:
+    """How far a result moves when every number moves by a few parts in 1e7.
+
+    Where a number is rounded to an integer on the way, or experts are chosen, fp32 may take the other of two ways. (bf16 numbers
+    fall on the border of two integers all the time.)
+    """
+    found = 0.0
+    for seed in range(4):
+        rng = torch.Generator().manual_seed(seed)
+        moved = {
+            key: value.double() * (1 + 2e-7 * torch.randn(value.shape, generator=rng, dtype=torch.float64))
+            if isinstance(value, torch.Tensor) and value.is_floating_point()
+            else value
+            for key, value in given.items()
+        }
+        found = max(found, parity.rms_ratio(parity.expected(spec, moved)[name], want))
+    return found
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
