@@ -80,6 +80,13 @@ def _dtype_expression(spec: OpSpec, output: Output) -> str:
     return f"({output.fallback} if {source.name} is None else {source.name}.dtype)"
 
 
+def _twin(spec: OpSpec, output: Output) -> str:
+    """Name of a required tensor of an output's axes and dtype: a tensor like another costs half of one of a shape."""
+    layout = output.axes, output.axes_if, output.like
+    names = (t.name for t in spec.tensors if not t.optional and (t.axes, t.axes_if, t.dtype_role) == layout)
+    return "" if output.when else next(names, "")
+
+
 def _allocations(spec: OpSpec) -> list[str]:
     device = f"{next(t.name for t in spec.tensors if not t.optional)}.device"
     lines = []
@@ -87,6 +94,10 @@ def _allocations(spec: OpSpec) -> list[str]:
         dtype = _dtype_expression(spec, output)
         if output.strides_of:
             lines.append(f"{output.name} = empty_like({output.strides_of}, dtype={dtype})")
+            continue
+        twin = _twin(spec, output)
+        if twin:
+            lines.append(f"{output.name} = empty_like({twin}, memory_format=contiguous)")
             continue
         shape = _shape_expression(spec, output)
         if output.when:
@@ -110,6 +121,7 @@ def _key_expression(spec: OpSpec) -> str:
 
 def _define(source: str, name: str, namespace: dict[str, Any]) -> Callable[..., Any]:
     namespace = {**check.TORCH_DTYPES, "empty": torch.empty, "empty_like": torch.empty_like, **namespace}
+    namespace["contiguous"] = torch.contiguous_format
     exec(compile(source, f"<tvm_gdn {name}>", "exec"), namespace)  # noqa: S102 - source is written from SPEC above
     return namespace[name]
 
