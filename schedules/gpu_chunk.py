@@ -20,6 +20,7 @@ from tvm_gdn.schedules.gpu import WarpTiles, aligned
 
 from tvm_gdn.errors import TargetError
 from tvm_gdn.ops.tir.chunk import chunk as chunk_rule
+from tvm_gdn.ops.tir.chunk import chunk_lengths
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
@@ -749,15 +750,15 @@ class ChunkGpu:
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
         """Tokens per chunk, value columns and warps per block."""
-        V = geometry.axis["V"]
+        K, V = geometry.axis["K"], geometry.axis["V"]
         tiles = tuple(d for d in (8, 16, 32, 64) if V % d == 0) or (max(d for d in range(1, 33) if V % d == 0),)
-        return {"chunk": (16, 32, 64), "v_tile": tiles, "warps": (4, 8), "ahead": (False, True)}
+        return {"chunk": chunk_lengths(K, (16, 32, 64)), "v_tile": tiles, "warps": (4, 8), "ahead": (False, True)}
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """The longest chunk that fits, with 32 columns where V has them."""
         v_tile = max(d for d in cls.knobs(geometry)["v_tile"] if d <= 32)
-        for chunk_size in (64, 32, 16):
+        for chunk_size in sorted(cls.knobs(geometry)["chunk"], reverse=True):
             for columns in sorted({v_tile, *(d for d in cls.knobs(geometry)["v_tile"] if d < v_tile)}, reverse=True):
                 knobs = {"chunk": chunk_size, "v_tile": columns, "warps": 8 if chunk_size > 16 else 4, "ahead": cls.ahead}
                 if (columns == v_tile or chunk_size == 16) and max(sized(geometry, **knobs).arenas.values()) <= cls.shared:

@@ -9,6 +9,7 @@ from tvm_gdn.schedules.cpu_chunk import ChunkTiles
 from tvm_gdn.schedules.x86_amx import AmxChunkTiles
 from tvm_gdn.schedules.x86_chunk import MAX_TILE, ChunkAvx512, ChunkX86
 
+from tvm_gdn.ops.tir.chunk import chunk_lengths
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
@@ -39,7 +40,7 @@ class ChunkAmx:
             return ChunkX86.knobs(geometry)
         K, V = geometry.axis["K"], geometry.axis["V"]
         return {
-            "chunk": (32, 64, 128),
+            "chunk": chunk_lengths(K, (32, 64, 128)),
             "v_tile": tuple(d for d in divisors(V) if d % 32 == 0 and d * K <= MAX_TILE) or (32,),
             "span": (1, 2, 4),
         }

@@ -7,6 +7,7 @@ from typing import Any
 from tvm_gdn.schedules.cpu import divisors
 from tvm_gdn.schedules.cpu_chunk import ChunkTiles
 
+from tvm_gdn.ops.tir.chunk import chunk_lengths
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
@@ -24,7 +25,7 @@ class ChunkX86:
         K, V = geometry.axis["K"], geometry.axis["V"]
         columns = tuple(d for d in divisors(V) if d in {16, 32, 48, 64}) or (max(d for d in divisors(V) if d <= 64),)
         return {
-            "chunk": (16, 32, 64, 128),
+            "chunk": chunk_lengths(K, (16, 32, 64, 128)),
             "v_tile": tuple(d for d in divisors(V) if d % min(columns) == 0 and d * K <= MAX_TILE) or (min(columns),),
             "rows": tuple(d for d in (4, 8, 16) if K % d == 0) or (2 if K % 2 == 0 else 1,),
             "columns": columns,
@@ -39,7 +40,7 @@ class ChunkX86:
         """All columns, two value heads of a q/k head together, four rows of accumulators."""
         knobs = ChunkX86.knobs(geometry)
         return {
-            "chunk": cls.chunk,
+            "chunk": max(length for length in knobs["chunk"] if length <= cls.chunk),
             "v_tile": max(knobs["v_tile"]),
             "rows": min(knobs["rows"]),
             "columns": max((d for d in knobs["columns"] if d <= cls.columns), default=min(knobs["columns"])),

@@ -14,7 +14,7 @@ import torch
 from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, bits, call, draw, function
 from torch import tensor
 
-from tvm_gdn import cases, dispatch
+from tvm_gdn import cases, dispatch, parity
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops import OPS
 
@@ -360,3 +360,32 @@ def test_clone_shares_nothing():
     copy = cases.clone(a)
     copy["initial_state_source"].zero_()
     assert a["initial_state_source"].abs().max() > 0
+
+
+ROUTED = {"T": 3, "k": 2, "num_experts": 8, "E": 8}
+
+
+@pytest.mark.parametrize(("op", "arguments", "text"), [
+    ("expert_stats", (None, 4), "topk_ids is None; pass a tensor"),
+    ("moe_sort", (torch.zeros(2, 2, dtype=torch.int64).to_sparse(), 4), r"topk_ids has layout torch.sparse_coo; .*to_dense\(\)"),
+    ("moe_sort", (torch.zeros(2, 2, dtype=torch.int64), 0), "num_experts is 0; it must be at least 1"),
+    ("expert_stats", (torch.zeros(2, 2, dtype=torch.int64), 0), "num_experts is 0; it must be at least 1"),
+    ("moe_route", (torch.zeros(2, 8), 0), "top_k is 0; allowed: 1 to 8"),
+])  # fmt: skip
+def test_calls_that_no_kernel_sees_or_that_one_once_took(op, arguments, text):
+    function(op)(*((draw("moe_sort", ROUTED)["topk_ids"], 8) if op != "moe_route" else (torch.zeros(2, 8), 2)))
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=f"^{op}: {text}"):
+        function(op)(*arguments)
+
+
+@pytest.mark.parametrize(("op", "case"), [
+    (RECURRENT, {**SEPARATE, "HV": 0}), ("moe_sort", {**ROUTED, "k": 0}), ("expert_stats", {**ROUTED, "T": 0}),
+    ("fused_experts_quantized", {"T": 2, "k": 0, "E": 0, "D": 36, "I": 200, "dtype": "bfloat16", "scheme": "int4_kgroup"}),
+])  # fmt: skip
+def test_an_axis_of_length_zero(op, case):
+    """Torch gives tensors without elements strides that no kernel takes."""
+    spec, arguments = OPS[op], cases.draw(OPS[op], case)
+    want = parity.expected(spec, arguments)
+    got = parity.run(spec, arguments)
+    assert {name: value.shape for name, value in got.items()} == {name: value.shape for name, value in want.items()}
+    assert all(parity.rms_ratio(got[name], want[name]) == 0 for name in want)

@@ -9,6 +9,9 @@ import torch
 from calls import GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, bits, call, check, draw, oracle, same_bits
 from torch import tensor
 
+from tvm_gdn import parity
+from tvm_gdn.ops import OPS
+
 POOLED = {"B": 3, "T": 4, "H": 2, "HV": 4, "K": 64, "V": 32, "S": 6, "with": POOL}
 VARLEN = {
     "lengths": (5, 4, 3, 1), "H": 2, "HV": 4, "K": 32, "V": 64, "S": 9, "with": (*POOL, "cu_seqlens"),
@@ -16,6 +19,9 @@ VARLEN = {
 }  # fmt: skip
 SEPARATE = {"B": 2, "T": 65, "H": 2, "HV": 4, "K": 64, "V": 128, "with": ("initial_state",), "output_final_state": True}
 PACKED_STEP = {"B": 5, "H": 2, "HV": 4, "K": 128, "V": 64, "S": 7, "with": POOL}
+KDA, GROWING = "chunk_kda", {
+    "B": 1, "T": 140, "H": 1, "HV": 2, "K": 7, "V": 16, "with": ("initial_state",), "output_final_state": True,
+}  # fmt: skip
 GATES = {"M": 63, "HV": 33, "dtypes": {"A_log": "float32", "dt_bias": "float32"}}
 LOW = {
     "bf16": {"dtype": "bfloat16", "state_dtype": "bfloat16"},
@@ -39,7 +45,7 @@ KERNELS = [
     *((op, {**VARLEN, "state_v_first": v}) for op in (UPDATE, SIGMOID) for v in (False, True)),
     *((op, gate_dtypes(*dtypes)) for op in (UPDATE, SIGMOID) for dtypes in GATE_DTYPES),
     *((RECURRENT, {**SEPARATE, "state_v_first": v}) for v in (False, True)),
-    (PACKED, PACKED_STEP), (GATING, GATES),
+    (PACKED, PACKED_STEP), (GATING, GATES), (KDA, GROWING),
     *((GATING, {**GATES, "dtype": d, "dtypes": {"A_log": "float32", "dt_bias": d}}) for d in ("bfloat16", "float16")),
 ]  # fmt: skip
 
@@ -61,6 +67,17 @@ def test_any_log_decay(g, v_first):
     a["g"][:, ::3] *= 0.5
     got = check(RECURRENT, a)
     assert got["o"].isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_growing_states_keep_their_digits_in_chunks(seed):
+    """The states of a long chunk of short keys would lose them: 1e-5 with 32 tokens per chunk, 7e-5 with 64."""
+    spec, a = OPS[KDA], draw(KDA, GROWING, seed=seed)
+    a["g"] *= -0.5
+    got, want = parity.run(spec, a), parity.expected(spec, a)
+    errors, limits = parity.compare(spec, got, want)
+    assert want["final_state"].abs().max() > 1e4
+    assert all(errors[name] < limits[name] == 1e-5 for name in ("o", "final_state")), errors
 
 
 @pytest.mark.parametrize("tokens", [1, 65])

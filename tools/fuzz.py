@@ -22,6 +22,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 #: A run that fails this often is stopped: every crash costs the start of a process.
@@ -36,11 +37,24 @@ _PAGE = struct.Struct("5q")
 _FIELDS = ("valid", "invalid", "wrong")
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Which calls: of a seed, on so many kernels per operator, of operators whose names have a text in them."""
+
+    seed: int
+    kernels: int
+    ops: tuple[str, ...]
+
+    def options(self) -> list[str]:
+        """Command line that says the same."""
+        return ["--seed", str(self.seed), "--kernels", str(self.kernels), *(["--op", *self.ops] if self.ops else [])]
+
+
 class Watch:
     """One job: a range of calls, made by one child process after another."""
 
-    def __init__(self, seed: int, calls: range, timeout: float, failures: list[str], counts: Counter[str]) -> None:
-        self.seed, self.calls, self.timeout, self.failures, self.counts = seed, calls, timeout, failures, counts
+    def __init__(self, drawn: Drawn, calls: range, timeout: float, failures: list[str], counts: Counter[str]) -> None:
+        self.drawn, self.calls, self.timeout, self.failures, self.counts = drawn, calls, timeout, failures, counts
 
     def run(self) -> None:
         """Make every call of the range, in a new process after each crash or hang."""
@@ -54,7 +68,7 @@ class Watch:
             page.flush()
             shared = mmap.mmap(page.fileno(), mmap.PAGESIZE)
             child = subprocess.Popen(
-                [sys.executable, __file__, "--worker", page.name, "--seed", str(self.seed), "--calls", f"{self.calls.stop}"],
+                [sys.executable, __file__, "--worker", page.name, "--calls", f"{self.calls.stop}", *self.drawn.options()],
                 stdout=output, stderr=log, env={**os.environ, **_ENVIRONMENT},
             )  # fmt: skip
             hangs = self._wait(child, shared)
@@ -87,14 +101,16 @@ class Watch:
                     return True
 
 
-def work(page: Path, seed: int, stop: int) -> None:
+def work(page: Path, drawn: Drawn, stop: int) -> None:
     """Make calls in this process, from the index in the page on; failures go to stdout as JSON lines."""
     import faulthandler
 
     import torch
     from fuzz_calls import Call
+    from fuzz_kernels import kernels
 
     faulthandler.enable()
+    choice = kernels(drawn.kernels, drawn.ops)
     counts: Counter[str] = Counter()
     with page.open("r+b") as file:
         shared = mmap.mmap(file.fileno(), mmap.PAGESIZE)
@@ -102,7 +118,7 @@ def work(page: Path, seed: int, stop: int) -> None:
         _PAGE.pack_into(shared, 0, index, 1, *(counts[field] for field in _FIELDS))
         if index % 500 == 0:
             torch.set_num_threads(1 + index // 500 % 2)
-        call = Call(seed, index)
+        call = Call(drawn.seed, index, choice)
         description = str(call)
         try:
             problem = call.judge()
@@ -117,25 +133,27 @@ def work(page: Path, seed: int, stop: int) -> None:
     _PAGE.pack_into(shared, 0, stop, 1, *(counts[field] for field in _FIELDS))
 
 
-def make_again(seed: int, index: int) -> int:
+def make_again(drawn: Drawn, index: int) -> int:
     """Make one call in this process and tell everything about it."""
     from fuzz_calls import Call
+    from fuzz_kernels import kernels
 
-    call = Call(seed, index)
+    call = Call(drawn.seed, index, kernels(drawn.kernels, drawn.ops))
     print(call)
     problem = call.judge()
     print(problem or "fine")
     return bool(problem)
 
 
-def fuzz(calls: int, seed: int, jobs: int, timeout: float) -> int:
+def fuzz(calls: int, drawn: Drawn, jobs: int, timeout: float) -> int:
     """Make calls 0 to `calls`; print a summary; 1 if anything was wrong."""
-    from fuzz_calls import kernels
+    from fuzz_kernels import kernels
 
     from tvm_gdn import env, kernel_cache
     from tvm_gdn.target import resolve
 
-    failed = kernel_cache.prebuild(kernels(), resolve(env.target_name()))
+    wanted = [(kernel.spec, kernel.geometry) for kernel in kernels(drawn.kernels, drawn.ops)]
+    failed = kernel_cache.prebuild(wanted, resolve(env.target_name()))
     if failed:
         print("\n".join(failed))
         return 1
@@ -151,7 +169,7 @@ def fuzz(calls: int, seed: int, jobs: int, timeout: float) -> int:
 
     threading.Thread(target=progress, daemon=True).start()
     with ThreadPoolExecutor(jobs) as pool:
-        watches = [Watch(seed, range(*pair), timeout, failures, counts) for pair in itertools.pairwise(bounds)]
+        watches = [Watch(drawn, range(*pair), timeout, failures, counts) for pair in itertools.pairwise(bounds)]
         for future in [pool.submit(watch.run) for watch in watches]:
             future.result()
     stopped.set()
@@ -160,7 +178,7 @@ def fuzz(calls: int, seed: int, jobs: int, timeout: float) -> int:
         print(failure)
     made = counts["valid"] + counts["invalid"]
     print(
-        f"{made} calls of seed {seed} ({counts['valid']} valid, {counts['invalid']} invalid) in {seconds:.1f} s, "
+        f"{made} calls of seed {drawn.seed} ({counts['valid']} valid, {counts['invalid']} invalid) in {seconds:.1f} s, "
         f"{made / seconds:.0f} a second: {counts['crashes']} crashes, {counts['hangs']} hangs, {counts['wrong']} wrong results"
     )
     return int(bool(failures) or made + counts["crashes"] + counts["hangs"] != calls)
@@ -174,14 +192,19 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a call counts as hanging (default 60)")
     parser.add_argument("--only", type=int, metavar="INDEX", help="make this call alone, in this process")
+    parser.add_argument("--kernels", type=int, default=2, help="kernels per operator, the same in every run (default 2)")
+    parser.add_argument(
+        "--op", nargs="+", default=(), metavar="TEXT", help="operators whose names have one of these texts in them"
+    )
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    drawn = Drawn(args.seed, args.kernels, tuple(args.op))
     if args.worker:
-        work(args.worker, args.seed, args.calls)
+        work(args.worker, drawn, args.calls)
         return 0
     if args.only is not None:
-        return make_again(args.seed, args.only)
-    return fuzz(args.calls, args.seed, max(1, args.jobs), args.timeout)
+        return make_again(drawn, args.only)
+    return fuzz(args.calls, drawn, max(1, args.jobs), args.timeout)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,9 @@ def forward_only(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            for output in result if isinstance(result, tuple) else (result,):
-                if output is not None and output.requires_grad:
-                    output.register_hook(refuse)
+        for output in result if isinstance(result, tuple) else (result,):
+            if output is not None and output.requires_grad and not torch.compiler.is_compiling():
+                output.register_hook(refuse)
         return result
 
     return call

@@ -144,6 +144,8 @@ def _check_choice(spec: OpSpec, scalar: Scalar, value: Any) -> None:
 
 
 def _check_dtype(spec: OpSpec, tensor: Tensor, value: torch.Tensor, first: dict[str, tuple[str, Any]]) -> None:
+    if value.layout != torch.strided:
+        raise ArgumentTypeError(f"{spec.name}: {tensor.name} has layout {value.layout}; pass {tensor.name}.to_dense()")
     allowed = [TORCH_DTYPES[name] for name in tensor.dtypes]
     if value.dtype not in allowed:
         raise ArgumentTypeError(f"{spec.name}: {tensor.name} has dtype {value.dtype}; allowed: {', '.join(map(str, allowed))}")

@@ -191,9 +191,10 @@ def unpack(words: torch.Tensor, scale: torch.Tensor | None, scheme: str) -> torc
         rows = values.permute(0, 1, 3, 5, 2, 4, 6).reshape(experts, groups * 32, steps * step)
     if scale is None:
         return rows.float()
-    factors = scale.float().transpose(2, 3).reshape(experts, groups * 32, -1)
-    rows = (rows.float() - ZERO[scheme]).view(experts, groups * 32, factors.shape[2], -1)
-    return (rows * factors[..., None]).view(experts, groups * 32, -1)
+    count = scale.shape[2]
+    factors = scale.float().transpose(2, 3).reshape(experts, groups * 32, count)
+    rows = (rows.float() - ZERO[scheme]).view(experts, groups * 32, count, steps * step // count)
+    return (rows * factors[..., None]).view(experts, groups * 32, steps * step)
 
 
 def _pack_rows(rows: torch.Tensor, scheme: str, group: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tvm_gdn import check, dispatch, env, reference
-from tvm_gdn.errors import KernelError, TvmGdnError
+from tvm_gdn.errors import ArgumentTypeError, KernelError, TvmGdnError
 from tvm_gdn.spec import Axis, OpSpec, Output, Scalar, Tensor
 from tvm_gdn.target import dispatch_keys
 
@@ -80,6 +80,13 @@ def _dtype_expression(spec: OpSpec, output: Output) -> str:
     return f"({output.fallback} if {source.name} is None else {source.name}.dtype)"
 
 
+def _twin(spec: OpSpec, output: Output) -> str:
+    """Name of a required tensor of an output's axes and dtype: a tensor like another costs half of one of a shape."""
+    layout = output.axes, output.axes_if, output.like
+    names = (t.name for t in spec.tensors if not t.optional and (t.axes, t.axes_if, t.dtype_role) == layout)
+    return "" if output.when else next(names, "")
+
+
 def _allocations(spec: OpSpec) -> list[str]:
     device = f"{next(t.name for t in spec.tensors if not t.optional)}.device"
     lines = []
@@ -87,6 +94,10 @@ def _allocations(spec: OpSpec) -> list[str]:
         dtype = _dtype_expression(spec, output)
         if output.strides_of:
             lines.append(f"{output.name} = empty_like({output.strides_of}, dtype={dtype})")
+            continue
+        twin = _twin(spec, output)
+        if twin:
+            lines.append(f"{output.name} = empty_like({twin}, memory_format=contiguous)")
             continue
         shape = _shape_expression(spec, output)
         if output.when:
@@ -110,6 +121,7 @@ def _key_expression(spec: OpSpec) -> str:
 
 def _define(source: str, name: str, namespace: dict[str, Any]) -> Callable[..., Any]:
     namespace = {**check.TORCH_DTYPES, "empty": torch.empty, "empty_like": torch.empty_like, **namespace}
+    namespace["contiguous"] = torch.contiguous_format
     exec(compile(source, f"<tvm_gdn {name}>", "exec"), namespace)  # noqa: S102 - source is written from SPEC above
     return namespace[name]
 
@@ -180,10 +192,13 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
         table[key] = function
         return function
 
-    def explain(error: Exception, values: tuple[Any, ...]) -> None:
+    def explain(error: Exception, values: tuple[Any, ...]) -> Any:
         if isinstance(error, TvmGdnError):
             raise error
         check.validate(spec, dict(zip(names, values, strict=True)))
+        if any(isinstance(value, torch.Tensor) and not value.numel() for value in values):
+            # Kernels take no tensor whose strides are other than its sizes say; torch gives such to tensors without elements.
+            return reference_function(spec)(*values)
         raise KernelError(f"{spec.name}: the kernel refused the call: {error}") from error
 
     def checked(values: tuple[Any, ...]) -> None:
@@ -201,7 +216,7 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
         f"        function = table.get(key) or resolve(key, ({arguments},))\n"
         f"        return function({arguments})\n"
         f"    except Exception as error:\n"
-        f"        explain(error, ({arguments},))\n"
+        f"        return explain(error, ({arguments},))\n"
     )
     table: dict[tuple[Any, ...], Callable[..., Any]] = {}
     # Reading the environment costs as much as allocating an output, so what it says holds until the next reset.
@@ -217,9 +232,22 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
     return _define(source, "implementation", namespace)
 
 
+def _refusing(spec: OpSpec) -> Callable[..., Any]:
+    """What runs where no implementation does: without any tensor, and on devices of no target."""
+
+    def refuse(*values: Any) -> Any:
+        args = dict(zip((arg.name for arg in spec.inputs), values, strict=False))
+        check.validate(spec, args)
+        name, device = next((n, x.device) for n, x in args.items() if isinstance(x, torch.Tensor))
+        raise ArgumentTypeError(f"{spec.name}: {name} is on {device}; allowed: {', '.join(dispatch_keys())}")
+
+    return refuse
+
+
 def register(spec: OpSpec) -> None:
     """Define ``torch.ops.tvm_gdn.<name>`` with its fake kernel and one implementation per device type."""
     _LIBRARY.define(spec.schema(), tags=(torch.Tag.pt2_compliant_tag,))
     for device, key in dispatch_keys().items():
         _LIBRARY.impl(spec.name, _implementation(spec, device), key)
+    _LIBRARY.impl(spec.name, _refusing(spec), "CompositeExplicitAutograd")
     torch.library.register_fake(f"tvm_gdn::{spec.name}", fake_function(spec), lib=_LIBRARY)

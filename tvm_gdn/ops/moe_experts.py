@@ -100,7 +100,7 @@ def _unpacked(args: Mapping[str, Any]) -> Mapping[str, Any]:
     """Arguments of the reference: dense weights in place of words."""
     w13 = unpack(args["w13"], args.get("w13_scale"), args["scheme"])
     experts, rows, hidden = w13.shape
-    w13 = w13.view(experts, -1, 2, 16, hidden).transpose(1, 2).reshape(experts, rows, hidden)
+    w13 = w13.view(experts, rows // 32, 2, 16, hidden).transpose(1, 2).reshape(experts, rows, hidden)
     kept = {name: args[name] for name in ("x", "topk_weights", "topk_ids", "activation")}
     return {**kept, "w13": w13, "w2": unpack(args["w2"], args.get("w2_scale"), args["scheme"])}
 

@@ -163,7 +163,7 @@ def _check_verify(args: Mapping[str, Any], lengths: list[int]) -> None:
             raise ArgumentError(
                 f"intermediate_states_buffer holds {buffer.shape[1]} steps, a sequence has {longest} tokens; enlarge axis 1"
             )
-        if steps is not None and steps != buffer.shape[1]:
+        if steps not in {None, NO_STEPS, buffer.shape[1]}:
             raise ArgumentError(
                 f"cache_steps = {steps} differs from the {buffer.shape[1]} steps of intermediate_states_buffer; leave it None"
             )

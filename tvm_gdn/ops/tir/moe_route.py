@@ -69,7 +69,7 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
         weights = T.match_buffer(weights_, (tokens, top_k), "float32", align=4)
         ids = T.match_buffer(ids_, (tokens, top_k), "int32", align=4)
 
-        assert top_k <= E // groups * kept, "more choices than experts to choose from"
+        assert top_k > 0 and top_k <= E // groups * kept, "choices: none, or more than experts to choose from"
 
         @T.inline
         def scores_of(t, score, choice, part, total):
@@ -116,14 +116,19 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
             for g in T.serial(groups):
                 best[0] = T.float32(-infinity)
                 best[1] = T.float32(-infinity)
+                # Keys of the two. The numbers themselves say nothing about NaN: TVM makes `b < a` of `not a <= b`.
+                group_key[groups] = OUT
+                group_key[groups + 1] = OUT
                 for i in T.serial(size):
                     best[2] = choice[g * size + i] if biased else score[g * size + i]
-                    # Comparisons with NaN are false: `not <=` lets it in, and the sum is NaN then.
-                    if T.Not(best[2] <= best[0]):
+                    if key[g * size + i] > group_key[groups]:
                         best[1] = best[0]
+                        group_key[groups + 1] = group_key[groups]
                         best[0] = best[2]
-                    elif T.Not(best[2] <= best[1]):
+                        group_key[groups] = key[g * size + i]
+                    elif key[g * size + i] > group_key[groups + 1]:
                         best[1] = best[2]
+                        group_key[groups + 1] = key[g * size + i]
                 group_key[g] = _key(best[0] + best[1], 1)
             for _ in T.serial(groups - kept):
                 # Drop the least group, of equals the last.

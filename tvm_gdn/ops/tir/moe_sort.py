@@ -63,6 +63,7 @@ def moe_sort(geometry: Geometry, tiles: Any) -> Any:
         order = T.match_buffer(order_, (tokens, top_k), "int32", align=4)
         flat = T.decl_buffer((tokens * top_k,), "int32", data=order.data)
 
+        assert E > 0, ("ValueError", ["num_experts: none"])
         tiles.alone()
         for i in T.serial(tokens * top_k):
             flat[i] = -1

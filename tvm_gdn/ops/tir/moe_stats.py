@@ -33,6 +33,7 @@ def moe_stats(geometry: Geometry, tiles: Any) -> Any:
         imbalance = T.match_buffer(imbalance_, (), "float32", align=4)
         entropy = T.match_buffer(entropy_, (), "float32", align=4)
 
+        assert E > 0, ("ValueError", ["num_experts: none"])
         tiles.alone()
         total, largest, share = tiles.scalars(1), tiles.scalars(1), tiles.scalars(1)
         for e in T.serial(E):
