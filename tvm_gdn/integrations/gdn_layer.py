@@ -95,7 +95,7 @@ def forward(
     if not mark.switch.active or needs_gradients("Gated DeltaNet layer", (hidden_states, *self.parameters())):
         own: torch.Tensor = type(layer).forward(self, hidden_states, cache_params, attention_mask, **kwargs)
         return own
-    bounds = packing.bounds(kwargs)
+    bounds = packing.bounds(kwargs, hidden_states)
     if cache_params is not None:
         packing.refuse_cache(bounds)
     hidden_states = mark.functions.apply_mask_to_padding_states(hidden_states, attention_mask)
@@ -153,8 +153,7 @@ def _convolve(
         x = cache.update_conv_state(x, layer.layer_idx, conv_kernel_size=layer.conv_kernel_size)
     if "causal_conv1d_fn" not in chosen:
         o = mark.functions.causal_conv1d_fn(x, weight, bias, activation=activation, **kwargs)
-    elif packing.several(bounds):
-        packing.check_batch(x)
+    elif bounds is not None:
         o = tvm_gdn.causal_conv1d_fn(x[0], weight, bias, query_start_loc=bounds, activation=activation)[None]
     else:
         o = tvm_gdn.causal_conv1d_fn(x, weight, bias, activation=activation)

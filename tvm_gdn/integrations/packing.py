@@ -15,33 +15,43 @@ from torch import nn
 from tvm_gdn.errors import ArgumentError
 
 
-def bounds(kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """``[N + 1]`` of N packed sequences, from what a layer is given; None if nothing says that sequences are packed."""
+def bounds(kwargs: dict[str, Any], x: torch.Tensor) -> torch.Tensor | None:
+    """``[N + 1]`` of N packed sequences, from what a layer is given; None for one sequence a row.
+
+    Parameters
+    ----------
+    kwargs : dict
+        Keywords of the layer's or model's forward.
+    x : torch.Tensor
+        ``[B, T, ...]``, input of the layer or model.
+
+    Raises
+    ------
+    ArgumentError
+        Bounds of one sequence that are not ``[0, T]``, several rows, or malformed numbers of sequences.
+    """
     given: torch.Tensor | None = kwargs.get("cu_seq_lens_q")
     if given is None and kwargs.get("seq_idx") is not None:
-        return _changes("seq_idx", kwargs["seq_idx"])
-    return given
-
-
-def several(given: torch.Tensor | None) -> bool:
-    """Whether bounds separate sequences."""
-    return given is not None and given.numel() > 2
+        given = _changes("seq_idx", kwargs["seq_idx"])
+    if given is None:
+        return None
+    if given.numel() > 2:
+        if x.shape[0] != 1:
+            raise ArgumentError(
+                f"cu_seq_lens_q: packed sequences stand in one row, input_ids has {x.shape[0]}; flatten it to [1, tokens]"
+            )
+        return given
+    if given.device.type == "cpu" and not torch.compiler.is_compiling() and given.tolist() != [0, x.shape[0] * x.shape[1]]:
+        raise ArgumentError(f"cu_seq_lens_q is {given.tolist()}; for one sequence it is [0, {x.shape[0] * x.shape[1]}]")
+    return None
 
 
 def refuse_cache(given: torch.Tensor | None) -> None:
     """Refuse a cache beside several sequences: it holds one state for the row."""
-    if given is not None and several(given):
+    if given is not None:
         raise ArgumentError(
             f"cu_seq_lens_q: a cache holds one state for a row, not those of {given.numel() - 1} packed sequences; pass"
             " use_cache=False and no past_key_values, or one sequence a row"
-        )
-
-
-def check_batch(x: torch.Tensor) -> None:
-    """Packed sequences stand in one row."""
-    if x.shape[0] != 1:
-        raise ArgumentError(
-            f"cu_seq_lens_q: packed sequences stand in one row, input_ids has {x.shape[0]}; flatten it to [1, tokens]"
         )
 
 
@@ -65,15 +75,20 @@ def complete(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Forward pre-hook of a decoder stack: bounds, position ids and ``use_cache=False`` where sequences are packed."""
     if len(args) > 1 or kwargs.get("past_key_values") is not None:
         return None
-    given = bounds(kwargs)
+    tokens = args[0] if args else kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs.get("inputs_embeds")
+    if tokens is None:
+        return None
+    given = bounds(kwargs, tokens)
     positions, mask, use_cache = (kwargs.get(name) for name in ("position_ids", "attention_mask", "use_cache"))
     if given is None and mask is None and positions is not None and not torch.compiler.is_compiling():
         # As transformers' masks do: position ids that start again mean packed sequences where there is no cache.
         config: Any = module.config
         if positions.ndim == 2 and positions.shape[0] == 1 and (use_cache is False or not getattr(config, "use_cache", True)):
             sequence = (positions.diff(prepend=positions[:, :1] - 1) != 1).cumsum(-1)
-            given = _changes("position_ids", sequence)
-    if given is None or not several(given):
+            given = bounds({"cu_seq_lens_q": _changes("position_ids", sequence)}, tokens)
+    if given is None:
         return None
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         if not bool(mask.all()):
