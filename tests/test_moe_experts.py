@@ -9,6 +9,7 @@ import tvm_gdn
 from tvm_gdn import dispatch
 from tvm_gdn.errors import ArgumentError, TvmGdnError
 from tvm_gdn.packed_experts import pack_experts
+from tvm_gdn.target import named
 
 E, INNER, D, K = 7, 40, 100, 3
 LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-3}
@@ -167,6 +168,23 @@ def test_errors_name_the_argument():
         tvm_gdn.fused_experts(x, pack, w2, weights, ids)
     with pytest.raises(ArgumentError, match="pass x of the width that was packed"):
         tvm_gdn.fused_experts(x[:, :64], pack, topk_weights=weights, topk_ids=ids)
+
+
+@pytest.mark.parametrize(("scheme", "group"), [("int8", 0), ("int4_kgroup", 32)])
+def test_the_matrix_unit_emulated(scheme, group, monkeypatch):
+    """Products of bytes as the matrix unit makes them, on any CPU: 3, 16, 17 and 33 rows of an expert, and none."""
+    monkeypatch.setenv("TVM_GDN_TARGET", "x86-amx-emulated")
+    if named("x86-amx-emulated").missing():
+        pytest.skip("needs AVX2")
+    dispatch.reset()
+    x, w13, w2, weights, _ = make(69, torch.bfloat16, 2, experts=5)
+    ids = torch.repeat_interleave(torch.tensor([0, 1, 3, 4]), torch.tensor([3, 16, 17, 33]))[:, None]
+    pack = pack_experts(w13, w2, scheme, group=group or 32)
+    out = tvm_gdn.fused_experts(x, pack, topk_weights=weights[:, :1], topk_ids=ids)
+    assert dispatch.served_by("fused_experts_quantized").startswith("compiled (x86-amx-emulated")
+    assert error(out, loop(x, *pack.unpack(), weights[:, :1], ids)) < 0.025
+    monkeypatch.undo()
+    dispatch.reset()
 
 
 @pytest.mark.slow
