@@ -83,10 +83,11 @@ class AmxExpertTiles(ExpertTiles):
                 for y in range(2):
                     unit.dot(2 * x + y, 4 + x, 6 + y, self.weights.matrix)
 
-    def _store(self, C: Any, height: int) -> None:
+    def _store(self, C: Any, part: Any, height: int) -> None:
         for x in range(height):
             for y in range(2):
-                self.unit.store(2 * x + y, C, lambda r, x=x, y=y: [x * ROWS + r, y * LANES], 2 * LANES)
+                row = lambda r, x=x, y=y: [(part * 2 + x) * ROWS + r, y * LANES]  # noqa: E731
+                self.unit.store(2 * x + y, C, row, 2 * LANES)
 
     def _many(self) -> Any:
         """Blocks of 32 rows, two by two tiles, or of the last 16, one by two."""
@@ -104,7 +105,7 @@ class AmxExpertTiles(ExpertTiles):
                     multiply(A, first, self.panel, 0, 0, s, 0, lines, height)
                 else:
                     multiply(A, first, W, e, n, s, 0, lines, height)
-            store(C, height)
+            store(C, 0, height)
 
         @T.inline
         def scaled(Y, C, sums, first, scale, e, n, height):
@@ -121,9 +122,22 @@ class AmxExpertTiles(ExpertTiles):
                         ) * T.Cast("float32x16", scale[e, n, 0, T.ramp(c * LANES, 1, LANES)])
 
         @T.inline
-        def grouped(Y, C, A, first, b, W, scale, e, n, steps, groups, height):
-            """Y = rows times weights, the sums of every group times its scales."""
+        def add_group(Y, C, scale, e, n, group, height):
+            """Y += the sums of a group times its scales; even and odd groups have their own sums."""
             factor = local_array(2 * LANES)
+            for c in T.unroll(2):
+                factor[T.ramp(c * LANES, 1, LANES)] = T.Cast("float32x16", scale[e, n, group, T.ramp(c * LANES, 1, LANES)])
+            for r in T.serial(height * ROWS):
+                for c in T.unroll(2):
+                    Y[r, T.ramp(c * LANES, 1, LANES)] = (
+                        Y[r, T.ramp(c * LANES, 1, LANES)]
+                        + T.Cast("float32x16", C[group % 2 * (2 * ROWS) + r, T.ramp(c * LANES, 1, LANES)])
+                        * factor[T.ramp(c * LANES, 1, LANES)]
+                    )
+
+        @T.inline
+        def grouped(Y, C, A, first, b, W, scale, e, n, steps, groups, height):
+            """Y = rows times weights; the vector unit scales a group while the matrix unit multiplies the next one."""
             for r in T.serial(height * ROWS):
                 for c in T.unroll(2):
                     Y[r, T.ramp(c * LANES, 1, LANES)] = T.broadcast(T.float32(0), LANES)
@@ -133,17 +147,10 @@ class AmxExpertTiles(ExpertTiles):
                 for g in T.serial(groups):
                     clear(height)
                     multiply(A, first, self.panel, 0, 0, s, g * (lines // groups), lines // groups, height)
-                    store(C, height)
-                    for c in T.unroll(2):
-                        factor[T.ramp(c * LANES, 1, LANES)] = T.Cast(
-                            "float32x16", scale[e, n, s * groups + g, T.ramp(c * LANES, 1, LANES)]
-                        )
-                    for r in T.serial(height * ROWS):
-                        for c in T.unroll(2):
-                            Y[r, T.ramp(c * LANES, 1, LANES)] = (
-                                Y[r, T.ramp(c * LANES, 1, LANES)]
-                                + T.Cast("float32x16", C[r, T.ramp(c * LANES, 1, LANES)]) * factor[T.ramp(c * LANES, 1, LANES)]
-                            )
+                    store(C, (s * groups + g) % 2, height)
+                    if s * groups + g > 0:
+                        add_group(Y, C, scale, e, n, s * groups + g - 1, height)
+            add_group(Y, C, scale, e, n, steps * groups - 1, height)
 
         @T.inline
         def block(C, Y, A, sums, first, b, W, scale, e, n, steps, height):
@@ -156,7 +163,7 @@ class AmxExpertTiles(ExpertTiles):
 
         @T.inline
         def product(A, sums, first, m, W, scale, e, n, steps, sink):
-            C = local_array(2 * ROWS, 2 * LANES, dtype=weights.sum)
+            C = local_array(4 * ROWS if widened else 2 * ROWS, 2 * LANES, dtype=weights.sum)
             Y = local_array(2 * ROWS, 2 * LANES)
             for b in T.serial((m + 2 * ROWS - 1) // (2 * ROWS)):
                 if m - b * (2 * ROWS) > ROWS:

@@ -53,7 +53,7 @@ class ExpertsX86:
         return {
             "rows": (2, 4, 8),
             "block": (32, 64, 128, 256),
-            "pieces": (16, 32, 96),
+            "pieces": (4, 8, 16, 32, 96),
             "columns": (64, 128, 256, 512),
             "floor": (1, 2, 6, 12),
         }

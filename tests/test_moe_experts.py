@@ -9,11 +9,16 @@ import tvm_gdn
 from tvm_gdn import dispatch
 from tvm_gdn.errors import ArgumentError, TvmGdnError
 from tvm_gdn.packed_experts import pack_experts
+from tvm_gdn.target import named
 
 E, INNER, D, K = 7, 40, 100, 3
 LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-3}
-#: mean|out - ref| / mean|ref| of quantized weights, from the issue of this operator.
-BOUND = {"bf16": 0.01, "int8": 0.03, "int4_kgroup": 0.16, "int4": 0.25}
+#: mean|out - ref| / mean|ref| by scheme and group: the issue of this operator asks for 1, 3, 25 and 16 %. Groups of 128 cannot
+#: have 16 %: sixteen levels for 128 normal weights err by 9.7 % with the best of all scales, three times per output.
+BOUND = {
+    ("bf16", 0): 0.01, ("int8", 0): 0.03, ("int4", 0): 0.25, ("int4_kgroup", 32): 0.16, ("int4_kgroup", 64): 0.16,
+    ("int4_kgroup", 128): 0.175,
+}  # fmt: skip
 
 
 def make(tokens, dtype=torch.float32, seed=0, experts=E, hidden=D, inner=INNER, k=K):
@@ -58,17 +63,20 @@ def test_numbers(dtype, packed):
     assert dispatch.served_by("fused_experts_packed" if packed else "fused_experts").startswith("compiled")
 
 
-@pytest.mark.parametrize("scheme", BOUND)
-def test_accuracy_of_schemes(scheme, capsys):
+@pytest.mark.parametrize(("scheme", "group"), BOUND)
+def test_accuracy_of_schemes(scheme, group, capsys):
     """Weights of a normal distribution, bf16 activations, one token and many."""
-    for tokens in (1, 65):
+    for tokens in (1, 65, 129):
         x, w13, w2, weights, ids = make(tokens, torch.bfloat16, 3, experts=4, hidden=256, inner=200)
         ref = loop(x, w13, w2, weights, ids)
-        out = tvm_gdn.fused_experts(x, pack_experts(w13, w2, scheme), topk_weights=weights, topk_ids=ids)
+        pack = pack_experts(w13, w2, scheme, group=group or 32)
+        out = tvm_gdn.fused_experts(x, pack, topk_weights=weights, topk_ids=ids)
         found = ((out.double() - ref).abs().mean() / ref.abs().mean()).item()
         with capsys.disabled():
-            print(f" {scheme} T={tokens}: {found:.2%}", end="")
-        assert 1e-4 < found < BOUND[scheme]
+            print(f" {scheme} {group} T={tokens}: {found:.2%}", end="")
+        assert 1e-4 < found < BOUND[scheme, group]
+        # Rounded rows aside, the kernel computes what the pack says, with few rows per expert and with many.
+        assert error(out, loop(x, *pack.unpack(), weights, ids)) < (0.025 if "int" in scheme else 5e-3)
 
 
 @pytest.mark.parametrize("scheme", [None, "bf16", "int8"])
@@ -160,6 +168,23 @@ def test_errors_name_the_argument():
         tvm_gdn.fused_experts(x, pack, w2, weights, ids)
     with pytest.raises(ArgumentError, match="pass x of the width that was packed"):
         tvm_gdn.fused_experts(x[:, :64], pack, topk_weights=weights, topk_ids=ids)
+
+
+@pytest.mark.parametrize(("scheme", "group"), [("int8", 0), ("int4_kgroup", 32)])
+def test_the_matrix_unit_emulated(scheme, group, monkeypatch):
+    """Products of bytes as the matrix unit makes them, on any CPU: 3, 16, 17 and 33 rows of an expert, and none."""
+    monkeypatch.setenv("TVM_GDN_TARGET", "x86-amx-emulated")
+    if named("x86-amx-emulated").missing():
+        pytest.skip("needs AVX2")
+    dispatch.reset()
+    x, w13, w2, weights, _ = make(69, torch.bfloat16, 2, experts=5)
+    ids = torch.repeat_interleave(torch.tensor([0, 1, 3, 4]), torch.tensor([3, 16, 17, 33]))[:, None]
+    pack = pack_experts(w13, w2, scheme, group=group or 32)
+    out = tvm_gdn.fused_experts(x, pack, topk_weights=weights[:, :1], topk_ids=ids)
+    assert dispatch.served_by("fused_experts_quantized").startswith("compiled (x86-amx-emulated")
+    assert error(out, loop(x, *pack.unpack(), weights[:, :1], ids)) < 0.025
+    monkeypatch.undo()
+    dispatch.reset()
 
 
 @pytest.mark.slow

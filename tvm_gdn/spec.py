@@ -324,6 +324,8 @@ class OpSpec:
         from the axis B.
     sizes : callable, optional
         ``sizes(case)`` gives the sizes of every named axis; default: the capital letters of the case.
+    shaping : tuple of str
+        Keys of cases, beside static axes and attributes, that decide which kernel runs: what `sizes` computes static axes from.
     smallest : mapping
         Sizes of the smallest call that makes sense; axes that it does not name are 1 then.
     steady : callable, optional
@@ -350,6 +352,7 @@ class OpSpec:
     )
     derived: tuple[tuple[str, tuple[str, ...]], ...] = ()
     sizes: Callable[[Mapping[str, Any]], dict[str, int]] | None = None
+    shaping: tuple[str, ...] = ()
     smallest: Mapping[str, int] = field(default_factory=dict)
     steady: Callable[[dict[str, Any]], None] | None = None
     reference_arguments: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None

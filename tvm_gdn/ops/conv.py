@@ -139,6 +139,7 @@ CAUSAL_CONV1D_FN = OpSpec(
         {**case, "dtype": dtype, "state_dtype": dtype, "weight_dtype": weight}
         for case in (
             {"B": 2, "D": 70, "T": 65, "with": ("conv_states",)},
+            {"B": 1, "D": 33, "T": 65, "with": ()},
             {"B": 2, "D": 33, "T": 500, "W": 3, "tokens_inner": True, "with": ("bias",), "activation": None},
             {
                 "D": 48,
@@ -150,7 +151,7 @@ CAUSAL_CONV1D_FN = OpSpec(
             },
             {
                 "D": 17,
-                "lengths": (1, 3, 40),
+                "lengths": (1, 3, 41),
                 "W": 2,
                 "L": 3,
                 "tokens_inner": True,

@@ -161,6 +161,7 @@ def _packed(name: str, summary: str, schemes: tuple[str, ...], scales: bool, **r
         outputs=_OUT,
         static_axes=("D", "G", "KD", "ND", "KI", *(("S13", "S2") if scales else ())),
         sizes=_packed_sizes,
+        shaping=("I", "group", "scale_dtype"),
         # The smallest call of 32 columns and one step of the default scheme.
         smallest={"D": 16, "G": STEP[schemes[0]] // 16},
         check=_check_packed,

@@ -179,7 +179,7 @@ def select_cases(spec: OpSpec, key: str) -> tuple[list[dict[str, Any]], list[dic
         this key serves. Parity cases take over the benchmark's static axes, storage dtypes and static attributes.
     """
     timed = [dict(case) for case in spec.bench if records.tuning_key(spec, geometry_of_case(spec, case)) == key]
-    shared = (*spec.static_axes, *spec.static_attrs, "dtype", "state_dtype")
+    shared = (*spec.static_axes, *spec.static_attrs, *spec.shaping, "dtype", "state_dtype")
     fixed = {name: timed[0][name] for name in shared if name in timed[0]}
     own = {geometry_of_case(spec, case) for case in timed}
     checked, others = [], []
