@@ -79,6 +79,10 @@ for _name, _order in (
     HELPERS = HELPERS.replace(_name, ", ".join(f"i32 {lane}" for lane in _order))
 
 
+class Block(Tile):
+    """A block of a tile, even one that fills its buffer: its products stay with the vector unit."""
+
+
 @dataclass(frozen=True)
 class MatrixOperand:
     """An operand in the layout of the matrix unit."""
@@ -127,9 +131,13 @@ class AmxChunkTiles(ChunkTiles):
             self.exact.add(tile.buffer)
         return tile
 
+    def block(self, tile: Tile, row: Expr, col: Expr, rows: int, cols: int) -> Tile:
+        """Part of a row-major tile."""
+        return Block(tile.buffer, rows, cols, 0, tile.row + row, tile.col + col)
+
     def operand(self, tile: Tile, side: str, *, transpose: bool = False) -> Any:
         """Blocks of bf16 pairs; small blocks of a tile stay with the vector unit."""
-        if tile.rows < tile.buffer.shape[-2]:
+        if isinstance(tile, Block):
             return super().operand(tile, side, transpose=transpose)
         parts = 1 if tile.buffer in self.exact else self.parts
         rows, cols = (tile.cols, tile.rows) if transpose else (tile.rows, tile.cols)

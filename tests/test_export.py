@@ -335,7 +335,17 @@ def test_no_verifier_is_no_success(tmp_path, monkeypatch):
         (("--op", CHUNK, "--format", "onnx", "--dims", "K=32,V=32,H=2,HV=3"), "multiple of H"),
         (("--op", CHUNK, "--format", "onnx", "--dims", "K=32,V=32", "--chunk", "0"), "--chunk"),
         (("--op", "fused_recurrent_kda", "--format", "onnx", "--model", "qwen3-next"), "does not call"),
-        (("--op", "packed_decode_gated_delta_rule", "--format", "onnx", "--dims", "K=32,V=32"), "chunk_gated_delta_rule"),
+        (
+            ("--op", "packed_decode_gated_delta_rule", "--format", "onnx", "--dims", "K=32,V=32"),
+            "onnx has: fused_gdn_gating, ",
+        ),
+        (("--op", "chunk_kda", "--format", "c", "--dims", "K=32,V=32,dtype=float16"), "chunk_kda has: onnx (--profile standard,"),
+        (("--op", "chunk_kda", "--format", "c", "--dims", "K=32,V=32,dtype=float16"), "c: float32, bfloat16; torch: float32"),
+        (("--op", LAYER.name, "--format", "c", "--dims", "K=32,V=32,W=4"), "c has no gated_delta_net; gated_delta_net has: onnx"),
+        (("--op", "moe_sort", "--format", "onnx", "--dims", "with="), "moe_sort has: c: float32"),
+        (("--op", "fused_experts", "--format", "onnx", "--profile", "chunked", "--dims", "D=8,I=8"), "allowed: dense, loop, ort"),
+        (("--op", "fused_experts_packed", "--format", "onnx"), "give --weights PACK"),
+        (("--op", CHUNK, "--format", "onnx"), "--model (one of: qwen3-next"),
     ],
 )
 def test_refused_requests_name_what_is_allowed(words, message, tmp_path, capsys):
@@ -512,7 +522,8 @@ def test_gpu_source(form, suffix, tmp_path, capsys):
 
 def test_gpu_sources_refuse_by_name(tmp_path, capsys):
     assert run("--op", CHUNK, "--format", "metal-src", "--dims", "K=32,V=32", "-o", tmp_path / "x") == 2
-    assert "recurrent, gating" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert f"metal-src has no {CHUNK}; {CHUNK} has: onnx" in text and "metal-src has: fused_gdn_gating, " in text
     words = ("--op", "fused_gdn_gating", "--format", "webgpu-src", "--dims", "dtype=bfloat16", "-o", tmp_path / "x")
     assert run(*words) == 2
     assert "a bfloat16" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -17,7 +17,8 @@ from tvm_gdn import parity
 from tvm_gdn.build import COMPILERS
 from tvm_gdn.export import c_source
 from tvm_gdn.export.artifact import Check, Request, draw
-from tvm_gdn.spec import Axis, Output, Scalar, Tensor
+from tvm_gdn.ops import OPS
+from tvm_gdn.spec import Axis, OpSpec, Output, Scalar, Tensor
 
 C_TYPES = {
     "float32": "float", "bfloat16": "uint16_t", "int32": "int32_t", "int64": "int64_t", "int8": "int8_t", "uint8": "uint8_t",
@@ -110,6 +111,11 @@ def build(request: Request) -> dict[str, bytes]:
         "CMakeLists.txt": _cmake(symbol),
     }
     return {name: text.encode() for name, text in files.items()}
+
+
+def serves(spec: OpSpec) -> tuple[str, ...]:
+    """Dtypes of an operator in C99, which has no float16; a layer has no C."""
+    return tuple(dtype for dtype in C_TYPES if spec.name in OPS)
 
 
 def verify(request: Request, folder: Path) -> list[Check]:

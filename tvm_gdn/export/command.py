@@ -12,7 +12,7 @@ from tvm_gdn.commands.text import emit, size_text, table
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.export import artifact, onnx_layer
 from tvm_gdn.export.artifact import Check, ExportError, Request
-from tvm_gdn.export.formats import FORMATS, profile_of
+from tvm_gdn.export.formats import FORMATS, combinations, profile_of
 from tvm_gdn.ops import OPS
 from tvm_gdn.packed_experts import PackedExperts
 from tvm_gdn.spec import Geometry, OpSpec
@@ -67,6 +67,11 @@ def main(args: argparse.Namespace) -> int:
     if not args.op:
         raise ArgumentError("say which operator: --op OP")
     spec = _LAYERS.get(args.op) or OPS[args.op]
+    if not FORMATS[args.format].serves(spec):
+        served = [one.name for one in (*OPS.values(), *_LAYERS.values()) if FORMATS[args.format].serves(one)]
+        raise ArgumentError(
+            f"--format {args.format} has no {spec.name}; {combinations(spec)}. {args.format} has: {', '.join(served)}"
+        )
     profile = profile_of(args.format, args.profile, spec.algorithm)
     heads = _heads(args, spec)
     pack = PackedExperts.load(args.weights) if args.weights else None
@@ -77,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         checks, files = export(request, args.format, path, verify=not args.no_verify)
     except ExportError as error:
-        raise ArgumentError(f"--format {args.format}: {error}") from error
+        raise ArgumentError(f"--format {args.format}: {error}\n{combinations(spec)}") from error
     emit(f"{spec.name} for {request.geometry}\n")
     if checks:
         emit(table(("verified", "by", "", "result"), [check.row for check in checks]))
@@ -97,6 +102,8 @@ def _geometry(args: argparse.Namespace, spec: OpSpec, pack: PackedExperts | None
         raise ArgumentError("--model already says which geometries: leave out --dims and --geometry")
     if len(args.dims) + len(args.geometry) > 1:
         raise ArgumentError("one export holds one kernel: give --dims or --geometry once")
+    if pack is None and args.format == "onnx" and any(scalar.name == "scheme" for scalar in spec.scalars):
+        raise ArgumentError(f"{spec.name}: the model holds the weights: give --weights PACK.safetensors (PackedExperts.save)")
     if pack is not None:
         return _of_pack(args, spec, pack)
     if args.model:

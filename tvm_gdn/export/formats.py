@@ -10,6 +10,7 @@ from typing import Any
 
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.export.artifact import Check, Request
+from tvm_gdn.spec import FLOATS, OpSpec
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class Format:
         """Checks of a request's files, which lie in a folder."""
         return self._functions()[1]
 
+    def serves(self, spec: OpSpec) -> tuple[str, ...]:
+        """Floating dtypes in which the format has an operator; none: it has it not."""
+        name, _, variant = self.module.partition(":")
+        module = import_module(f"tvm_gdn.export.{name}")
+        dtypes: tuple[str, ...] = module.serves(spec, variant) if variant else module.serves(spec)
+        # The data of some operators are indices alone.
+        return tuple(dtype for dtype in dtypes if dtype in FLOATS)
+
     def _functions(self) -> Any:
         name, _, variant = self.module.partition(":")
         module = import_module(f"tvm_gdn.export.{name}")
@@ -68,6 +77,28 @@ FORMATS = {
 }
 
 
+def combinations(spec: OpSpec) -> str:
+    """What works for an operator: formats, their profiles, dtypes."""
+    lines = []
+    for name, entry in FORMATS.items():
+        dtypes = entry.serves(spec)
+        if dtypes:
+            profiles = profiles_of(name, spec.algorithm)
+            variants = f" (--profile {', '.join(profiles)})" if profiles else ""
+            lines.append(f"{name}{variants}: {', '.join(dtypes)}")
+    return f"{spec.name} has: " + "; ".join(lines)
+
+
+def profiles_of(name: str, algorithm: str) -> tuple[str, ...]:
+    """Profiles of a format for an algorithm, the default first; of a format without variants none."""
+    profiles = FORMATS[name].profiles
+    if profiles:
+        from tvm_gdn.export import onnx_files
+
+        profiles = onnx_files.profiles(algorithm)
+    return profiles
+
+
 def profile_of(name: str, profile: str | None, algorithm: str) -> str:
     """A format's profile for an algorithm: the one asked for, or its default.
 
@@ -76,11 +107,7 @@ def profile_of(name: str, profile: str | None, algorithm: str) -> str:
     ArgumentError
         The format has no such profile for it.
     """
-    profiles = FORMATS[name].profiles
-    if profiles:
-        from tvm_gdn.export import onnx_files
-
-        profiles = onnx_files.profiles(algorithm) or profiles
+    profiles = profiles_of(name, algorithm) or FORMATS[name].profiles
     if profile is None:
         return profiles[0] if profiles else ""
     if profile not in profiles:

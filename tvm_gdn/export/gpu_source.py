@@ -35,6 +35,11 @@ _NATIVE = ("cuda", "musa")
 ALGORITHMS = ("recurrent", "gating")
 
 
+def serves(spec: OpSpec, language: str) -> tuple[str, ...]:
+    """Dtypes of an operator in a language's source."""
+    return LANGUAGES[language][2] if spec.algorithm in ALGORITHMS else ()
+
+
 def maker(language: str) -> tuple[Callable[[Request], dict[str, bytes]], Callable[[Request, Path], list[Check]]]:
     """The ``build`` and ``verify`` of a language's format."""
     suffix = LANGUAGES[language][0]

@@ -21,6 +21,7 @@ from tvm_gdn.export.artifact import Check, ExportError, Request, draw
 from tvm_gdn.export.onnx_graph import Graph
 from tvm_gdn.export.onnx_rules import delta_rule
 from tvm_gdn.ops import OPS
+from tvm_gdn.spec import FLOATS, OpSpec
 
 Numbers = dict[str, torch.Tensor]
 #: Profiles of operators that are the same in all of them but for the opset.
@@ -86,6 +87,11 @@ def build(request: Request) -> dict[str, bytes]:
         producer_name="tvm_gdn", doc_string=f"{spec.name}: {spec.summary}; {request.geometry}; {profile}",
     )  # fmt: skip
     return {f"{spec.name}.onnx": model.SerializeToString()}
+
+
+def serves(spec: OpSpec) -> tuple[str, ...]:
+    """Dtypes of an operator in ONNX."""
+    return FLOATS if spec.name in exported() else ()
 
 
 def exported() -> list[str]:

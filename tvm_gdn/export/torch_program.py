@@ -20,7 +20,8 @@ import torch
 from tvm_gdn.export import onnx_parts as parts
 from tvm_gdn.export import onnx_run, torch_forms
 from tvm_gdn.export.artifact import OPEN, Check, ExportError, Request, compared, draw
-from tvm_gdn.spec import Axis, OpSpec
+from tvm_gdn.ops import OPS
+from tvm_gdn.spec import FLOATS, Axis, OpSpec
 
 _SIZES = {"B": 3, "T": 5, "M": 5, "G": 2, "S": 6, "D": 24, "E": 8, "k": 2}
 
@@ -37,6 +38,11 @@ def build(request: Request) -> dict[str, bytes]:
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return {f"{request.spec.name}.pt2": buffer.getvalue()}
+
+
+def serves(spec: OpSpec) -> tuple[str, ...]:
+    """Dtypes of an operator as a torch program; a layer is none."""
+    return FLOATS if spec.name in OPS else ()
 
 
 def verify(request: Request, folder: Path) -> list[Check]:

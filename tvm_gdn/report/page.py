@@ -124,7 +124,9 @@ def _vanished(bench: Bench, others: Sequence[Bench]) -> list[tuple[str, str]]:
 
 def _matrix(parities: Sequence[Parity]) -> dict[str, Any]:
     found = matrix.cells(parities)
-    targets = list(dict.fromkeys([*target_names(), *(target for _, target in found)]))
+    # What was recorded stands first: the table is wider than most windows.
+    recorded = sorted({target for _, target in found})
+    targets = list(dict.fromkeys([*recorded, *target_names()]))
     ops = list(dict.fromkeys([*OPS, *(op for op, _ in found)]))
     rows = [
         {
