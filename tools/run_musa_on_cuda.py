@@ -5,8 +5,8 @@
     python tools/run_musa_on_cuda.py --compile-only                        # no device needed
 
 What runs is the text of the `.mu` file, launcher included; only the names of the vendor's runtime are NVIDIA's
-(`tvm_gdn/csrc/musa_shim`). It shows that the source is right, and nothing about Moore Threads' compiler or devices: reports call it
-emulated. Needs nvcc, apache-tvm and, to run, torch for CUDA.
+(`tvm_gdn/csrc/musa_shim`). It shows that the source is right, and nothing about Moore Threads' compiler or devices: reports call
+it emulated. Needs nvcc, apache-tvm and, to run, torch for CUDA.
 """
 
 from __future__ import annotations

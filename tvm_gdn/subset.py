@@ -1,8 +1,8 @@
 """Source in a vendor's subset of CUDA C++: generated CUDA source with a launcher, renamed, and checked line by line.
 
-What differs is data of the target's file (`[compiler]`): ``rewrite``, pairs of a regular expression and its replacement, applied in
-order; ``forbidden``, pairs of a regular expression and the reason why no line may match it; ``command``, which is written into the
-file's head. The file exports the operator's functions through tvm_ffi, with the argument checks of every other kernel.
+What differs is data of the target's file (`[compiler]`): ``rewrite``, pairs of a regular expression and its replacement, applied
+in order; ``forbidden``, pairs of a regular expression and the reason why no line may match it; ``command``, which is written into
+the file's head. The file exports the operator's functions through tvm_ffi, with the argument checks of every other kernel.
 """
 
 from __future__ import annotations
