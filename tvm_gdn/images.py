@@ -253,10 +253,14 @@ def _link(objects: list[bytes], target: TargetSpec, image: Path) -> None:
 
 def _emulate(source: str, kernels: list[str], target: TargetSpec, image: Path) -> None:
     """Compile CUDA C for the CPU, with the emulation header in front and a launcher per kernel behind."""
-    compiler = _tool(target)
-    warp = dict(target.codegen).get("thread_warp_size", 32)
     path = image.with_suffix(".cc")
     path.write_text(emulated_source(source, kernels), encoding="utf-8")
+    _compile_emulated(path, target, image)
+
+
+def _compile_emulated(path: Path, target: TargetSpec, image: Path) -> None:
+    compiler = _tool(target)
+    warp = dict(target.codegen).get("thread_warp_size", 32)
     folder = resources.files("tvm_gdn") / "csrc"
     with resources.as_file(folder) as include:
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread"]
