@@ -37,26 +37,26 @@ ON_ACCELERATOR = env.target_name().startswith((PREFIX, *ACCELERATORS))
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
 
-def tokens(case):
-    return sum(case.get("lengths", (case.get("B", 1) * case.get("T", 1),)))
-
-
 def small_cases():
-    """Two storage variants of every shape that an emulation runs in a second or two."""
-    target = named(env.target_name().removeprefix(PREFIX))
+    """On a device two storage variants of every short shape; in an emulation two cases of an operator, the others are slow."""
+    target = resolve(env.target_name())
     for op, spec in OPS.items():
         try:
             schedule.find_space(spec.algorithm, target)
         except TargetError:
             continue  # no schedule yet: calls run on the torch reference
+        usual = parity.sample(spec) if target.emulated else spec.cases
         shapes = {}
         for case in spec.cases:
             storage = {"dtype", "state_dtype", "state_v_first"}
             shapes.setdefault(json.dumps({k: v for k, v in case.items() if k not in storage}), []).append(case)
+        chosen = [dict(case) for case in usual] if target.emulated else []
         for number, variants in enumerate(shapes.values()):
-            for case in {id(variants[n % len(variants)]): variants[n % len(variants)] for n in (number, number + 3)}.values():
-                if tokens(case) <= 200:
-                    yield pytest.param((op, case), id=f"{op} {cases.label(case)}")
+            chosen += [dict(variants[n % len(variants)]) for n in (number, number + 3)]
+        for n, case in enumerate(chosen):
+            if parity.tokens(case) <= 200 and case not in chosen[:n]:
+                marks = () if case in usual else pytest.mark.slow
+                yield pytest.param((op, case), id=f"{op} {cases.label(case)}", marks=marks)
 
 
 if ON_ACCELERATOR:

@@ -18,7 +18,7 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
-from tvm_gdn import code_object, lowering
+from tvm_gdn import code_object, lowering, subset
 from tvm_gdn.errors import BuildError, PackError
 from tvm_gdn.target import TargetSpec, concrete, named
 
@@ -113,14 +113,30 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
         source = builder.codegen_build(device, device_target).inspect_source("cuda" if options["kind"] == "cuda" else "asm")
         library = folder / f"{symbol}.so"
         builder.codegen_build(finalize_host()(host), goal.host).export_library(str(library))
+        launcher = _launcher_source(function, target) if subset.has_subset(target) and target.image == "source" else ""
     image = folder / f"{symbol}.{target.image}"
     if "linker" in dict(target.compiler):
         _link(objects, target, image)
         image.with_suffix(".s").write_text(source, encoding="utf-8")
     else:
-        _compile_source(_with_functions(source), [line.split()[0] for line in table], target, image)
+        text = _with_functions(source)
+        if launcher:
+            text = subset.translated(text, launcher, target, symbol)
+        _compile_source(text, [line.split()[0] for line in table], target, image)
     check(image, target.image)
     return DeviceCode(library, image, table)
+
+
+def _launcher_source(function: Any, target: TargetSpec) -> str:
+    """C++ of the functions that launch the kernels; exported through tvm_ffi, compiled together with the kernels."""
+    import tvm
+
+    builder = import_module("tvm.tirx.build")
+    goal = tvm.target.Target(dict(target.codegen), host={"kind": "cuda_host"})
+    module = tvm.tirx.transform.BindTarget(goal)(tvm.IRModule.from_expr(function))
+    pipeline, finalize_host, _ = tvm.tirx.get_default_tir_pipeline(goal)
+    host, _ = builder.split_host_device_mods(pipeline(module))
+    return str(builder.codegen_build(finalize_host()(host), goal.host).inspect_source())
 
 
 def _line(function: Any) -> str:
@@ -216,10 +232,7 @@ def _compile_source(source: str, kernels: list[str], target: TargetSpec, image: 
     if target.image == "source":
         shutil.copyfile(path, image)
         return
-    number = "".join(re.findall(r"\d+[a-z]?$", target.arch))
-    command = [
-        part.format(arch=target.arch, number=number, source=path, image=image) for part in dict(target.compiler)["command"]
-    ]
+    command = subset.compile_command(target, str(path), str(image), "")
     _tool(target)
     _run(command, f"device code for {target.name}")
 
@@ -240,10 +253,14 @@ def _link(objects: list[bytes], target: TargetSpec, image: Path) -> None:
 
 def _emulate(source: str, kernels: list[str], target: TargetSpec, image: Path) -> None:
     """Compile CUDA C for the CPU, with the emulation header in front and a launcher per kernel behind."""
-    compiler = _tool(target)
-    warp = dict(target.codegen).get("thread_warp_size", 32)
     path = image.with_suffix(".cc")
     path.write_text(emulated_source(source, kernels), encoding="utf-8")
+    _compile_emulated(path, target, image)
+
+
+def _compile_emulated(path: Path, target: TargetSpec, image: Path) -> None:
+    compiler = _tool(target)
+    warp = dict(target.codegen).get("thread_warp_size", 32)
     folder = resources.files("tvm_gdn") / "csrc"
     with resources.as_file(folder) as include:
         flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", "-pthread"]

@@ -105,7 +105,7 @@ def _knobs(spec: OpSpec, geometry: Geometry, target: TargetSpec, language: str) 
 def _source(spec: OpSpec, geometry: Geometry, language: str) -> dict[str, Any]:
     import tvm
 
-    from tvm_gdn import images, schedule
+    from tvm_gdn import images, schedule, subset
 
     target = resolve(LANGUAGES[language][1])
     space, _ = schedule.find_space(spec.algorithm, target)
@@ -121,6 +121,8 @@ def _source(spec: OpSpec, geometry: Geometry, language: str) -> dict[str, Any]:
         source = tool.codegen_build(finalize()(device), device_target).inspect_source("cuda" if language in _NATIVE else "")
     if language in _NATIVE:
         source = images._with_functions(source)
+    if subset.has_subset(target):
+        source = subset.translated(source, images._launcher_source(function, target), target, builder.symbol_of(spec, geometry))
     return {"source": source, "launch": launch}
 
 

@@ -1,0 +1,124 @@
+"""The emulation of devices on CPUs: warps of every size, random thread order, and what it must not let pass."""
+
+import ctypes
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tvm_gdn import build, images, load, pack, parity, torch_ops
+from tvm_gdn.cases import draw
+from tvm_gdn.commands.arguments import geometry_of_case
+from tvm_gdn.errors import BuildError
+from tvm_gdn.ops import OPS
+from tvm_gdn.target import resolve
+
+WARPS = {"cuda-sm80": 32, "rocm-gfx942": 64, "rocm-gfx1100": 32, "musa-mp22": 128, "musa-mp31": 32}
+THREADS = 256
+REVERSE = """
+extern "C" __global__ void __launch_bounds__(256) reverse(float* __restrict__ x, float* __restrict__ y);
+extern "C" __global__ void __launch_bounds__(256) reverse(float* __restrict__ x, float* __restrict__ y) {
+  __shared__ alignas(64) float tile[256];
+  tile[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  y[threadIdx.x] = tile[255 - threadIdx.x];
+}
+"""
+SUMS = """
+extern "C" __global__ void __launch_bounds__(256) sums(float* __restrict__ x, float* __restrict__ y);
+extern "C" __global__ void __launch_bounds__(256) sums(float* __restrict__ x, float* __restrict__ y) {
+  float sum = x[threadIdx.x];
+  for (int bit = 1; bit < EMULATED_WARP; bit *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, bit, EMULATED_WARP);
+  y[threadIdx.x] = sum + __shfl_sync(0xffffffffu, x[threadIdx.x], 3, 32);
+}
+"""
+DIVERGENT = REVERSE.replace("  __syncthreads();", "  if (threadIdx.x < 7) __syncthreads();")
+
+
+def compiled(folder, source, name, target):
+    image = folder / f"{name}-{target}-{len(list(folder.iterdir()))}.emulation"
+    images._emulate(source, [name], resolve(f"emulated:{target}"), image)
+    return image
+
+
+def launched(image, name, seed, monkeypatch):
+    """Output of a kernel of two pointers, run as a driver would."""
+    monkeypatch.setenv("TVM_GDN_EMULATION_SEED", str(seed))
+    library, function = ctypes.CDLL(str(image)), ctypes.c_void_p()
+    assert library.emuModuleGetFunction(ctypes.byref(function), None, name.encode()) == 0
+    x, y = torch.arange(THREADS, dtype=torch.float32), torch.zeros(THREADS)
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y)]
+    parameters = (ctypes.c_void_p * 2)(*(ctypes.addressof(pointer) for pointer in pointers))
+    assert library.emuLaunchKernel(function, 1, 1, 1, THREADS, 1, 1, 0, None, parameters, None) == 0
+    return x, y
+
+
+@pytest.mark.parametrize("target", ["cuda-sm80", "rocm-gfx942", "musa-mp22"])
+def test_warps_have_the_size_of_the_target(tmp_path, monkeypatch, target):
+    warp = WARPS[target]
+    image = compiled(tmp_path, SUMS, "sums", target)
+    for seed in (0, 1, 2):
+        x, y = launched(image, "sums", seed, monkeypatch)
+        want = x.view(-1, warp).sum(1).repeat_interleave(warp) + x.view(-1, 32)[:, 3].repeat_interleave(32)
+        assert torch.equal(y, want)
+
+
+def test_warp_sizes_of_targets():
+    for target, warp in WARPS.items():
+        assert dict(resolve(f"emulated:{target}").codegen)["thread_warp_size"] == warp
+
+
+def test_a_deleted_barrier_shows(tmp_path, monkeypatch):
+    image = compiled(tmp_path, REVERSE, "reverse", "cuda-sm80")
+    broken = compiled(tmp_path, REVERSE.replace("  __syncthreads();\n", ""), "reverse", "cuda-sm80")
+    for seed in (1, 2, 3):
+        x, y = launched(image, "reverse", seed, monkeypatch)
+        assert torch.equal(y, x.flip(0))
+        x, y = launched(broken, "reverse", seed, monkeypatch)
+        assert not torch.equal(y.nan_to_num(-1), x.flip(0))
+
+
+def test_a_barrier_that_not_all_threads_reach_ends_the_process(tmp_path):
+    image = compiled(tmp_path, DIVERGENT, "reverse", "cuda-sm80")
+    program = (
+        "import pytest, sys; sys.path.insert(0, 'tests'); import test_emulation as t; "
+        f"t.launched({str(image)!r}, 'reverse', 1, pytest.MonkeyPatch())"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=build.builder_environment())
+    assert done.returncode == -6
+    assert "a barrier" in done.stderr and "in block (0, 0, 0)" in done.stderr
+
+
+def test_a_barrier_deleted_from_a_real_kernel_shows(tmp_path):
+    """The chunked rule, as generated for a target: of three barriers taken out one at a time, at least one makes it wrong."""
+    spec, target = OPS["chunk_gated_delta_rule"], resolve("emulated:musa-mp31")
+    case = {"B": 1, "T": 37, "H": 1, "HV": 1, "K": 16, "V": 8, "dtype": "bfloat16", "output_final_state": True}
+    geometry = geometry_of_case(spec, case)
+    (built,) = build.run_builder([build.Request(spec, geometry)], target, tmp_path)
+    assert not isinstance(built, BuildError), built
+    source = built.image.with_suffix(".cc").read_text()
+    barriers = [match.span() for match in re.finditer(r"__syncthreads\(\);", source)]
+    assert len(barriers) > 8
+    want = parity.expected(spec, draw(spec, case))
+    present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
+    launcher = build.build_launcher(tmp_path, target)
+
+    def holds(text):
+        image = tmp_path / f"{abs(hash(text))}.emulation"
+        path = image.with_suffix(".cc")
+        path.write_text(text)
+        images._compile_emulated(path, target, image)
+        kernel = pack.BuiltKernel(**{**built.__dict__, "image": image})
+        folder = tmp_path / f"pack-{abs(hash(text))}"
+        pack.write(folder, target, [], [kernel], launcher)
+        made = pack.read(folder)
+        function = torch_ops.call_function(spec, present, geometry.axis, load.load_kernel(made, made.manifest.kernels[0]))
+        errors, limits = parity.compare(spec, parity.run(spec, draw(spec, case), function), want)
+        return all(errors[name] <= limits[name] for name in limits)
+
+    assert holds(source)
+    taken = [barriers[len(barriers) * n // 4] for n in (1, 2, 3)]
+    assert not all(holds(source[:start] + source[end:]) for start, end in taken)

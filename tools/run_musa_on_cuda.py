@@ -1,0 +1,141 @@
+"""Compiles the MUSA sources with nvcc through a shim header, and runs them on the NVIDIA device that is present, against float64.
+
+    python tools/run_musa_on_cuda.py --json parity-musa-mp31.json          # two short cases per operator
+    python tools/run_musa_on_cuda.py --cases all --op chunk_kda
+    python tools/run_musa_on_cuda.py --compile-only                        # no device needed
+
+What runs is the text of the `.mu` file, launcher included; only the names of the vendor's runtime are NVIDIA's
+(`tvm_gdn/csrc/musa_shim`). It shows that the source is right, and nothing about Moore Threads' compiler or devices: reports call
+it emulated. Needs nvcc, apache-tvm and, to run, torch for CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import tvm_ffi
+
+from tvm_gdn import build, cases, device, parity, schedule, torch_ops
+from tvm_gdn.bench import machine
+from tvm_gdn.commands.arguments import geometry_of_case
+from tvm_gdn.commands.text import as_json
+from tvm_gdn.errors import BuildError, TargetError
+from tvm_gdn.ops import OPS
+from tvm_gdn.target import TargetSpec, named
+
+_FLAGS = ("-x", "cu", "-w", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
+
+
+def compile_with_nvcc(source: Path, arch: str) -> Path:
+    """Compile a `.mu` file with nvcc; path of the library.
+
+    Raises
+    ------
+    BuildError
+        With nvcc's message.
+    """
+    library = source.with_suffix(".so")
+    shim = resources.files("tvm_gdn") / "csrc" / "musa_shim"
+    code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    command = ["nvcc", *_FLAGS, code, f"-I{shim}", f"-I{tvm_ffi.libinfo.find_include_path()}", "-o", str(library), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"nvcc cannot compile {source.name}:\n{(done.stderr or done.stdout).strip()[-2000:]}")
+    return library
+
+
+def chosen_cases(ops: list[str], selection: str, target: TargetSpec) -> list[tuple[str, dict[str, Any]]]:
+    """Operators that have a schedule on the target, with their cases."""
+    found = []
+    for op in ops:
+        try:
+            schedule.find_space(OPS[op].algorithm, target)
+        except TargetError:
+            continue
+        found += [(op, case) for case in (parity.sample(OPS[op]) if selection == "small" else map(dict, OPS[op].cases))]
+    return found
+
+
+def check(op: str, case: Mapping[str, Any], kernel: Any) -> dict[str, Any]:
+    """Run one case on the device and compare: a row of a parity report."""
+    spec, arguments = OPS[op], cases.draw(OPS[op], case)
+    geometry = geometry_of_case(spec, case)
+    present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
+    function = torch_ops.call_function(spec, present, geometry.axis, kernel)
+    want = parity.expected(spec, arguments)
+    there = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    errors, limits = parity.compare(spec, parity.run(spec, there, function), want)
+    passed = all(errors[name] <= limit for name, limit in limits.items())
+    served = f"compiled (musa source by nvcc, on {device.name('cuda')})"
+    return {
+        "op": op, "case": cases.label(case), "passed": passed, "served_by": served, "errors": errors, "limits": limits,
+        "failure": "",
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Run the tool; exit status 1 if a case fails or a source does not compile."""
+    parser = argparse.ArgumentParser(description="Run the MUSA sources on an NVIDIA device, through nvcc and a shim header.")
+    parser.add_argument("--target", default="musa-mp31", help="default: musa-mp31")
+    parser.add_argument("--op", action="append", choices=list(OPS), metavar="OP")
+    parser.add_argument("--cases", choices=("small", "all"), default="small")
+    parser.add_argument("--arch", help="compute capability, such as 90; default: that of the device, or 80")
+    parser.add_argument("--compile-only", action="store_true", help="run nothing")
+    parser.add_argument("--jobs", type=int, default=machine.cores(), help="nvcc processes at once")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write a parity report")
+    args = parser.parse_args()
+    present = device.architecture("cuda")
+    if present is None and not args.compile_only:
+        print("no CUDA device is present; --compile-only needs none", file=sys.stderr)
+        return 2
+    target, arch = named(args.target), args.arch or (present or "8.0").replace(".", "")
+    wanted = chosen_cases(args.op or list(OPS), args.cases, target)
+    rows, failed = [], 0
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        requests = [build.Request(OPS[op], geometry_of_case(OPS[op], case)) for op, case in wanted]
+        built = build.run_builder(requests, target, Path(folder), timeout=60.0 * len(requests) + 600)
+        sources = [None if isinstance(kernel, BuildError) else kernel.image.with_suffix(".mu") for kernel in built]
+        unique = sorted({path for path in sources if path})
+        libraries = dict(zip(unique, (pool.submit(compile_with_nvcc, path, arch) for path in unique), strict=True))
+        for (op, case), kernel, source in zip(wanted, built, sources, strict=True):
+            name = f"{op} [{cases.label(case)}]"
+            try:
+                if isinstance(kernel, BuildError):
+                    raise kernel
+                function = tvm_ffi.load_module(str(libraries[source].result()))[kernel.symbol]
+                row = None if args.compile_only else check(op, case, function)
+            except (BuildError, RuntimeError) as error:
+                row = {
+                    "op": op, "case": cases.label(case), "passed": False, "served_by": "none", "errors": {}, "limits": {},
+                    "failure": str(error),
+                }  # fmt: skip
+            failed += row is not None and not row["passed"]
+            rows += [row] if row else []
+            print(f"{name}: {'compiled' if row is None else 'passed' if row['passed'] else row['failure'] or row['errors']}")
+    if args.json:
+        note = f"the .mu source and its launcher, compiled by nvcc through a shim header, on {device.name('cuda')}; not by mcc"
+        ops = {
+            op: {
+                "kernels": len({source for (name, _), source in zip(wanted, sources, strict=True) if name == op}),
+                "ran": "built" if args.compile_only else "emulated",
+                "image": {"format": "mu", "built": True, "text": note},
+            }
+            for op in dict.fromkeys(op for op, _ in wanted)
+        }
+        report = {"format": 1, **machine.stamp(), "target": target.name, "compile_only": args.compile_only, "ops": ops}
+        args.json.write_text(as_json({**report, "cases": rows}) + "\n", encoding="utf-8")
+    print(f"{len(wanted) - failed} of {len(wanted)} cases {'compiled' if args.compile_only else 'passed'}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
