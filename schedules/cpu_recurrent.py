@@ -52,6 +52,12 @@ class RecurrentTiles(CpuTiles):
         """Index on the V axis of local element j."""
         return j
 
+    def read(self, dst: Any, buffer: Any, *index: Any) -> None:
+        """K elements of a tensor from `index` on, in fp32."""
+        *outer, first = index
+        with T.vectorized(self.K) as i:
+            T.buffer_store(dst, T.Cast("float32", buffer[(*outer, first + i)]), [i])
+
     def k_vector(self) -> Any:
         """fp32 vector along K."""
         return local_array(self.K)

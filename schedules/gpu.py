@@ -111,7 +111,7 @@ class RecurrentWarpTiles(WarpTiles):
         self.columns, self.column_lanes, self.row_lanes = columns, column_lanes, row_lanes
         self.v_tile = column_lanes * columns
         self.row_count = K // self.row_lanes
-        self.row_group = next(size for size in (4, 2, 1) if self.row_count % size == 0) if v_first else 1
+        self.row_group = math.gcd(4, self.row_count)
         self.load, self.store, self.zero = self._load(), self._store(), self._zero()
         self.sum_rows = self._sum_rows()
         self.dot, self.gemv, self.ger_gemv = self._dot(), self._gemv(), self._ger_gemv()
@@ -133,6 +133,23 @@ class RecurrentWarpTiles(WarpTiles):
         """Index on the V axis of local column j: neighbouring threads hold neighbouring vectors of four."""
         width = math.gcd(4, self.columns)
         return (j // width * self.column_lanes + self.lane % self.column_lanes) * width + j % width
+
+    def read(self, dst: Any, buffer: Any, *index: Any) -> None:
+        """This thread's share of K elements of a tensor from `index` on, in vectors where the address allows it."""
+        *outer, first = index
+        group = self.row_group
+
+        def copy(vector: Any) -> None:
+            with T.unroll(self.row_count // group) as io:
+                with vector(group) as ii:
+                    value = buffer[(*outer, first + self.row(io * group) + ii)]
+                    T.buffer_store(dst, T.Cast("float32", value), [io * group + ii])
+
+        with T.If(aligned(buffer, *outer, first + self.row(0), elements=group)):
+            with T.Then():
+                copy(T.vectorized)
+            with T.Else():
+                copy(T.unroll)
 
     def k_vector(self) -> Any:
         """This thread's share of an fp32 vector along K."""

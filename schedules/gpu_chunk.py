@@ -27,6 +27,8 @@ from tvm_gdn.spec import Geometry
 
 BLOCK = 16
 WARP = 32
+#: Pairs of parts up to which each has sums of its own.
+APART = 3
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -57,6 +59,7 @@ class Storage:
     rows: int
     cols: int
     offset: int = -1
+    size: int = 0
     stride: int = 0
     dtype: str = "float32"
     version: int = 0
@@ -160,6 +163,7 @@ class GpuChunkTiles(WarpTiles):
     def enter(self, lane: Expr, *, states: bool = True) -> None:
         """Allocate the arena and the worker's state."""
         self.lane, self.states, self.copying = lane, states, False
+        self.free: list[tuple[int, int]] = []
         self.used[states] = 0
         size = max(self.arenas[states], 16)
         memory = T.alloc_buffer((size,), "uint8", scope="shared.dyn")
@@ -190,9 +194,24 @@ class GpuChunkTiles(WarpTiles):
 
     # Tiles.
     def _allocate(self, size: int) -> int:
+        for number, (offset, room) in enumerate(self.free):
+            if room >= size:
+                self.free[number] = (offset + padded(size, 16), room - padded(size, 16))
+                return offset
         offset = self.used[self.states]
         self.used[self.states] = padded(offset + size, 16)
         return offset
+
+    def release(self, *tiles: Tile) -> None:
+        """Give the memory of shared tiles to those that are first used from here on; a barrier stands in between."""
+        pieces = sorted([*self.free, *((tile.storage.offset, padded(tile.storage.size, 16)) for tile in tiles)])
+        joined: list[tuple[int, int]] = []
+        for offset, room in pieces:
+            if joined and sum(joined[-1]) == offset:
+                joined[-1] = (joined[-1][0], joined[-1][1] + room)
+            else:
+                joined.append((offset, room))
+        self.free = sorted(joined, key=lambda piece: piece[1])
 
     def integers(self, count: int) -> Any:
         """int64 scratch of a thread."""
@@ -250,7 +269,8 @@ class GpuChunkTiles(WarpTiles):
         else:
             storage.stride = storage.cols + 16 // _ITEMSIZE[dtype]
             elements = padded(storage.rows) * storage.stride
-        storage.offset = self._allocate(elements * _ITEMSIZE[dtype])
+        storage.size = elements * _ITEMSIZE[dtype]
+        storage.offset = self._allocate(storage.size)
 
     def _index(self, tile: Tile, i: Expr, j: Expr) -> Expr:
         storage = tile.storage
@@ -412,36 +432,78 @@ class GpuChunkTiles(WarpTiles):
 
     def store(self, dst: Window, src: Any, rows: Expr | None = None) -> None:
         """Rounded to the tensor's dtype."""
+        if isinstance(src, Tile) and rows is None and src.cols > 1 and src.storage.dtype == dst.buffer.dtype:
+            lanes = 16 // _ITEMSIZE[dst.buffer.dtype]
+            if src.cols % lanes == 0:
+                self._store_shared(dst, src, lanes)
+                return
 
+        if isinstance(src, Fragments) and dst.buffer.dtype == "bfloat16" and src.cols % 8 == 0 and src.rows % BLOCK == 0:
+            even = T.And(aligned(dst.buffer, 0, 0, elements=2), aligned(dst.buffer, 1, 0, elements=2))
+            with T.If(even):
+                with T.Then():
+                    self._store_pairs(dst, src, rows)
+                with T.Else():
+                    self._store_elements(dst, src, rows)
+            return
+        self._store_elements(dst, src, rows)
+
+    def _store_elements(self, dst: Window, src: Any, rows: Expr | None) -> None:
         def element(i: Expr, j: Expr, slot: Expr) -> None:
             inside: Any = True if rows is None else T.Cast("int64", i) < rows
             when(inside, lambda: self._put(dst, self._get(src, i, j, slot), i, j))
 
         self._over(src, element, cut=True)
 
+    def _store_pairs(self, dst: Window, src: Fragments, rows: Expr | None) -> None:
+        """Two neighbouring bf16 numbers as one word."""
+        per_row = self._grid(src.rows, src.cols)[1]
+
+        def fragment(a: int, b: int, mi: Expr, ni: Expr) -> None:
+            slot, places = (a * per_row + b) * 4, self._elements(mi, ni)
+            for e in (0, 2):
+                i, j = places[e]
+                pair = (T.address_of(dst.buffer[i, j]), 0, 1, src.buffer[slot + e], src.buffer[slot + e + 1])
+                inside: Any = True if rows is None else T.Cast("int64", i) < rows
+                when(inside, lambda pair=pair: T.evaluate(T.call_extern("int32", "tvm_gdn_split", *pair)))
+
+        self._fragments(src.rows, src.cols, fragment)
+
+    def _store_shared(self, dst: Window, src: Tile, lanes: int) -> None:
+        """A whole shared tile, 16 bytes at once; into memory of the kernel's own, which is aligned."""
+        pieces = src.rows * src.cols // lanes
+        self._place(src.storage)
+        with T.serial(ceil_div(pieces, self.threads)) as step:
+            index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+            i, j = index // (src.cols // lanes), index % (src.cols // lanes) * lanes
+            to, source = T.address_of(dst.buffer[i, j]), T.address_of(self.views[src.storage.dtype][self._index(src, i, j)])
+            when(
+                True if pieces % self.threads == 0 else index < pieces,
+                lambda: T.evaluate(T.call_extern("int32", "tvm_gdn_move", to, source)),
+            )
+
     def row_sum(self, dst: Tile, function: ElementFunction, *sources: Any, rows: Expr | None = None, finish: Any = None) -> None:
-        """A warp per row, its threads along the columns."""
-        cols = sources[0].cols
-        part = self.scalars(1)
-        lane, warp = T.Cast("int32", self.lane) % WARP, T.Cast("int32", self.lane) // WARP
-        limit = dst.rows if rows is None else rows
-        with T.serial(ceil_div(dst.rows, self.warps)) as step:
-            row = T.Bind(T.Cast("int32", step * self.warps) + warp)
-            with T.If(T.Cast("int64", row) < limit):
-                with T.Then():
-                    T.buffer_store(part, T.float32(0), [0])
-                    for first in range(0, cols, WARP):
-                        j = lane + first
+        """Four threads per row, neighbours on neighbouring columns."""
+        cols, part = sources[0].cols, self.scalars(1)
+        lane, limit = T.Cast("int32", self.lane), dst.rows if rows is None else rows
+        with T.serial(ceil_div(dst.rows * 4, self.threads)) as step:
+            row = T.Bind((T.Cast("int32", step * self.threads) + lane) // 4)
+            # No condition around the shuffles: all threads of a warp take part.
+            safe = row if dst.rows * 4 % self.threads == 0 else T.min(row, dst.rows - 1)
+            T.buffer_store(part, T.float32(0), [0])
+            for first in range(0, cols, 4):
+                j = lane % 4 + first
 
-                        def add(j: Expr = j) -> None:
-                            value = function(row, j, *(self._get(source, row, j) for source in sources))
-                            T.buffer_store(part, part[0] + value, [0])
+                def add(j: Expr = j) -> None:
+                    value = function(safe, j, *(self._get(source, safe, j) for source in sources))
+                    T.buffer_store(part, part[0] + value, [0])
 
-                        when(True if first + WARP <= cols else j < cols, add)
-                    for bit in (1, 2, 4, 8, 16):
-                        other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), part[0], bit, WARP, WARP)
-                        T.buffer_store(part, part[0] + other, [0])
-                    when(lane == 0, lambda: self._put(dst, part[0] if finish is None else finish(part[0]), row, 0))
+                when(True if first + 4 <= cols else j < cols, add)
+            for bit in (1, 2):
+                other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), part[0], bit, WARP, WARP)
+                T.buffer_store(part, part[0] + other, [0])
+            own = T.And(lane % 4 == 0, T.Cast("int64", row) < limit)
+            when(own, lambda: self._put(dst, part[0] if finish is None else finish(part[0]), row, 0))
 
     def scan(self, dst: Tile, src: Window, rows: Expr) -> None:
         """One column: a warp, by shuffles. Several: a thread per column, row by row."""
@@ -608,9 +670,12 @@ class GpuChunkTiles(WarpTiles):
             terms = terms[:1]
         high, wide = ceil_div(dst.rows, BLOCK), ceil_div(dst.cols, 8)
         count_a, count_b, along, across = self._grid(dst.rows, dst.cols)
+        parts = sorted({y for _, y in terms})
+        # Sums of their own for every pair of parts: products that wait for one another would stand still most of the time.
+        sets = len(terms) if len(terms) <= APART else 1
         left = self._registers("uint32", 4 * a.packed.parts)
-        right = self._registers("uint32", 2 * count_b * b.packed.parts)
-        acc = self._registers("float32", 4 * count_b)
+        right = self._registers("uint32", 2 * (count_b + 1) * len(parts))
+        acc = self._registers("float32", 4 * count_b * sets)
         warp = T.Bind(T.Cast("int32", self.lane) // WARP)
 
         def row_of_fragments(na: int, mi: Expr) -> None:
@@ -633,11 +698,15 @@ class GpuChunkTiles(WarpTiles):
                         values = [self._get(source, ci, cj, slot) for source in sources]
                         first = start(i, j, self._get(dst, ci, cj, slot), *values)
                     T.buffer_store(acc, first, [nb * 4 + e])
+                    for other in range(1, sets):
+                        T.buffer_store(acc, T.float32(0), [(other * count_b + nb) * 4 + e])
 
             def end(nb: int, ni: Expr) -> None:
                 for e, (i, j) in enumerate(self._elements(mi, ni)):
                     slot, (ci, cj) = (na * count_b + nb) * 4 + e, self._clamped(dst, i, j)
                     last: Any = acc[nb * 4 + e]
+                    for other in range(1, sets):
+                        last = last + acc[(other * count_b + nb) * 4 + e]
                     if finish is not None:
                         last = finish(i, j, last, *(self._get(source, ci, cj, slot) for source in sources))
                     inside: Any = True
@@ -645,13 +714,32 @@ class GpuChunkTiles(WarpTiles):
                         inside = T.And(i < dst.rows, j < dst.cols)
                     when(inside, lambda last=last, i=i, j=j, slot=slot: self._put(dst, last, i, j, slot))
 
-            def load_right(nb: int, ni: Expr, kk: Expr) -> None:
-                for y in sorted({y for _, y in terms}):
-                    self._load_fragment("b", b, right, (nb * b.packed.parts + y) * 2, y, kk * BLOCK, ni * 8)
+            def load_right(nb: int, ni: Expr, kk: int) -> None:
+                """All parts of a fragment; of a single part, those of two fragments where both are wanted anyway."""
+                slot = nb * len(parts) * 2
+                if len(parts) == 1 and wanted(nb, ni) is True and nb % 2 == 0 and nb + 1 < count_b:
+                    if wanted(nb + 1, columns[nb + 1][1]) is True:
+                        apart = across * 8 * (b.packed.stride if b.transposed else 1)
+                        self._load_fragment("b_pair", b, right, slot, parts[0], kk * BLOCK, ni * 8, apart)
+                        return
+                if len(parts) == 1 and wanted(nb, ni) is True and nb % 2 and wanted(nb - 1, columns[nb - 1][1]) is True:
+                    return
+                for at in range(0, len(parts) - 1, 2):
+                    self._load_fragment("b_pair", b, right, slot + at * 2, parts[at], kk * BLOCK, ni * 8, b.packed.plane)
+                if len(parts) % 2:
+                    self._load_fragment("b", b, right, slot + (len(parts) - 1) * 2, parts[-1], kk * BLOCK, ni * 8)
 
-            def multiply(nb: int, x: int, y: int) -> None:
+            def multiply(nb: int, number: int, x: int, y: int) -> None:
+                own = number if sets > 1 else 0
                 # Whole arrays: by the address of an element TVM takes only that one for used, and cuts off the others.
-                places = (acc.data, nb * 4, left.data, x * 4, right.data, (nb * b.packed.parts + y) * 2)
+                places = (
+                    acc.data,
+                    (own * count_b + nb) * 4,
+                    left.data,
+                    x * 4,
+                    right.data,
+                    (nb * len(parts) + parts.index(y)) * 2,
+                )
                 T.evaluate(T.call_extern("int32", "tvm_gdn_mma", *places))
 
             for nb, ni in columns:
@@ -663,9 +751,9 @@ class GpuChunkTiles(WarpTiles):
                 # Loads of all columns first, then products that do not wait for one another.
                 for nb, ni in columns:
                     when(wanted(nb, ni), lambda nb=nb, ni=ni: load_right(nb, ni, kk))
-                for x, y in terms:
+                for number, (x, y) in enumerate(terms):
                     for nb, ni in columns:
-                        when(wanted(nb, ni), lambda nb=nb, x=x, y=y: multiply(nb, x, y))
+                        when(wanted(nb, ni), lambda nb=nb, number=number, x=x, y=y: multiply(nb, number, x, y))
 
             for kk in range(padded(a.cols) // BLOCK):
                 inside: Any = True if depth is None else kk * BLOCK < depth
@@ -699,7 +787,9 @@ class GpuChunkTiles(WarpTiles):
         depth = max(a.parts, b.parts)
         return [(x, y) for x in range(a.parts) for y in range(b.parts) if x + y < depth]
 
-    def _load_fragment(self, side: str, operand: Operand, registers: Any, slot: int, part: int, row: Expr, col: Expr) -> None:
+    def _load_fragment(
+        self, side: str, operand: Operand, registers: Any, slot: int, part: int, row: Expr, col: Expr, *apart: Expr
+    ) -> None:
         """Load a fragment of an operand's part at (row, col); `transposed` ones lie the other way round in memory."""
         packed = operand.packed
         if operand.transposed:
@@ -709,7 +799,7 @@ class GpuChunkTiles(WarpTiles):
         place = packed.offset // 2 + part * packed.plane + row * packed.stride + col
         name = f"tvm_gdn_load_{side}{'_turned' if operand.transposed else ''}"
         address = T.address_of(self.views["bfloat16"][place])
-        T.evaluate(T.call_extern("int32", name, registers.data, slot, address, packed.stride))
+        T.evaluate(T.call_extern("int32", name, registers.data, slot, address, packed.stride, *apart))
 
     def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
         """A thread per column of a block: forward substitution in registers."""

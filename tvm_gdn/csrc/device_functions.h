@@ -6,9 +6,15 @@ static __device__ __forceinline__ bool tvm_gdn_aligned(const void* address, int 
   return ((unsigned long long)address & (unsigned long long)(bytes - 1)) == 0;
 }
 
+// 16 aligned bytes from one place to another.
+static __device__ __forceinline__ int tvm_gdn_move(void* to, const void* from) {
+  *(uint4*)to = *(const uint4*)from;
+  return 0;
+}
+
 // Fragments of mma.m16n8k16: A is 16 x 16 (four registers of two bf16), B 16 x 8 (two), C and D 16 x 8 fp32 (four), each spread
 // over a warp as the PTX manual says. `tile` points to the first element in shared memory, rows are `stride` elements apart.
-// "turned": the operand lies the other way round in memory. Returns 0; generated code has no void calls.
+// "pair": two fragments of B, the second `apart` elements behind the first. "turned": the operand lies the other way round in memory. Returns 0; generated code has no void calls.
 // Registers come as whole arrays with the place of the first element, so that the emulation can check that a fragment lies inside
 // (TVM cuts arrays down to the elements that it sees being used, and compilers drop what is written behind their ends).
 #ifndef TVM_GDN_INSIDE
@@ -49,6 +55,22 @@ static __device__ __forceinline__ int tvm_gdn_load_b_turned(unsigned (&registers
   int lane = threadIdx.x & 31;
   unsigned address = TVM_GDN_SHARED(tile) + 2 * ((lane & 7) * stride + (lane >> 3 & 1) * 8);
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(b[0]), "=r"(b[1]) : "r"(address) : "memory");
+  return 0;
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_b_pair(unsigned (&registers)[N], int at, const void* tile, int stride, int apart) {
+  unsigned* b = registers + at;
+  int lane = threadIdx.x & 31;
+  unsigned address = TVM_GDN_SHARED(tile) + 2 * ((lane & 15) * stride + (lane >> 4) * apart);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(address) : "memory");
+  return 0;
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_b_pair_turned(unsigned (&registers)[N], int at, const void* tile, int stride, int apart) {
+  unsigned* b = registers + at;
+  int lane = threadIdx.x & 31;
+  unsigned address = TVM_GDN_SHARED(tile) + 2 * ((lane & 7) * stride + (lane >> 3 & 1) * 8 + (lane >> 4) * apart);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(address) : "memory");
   return 0;
 }
 template <int NC, int NA, int NB>
@@ -133,6 +155,16 @@ static __device__ __forceinline__ int tvm_gdn_load_b_turned(unsigned (&registers
     b[n] = tvm_gdn_pair(tile, place, place + 1);
   }
   return 0;
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_b_pair(unsigned (&registers)[N], int at, const void* tile, int stride, int apart) {
+  tvm_gdn_load_b(registers, at, tile, stride);
+  return tvm_gdn_load_b(registers, at + 2, (const unsigned short*)tile + apart, stride);
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_load_b_pair_turned(unsigned (&registers)[N], int at, const void* tile, int stride, int apart) {
+  tvm_gdn_load_b_turned(registers, at, tile, stride);
+  return tvm_gdn_load_b_turned(registers, at + 2, (const unsigned short*)tile + apart, stride);
 }
 static __device__ __forceinline__ float tvm_gdn_half_of(unsigned pair, int which) {
   union {

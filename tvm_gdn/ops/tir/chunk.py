@@ -82,10 +82,8 @@ class _Advance:
     def keep(self, units: Expr) -> None:
         """Memory for (I + A)^-1, P and the factors of tokens, of every chunk of every value head."""
         C, data = self.tiles.chunk, self.arguments[3]
-        self.kept = tuple(
-            T.alloc_buffer((units * elements,), dtype)
-            for elements, dtype in ((C * C, "float32"), (C * C, data), (C * FACTORS, "float32"))
-        )
+        sizes = [*((C * C, dtype) for dtype in _summands(data)), (C * C, data), (C * FACTORS, "float32")]
+        self.kept = tuple(T.alloc_buffer((units * elements,), dtype) for elements, dtype in sizes)
 
     def prepare(self, *arguments: Any) -> None:
         """One chunk of one value head, ahead of the states."""
@@ -100,6 +98,11 @@ class _Advance:
             chunks.carry(_Work(*work), self.kept, unit, heads)
         else:
             chunks.run(_Work(*work))
+
+
+def _summands(data: str) -> tuple[str, ...]:
+    """Dtypes of tiles whose sum is (I + A)^-1: two bf16 numbers have the digits that products of 16-bit data need."""
+    return ("float32",) if data == "float32" else ("bfloat16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,6 @@ class _Chunks:
         factors = tiles.tile(C, FACTORS)
         column = [tiles.block(factors, 0, number, C, 1) for number in range(FACTORS)]
         G, n, r, beta = self.G, self.k_factor, self.q_factor, self.beta
-        tiles.zero(self.inverse)
         tiles.load(self.k, self._rows(work.k, work, start, work.h, self.K), rows=m)
         tiles.load(self.q, self._rows(work.q, work, start, work.h, self.K), rows=m)
         tiles.load(beta, self._rows(work.beta, work, start, work.hv, 1), rows=m)
@@ -211,10 +213,29 @@ class _Chunks:
             P, self.q_left, self.k_right, lower="result", sources=sources,
             finish=lambda i, j, x, a, b, _f, h, r, _w: T.Select(j <= i, x * r * h * exp(a - b), zero),
         )  # fmt: skip
+        tiles.sync()
+        *summands_kept, P_kept, factors_kept = kept
+
+        def keep_tile(buffer: Any, tile: Tile) -> None:
+            tiles.store(tiles.window(buffer, unit * (C * tile.cols), C, tile.cols, (tile.cols, 1)), tile)
+
+        keep_tile(P_kept, P)
+        keep_tile(factors_kept, factors)
+        # Less memory, more chunks side by side.
+        tiles.release(self.k, self.q)
+        tiles.zero(self.inverse)
+        tiles.release(P, factors)
         self._invert(T.int64(C))
         tiles.sync()
-        for tile, buffer, cols in ((self.inverse, kept[0], C), (P, kept[1], C), (factors, kept[2], FACTORS)):
-            tiles.store(tiles.window(buffer, unit * (C * cols), C, cols, (cols, 1)), tile)
+        tiles.release(self.A, self.merge)
+        summands = [tiles.tile(C, C, dtype=dtype) for dtype in _summands(self.data)]
+        tiles.map(summands[0], lambda _i, _j, x: x, self.inverse)
+        if len(summands) > 1:
+            # Every element is a thread's own: what it just stored it can read without waiting.
+            tiles.map(summands[1], lambda _i, _j, x, high: x - high, self.inverse, summands[0])
+        tiles.sync()
+        for buffer, tile in zip(summands_kept, summands, strict=True):
+            keep_tile(buffer, tile)
 
     def carry(self, work: _Work, kept: tuple[Any, ...], unit: Expr, heads: Expr) -> None:
         """Advance the worker's state over all tokens of its sequence, with what was kept from `unit` on."""
@@ -224,9 +245,12 @@ class _Chunks:
         # Two of each: one is read while the next chunk arrives in the other.
         both = {
             "k": tiles.tile(2 * C, self.K, dtype=data), "q": tiles.tile(2 * C, self.K, dtype=data),
-            "v": tiles.tile(2 * C, VT, dtype=data), "inverse": tiles.tile(2 * C, C), "P": tiles.tile(2 * C, C, dtype=data),
-            "factors": tiles.tile(2 * C, FACTORS),
+            "v": tiles.tile(2 * C, VT, dtype=data),
         }  # fmt: skip
+        summands = [f"inverse{number}" for number in range(len(_summands(data)))]
+        kept_names = (*summands, "P", "factors")
+        for name, dtype in zip(kept_names, (*_summands(data), data, "float32"), strict=True):
+            both[name] = tiles.tile(2 * C, FACTORS if name == "factors" else C, dtype=dtype)
 
         def half(name: str, c: Expr) -> Tile:
             return tiles.block(both[name], T.Cast("int32", c % 2) * C, 0, C, both[name].cols)
@@ -236,7 +260,8 @@ class _Chunks:
             tiles.load(half("k", c), self._rows(work.k, work, start, work.h, self.K), rows=m)
             tiles.load(half("q", c), self._rows(work.q, work, start, work.h, self.K), rows=m)
             tiles.load(half("v", c), self._rows(work.v, work, start, work.hv, VT, work.j0), rows=m)
-            for name, buffer, cols in (("inverse", kept[0], C), ("P", kept[1], C), ("factors", kept[2], FACTORS)):
+            for name, buffer in zip(kept_names, kept, strict=True):
+                cols = both[name].cols
                 tiles.load(half(name, c), tiles.window(buffer, own * (C * cols), C, cols, (cols, 1)))
 
         count = T.Bind((work.length + C - 1) // C)
@@ -251,14 +276,13 @@ class _Chunks:
             k, q, P = half("k", c), half("q", c), half("P", c)
             k_left, k_t_left = tiles.operand(k, "left"), tiles.operand(k, "left", transpose=True)
             q_left, P_left = tiles.operand(q, "left"), tiles.operand(P, "left")
-            inverse_left = tiles.operand(half("inverse", c), "left")
+            inverse_left = [tiles.operand(half(name, c), "left") for name in summands]
             tiles.pack(S_right)
             tiles.sync()
             with T.If(c + 1 < count):
                 with T.Then():
                     fetch(c + 1)
-            tiles.pack(inverse_left, lower=True)
-            for operand in (k_left, q_left, P_left, k_t_left):
+            for operand in (*inverse_left, k_left, q_left, P_left, k_t_left):
                 tiles.pack(operand)
             if data != "bfloat16":
                 tiles.sync(loads=False)
@@ -268,7 +292,9 @@ class _Chunks:
             tiles.mma(self.out, q_left, S_right, finish=lambda _i, _j, x, d: x * d, sources=(q_start,), coarse=True)
             tiles.pack(self.R_right)
             tiles.sync(loads=False)
-            tiles.mma(self.U, inverse_left, self.R_right, lower="left")
+            tiles.mma(self.U, inverse_left[0], self.R_right, lower="left")
+            for rest in inverse_left[1:]:
+                tiles.mma(self.U, rest, self.R_right, lower="left", start=keep, coarse=True)
             tiles.map(U_end, lambda _i, _j, u, w: u * w, self.U, k_end)
             tiles.pack(self.U_right)
             tiles.pack(U_end_right)
@@ -380,11 +406,13 @@ class _Chunks:
             reference = tiles.block(G, row, 0, 1, K)
             tiles.sync()
             tiles.map(self.far, lambda _i, _j, x, a, e: x * exp(e - a), self.k, G, reference, rows=row)
+            tiles.sync()
             tiles.pack(self.far_right, rows=row)
             for tile, product in ((self.k, self.kk), (self.q, self.qk)):
                 source, gates = tiles.block(tile, row, 0, BLOCK, K), tiles.block(G, row, 0, BLOCK, K)
                 tiles.sync()
                 tiles.map(self.near, lambda _i, _j, x, a, e: x * exp(a - e), source, gates, reference)
+                tiles.sync()
                 tiles.pack(self.near_left)
                 tiles.sync()
                 tiles.mma(tiles.block(product, row, 0, BLOCK, C), self.near_left, self.far_right, cols=row)
@@ -400,6 +428,7 @@ class _Chunks:
         )  # fmt: skip
         decayed = self.decayed
         tiles.map(decayed, lambda _i, _j, x, a: x * exp(a), self.k, G, rows=m)
+        tiles.sync()
         tiles.pack(self.decayed_left, rows=m)
         tiles.sync()
         tiles.mma(
@@ -408,11 +437,13 @@ class _Chunks:
         )  # fmt: skip
         tiles.sync()
         tiles.map(decayed, lambda _i, _j, x, a: x * exp(a), self.q, G, rows=m)
+        tiles.sync()
         tiles.pack(self.decayed_left, rows=m)
         tiles.sync()
         tiles.mma(self.out, self.decayed_left, S_right, rows=m, finish=lambda _i, _j, x, f: x * f, sources=(r,))
         tiles.sync()
         tiles.map(decayed, lambda _i, _j, x, a, e: x * exp(e - a), self.k, G, last, rows=m)
+        tiles.sync()
         tiles.pack(self.decayed_t_left, rows=m)
 
     def _invert(self, m: Expr) -> None:

@@ -393,15 +393,12 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                     if convolved:
                         convolve(x, (heads + h) * K, K)
                         convolve(y, h * K, K)
-                    for i in tiles.rows(K):
-                        if convolved:
-                            pass
-                        elif packed:
-                            x[i] = T.Cast("float32", mixed_qkv[n, (heads + h) * K + tiles.row(i)])
-                            y[i] = T.Cast("float32", mixed_qkv[n, h * K + tiles.row(i)])
-                        else:
-                            x[i] = T.Cast("float32", k[row, first + t, h, tiles.row(i)])
-                            y[i] = T.Cast("float32", q[row, first + t, h, tiles.row(i)])
+                    elif packed:
+                        tiles.read(x, mixed_qkv, n, (heads + h) * K)
+                        tiles.read(y, mixed_qkv, n, h * K)
+                    else:
+                        tiles.read(x, k, row, first + t, h, T.int64(0))
+                        tiles.read(y, q, row, first + t, h, T.int64(0))
                     m[0] = T.float32(1)
                     m[1] = scale
                     if use_qk_l2norm_in_kernel != 0:
