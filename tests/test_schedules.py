@@ -17,7 +17,7 @@ def geometry(name, K=64, V=32, **more):
 
 
 #: Algorithms that have no schedule for devices yet; calls there are errors or the torch reference, and listings say so.
-CPU_ONLY = {"conv", "moe_route", "moe_sort", "moe_stats", "moe_experts"}
+CPU_ONLY = {"conv", "fused_decode", "moe_route", "moe_sort", "moe_stats", "moe_experts"}
 
 
 def why_not(name, target):
