@@ -23,12 +23,9 @@ class ConvX86:
 
     @staticmethod
     def default(geometry: Geometry) -> dict[str, Any]:
-        """Prompts in strips of 1,024 channels: shorter ones leave the memory prefetcher behind.
-
-        Decode with taps that stay in the L1 cache, and two vectors at once, whose exponentials overlap.
-        """
+        """Strips of 1,024 channels: shorter ones leave the memory prefetcher behind. Decode takes two vectors at once."""
         if geometry.attr.get("update"):
-            return {"tokens": 16, "channels": 512, "vector": 32}
+            return {"tokens": 16, "channels": 1024, "vector": 32}
         return {"tokens": 64, "channels": 1024, "vector": 16}
 
     @staticmethod
