@@ -18,6 +18,7 @@ CHECKS = {
     "multi_turn": {"o": True, "state": True, "other slots": False},
     "varlen_batch": {f"sequence {n} of {length} tokens": length > 0 for n, length in enumerate((63, 1, 0, 200, 17))},
     "verify_tree": {"pool before the commit": False, "sequence 0, path 0-1-3": True, "sequence 1, path 0-2": True},
+    "moe_int4": {"bytes of bf16": True, "packed weights": True, "original weights": True},
     "transformers_patch": {"tokens": False, "logits": True},
 }
 
