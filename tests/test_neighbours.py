@@ -75,6 +75,24 @@ SGLANG = {
         "replayssm_g=None, replayssm_beta=None, match_cutedsl_decode=False",
     },
 }
+# What SGLang published in autumn 2025, before states became V-first (sglang.srt.layers.attention.fla, models.qwen3_next), and its CPU
+# kernels, whose schema stands in sgl_kernel's C++.
+SGLANG_2025 = {
+    "fused_gdn_gating_g": "A_log, a, dt_bias, beta=1.0, threshold=20.0",
+    "fused_gdn_gating": "A_log, a, b, dt_bias, beta=1.0, threshold=20.0",
+    "chunk_gated_delta_rule": "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, "
+    "head_first=False, use_qk_l2norm_in_kernel=False",
+    "fused_recurrent_gated_delta_rule_update": "q, k, v, g, beta=None, scale=None, initial_state_source=None, "
+    "initial_state_indices=None, cu_seqlens=None, use_qk_l2norm_in_kernel=False, disable_state_update=False, "
+    "disable_output_calculation=False, intermediate_states_buffer=None, cache_steps=None, retrieve_parent_token=None",
+    "fused_sigmoid_gating_delta_rule_update": "A_log, a, dt_bias, softplus_beta, softplus_threshold, q, k, v, b, "
+    "initial_state_source, initial_state_indices, scale=None, use_qk_l2norm_in_kernel=False, cu_seqlens=None",
+    "fused_gdn_gating_cpu": "A_log, a, b, dt_bias",
+    "chunk_gated_delta_rule_cpu": "query, key, value, g, beta, initial_state, output_final_state, cu_seqlens, head_first, "
+    "use_qk_l2norm_in_kernel, initial_state_indices=None, eps=1e-06",
+    "fused_sigmoid_gating_delta_rule_update_cpu": "A_log, dt_bias, q, k, v, a, b, initial_state_source, initial_state_indices, "
+    "cu_seqlens, use_qk_l2norm_in_kernel, softplus_beta=1.0, softplus_threshold=20.0",
+}
 FLA = {
     "ops/gated_delta_rule/chunk.py": {
         "chunk_gated_delta_rule": "q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, "
@@ -142,6 +160,12 @@ TABLE = [
 @pytest.mark.parametrize(("package", "module", "path", "name", "text"), TABLE)
 def test_signatures_are_the_published_ones(package, module, path, name, text):
     assert ours(getattr(module, name)) == bare(text)
+
+
+def test_signatures_of_2025_are_the_published_ones():
+    assert set(sglang_k_first.__all__) == set(SGLANG_2025)
+    for name, text in SGLANG_2025.items():
+        assert ours(getattr(sglang_k_first, name)) == bare(text), name
 
 
 @pytest.mark.parametrize(("package", "module", "path", "name", "text"), TABLE)

@@ -13,6 +13,24 @@ import sys
 from pathlib import Path
 
 import pytest
+from calls import GATING, POOL, RECURRENT, SIGMOID, UPDATE
+
+CHUNK = "chunk_gated_delta_rule"
+_BF16 = {"dtype": "bfloat16", "H": 2, "HV": 4, "K": 128, "V": 128, "lengths": (3,), "index_dtype": "int32"}
+_POOL, _STATES = {"with": (*POOL, "cu_seqlens")}, {"with": ("initial_state", "cu_seqlens"), "output_final_state": True}
+_FP32 = {"B": 1, "T": 3, "H": 2, "HV": 2, "K": 64, "V": 64, "with": ("initial_state",), "output_final_state": True}
+_GATES = {"dtypes": {"beta": "float32"}}
+#: What the files call, compiled in one batch.
+KERNELS = [
+    (GATING, {"M": 3, "HV": 4, "dtype": "bfloat16", "dtypes": {"A_log": "float32"}}),
+    *((op, {**_BF16, **_POOL, "state_v_first": v}) for op in (SIGMOID, UPDATE) for v in (True, False)),
+    (f"{CHUNK}_update", {**_BF16, **_POOL, "K": 64, "V": 64, "state_v_first": True}),
+    (f"{CHUNK}_update", {**_BF16, **_POOL, **_GATES, "state_v_first": True}),
+    (CHUNK, {**_BF16, **_STATES, "K": 64, "V": 64}),
+    (CHUNK, {**_BF16, **_STATES, **_GATES}),
+    (CHUNK, {**_FP32, "lengths": (3,), "with": _STATES["with"]}),
+    *((op, _FP32) for op in (CHUNK, RECURRENT, "chunk_kda", "fused_recurrent_kda", "chunk_delta_rule", "fused_recurrent_delta_rule")),
+]  # fmt: skip
 
 _HERE = Path(__file__).parent / "neighbours"
 #: File -> its tests, and what its imports become: (module as a pattern, ours).
