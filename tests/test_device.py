@@ -64,7 +64,12 @@ if ON_ACCELERATOR:
     @pytest.mark.parametrize("kernel", small_cases())
     def test_parity_at_small_shapes(kernel):
         op, case = kernel
-        result = parity.check_case(OPS[op], case, device=resolve(env.target_name()).device)
+        try:
+            result = parity.check_case(OPS[op], case, device=resolve(env.target_name()).device)
+        except BuildError as error:
+            if "TargetError: " not in str(error):
+                raise
+            pytest.skip(f"the schedule refuses this shape: {str(error).splitlines()[-1]}")
         assert result.passed, (result.errors, result.limits, result.failure)
 
 
