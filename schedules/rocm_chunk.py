@@ -14,6 +14,7 @@ from tvm_gdn.schedules.gpu_chunk import BLOCK, Fragments, GpuChunkTiles, Operand
 
 from tvm_gdn.errors import TargetError
 from tvm_gdn.ops.tir.chunk import chunk as chunk_rule
+from tvm_gdn.ops.tir.chunk import chunk_lengths
 from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
@@ -117,6 +118,15 @@ class MfmaChunkTiles(GpuChunkTiles):
                 split(value if inside is True else T.if_then_else(inside, value, T.float32(0)), i, j)
 
             when(index < total, element)
+
+    def store(self, dst: Window, src: Any, rows: Expr | None = None) -> None:
+        """Rounded to the tensor's dtype."""
+
+        def element(i: Expr, j: Expr, slot: Expr) -> None:
+            inside: Any = True if rows is None else T.Cast("int64", i) < rows
+            when(inside, lambda: self._put(dst, self._get(src, i, j, slot), i, j))
+
+        self._over(src, element, cut=True)
 
     # Products.
     def mma(
@@ -227,13 +237,13 @@ class ChunkMfma:
         tiles = tuple(d for d in (16, 32, 64) if geometry.axis["V"] % d == 0)
         if not tiles:
             raise TargetError(f"V = {geometry.axis['V']} is no multiple of 16: fragments of the matrix unit have 16 columns")
-        return {"chunk": (16, 32, 64), "v_tile": tiles}
+        return {"chunk": chunk_lengths(geometry.axis["K"], (16, 32, 64)), "v_tile": tiles}
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """The longest chunk that fits with 32 columns or fewer."""
         columns = [d for d in cls.knobs(geometry)["v_tile"] if d <= 32]
-        for chunk in (64, 32, 16):
+        for chunk in sorted(cls.knobs(geometry)["chunk"], reverse=True):
             for v_tile in sorted(columns, reverse=True):
                 if max(sized(geometry, chunk=chunk, v_tile=v_tile, warps=8).arenas.values()) <= cls.shared:
                     return {"chunk": chunk, "v_tile": v_tile}
