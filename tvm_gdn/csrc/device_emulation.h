@@ -173,6 +173,7 @@ struct Context {
 struct Fiber {
   Context context;
   State state;
+  int width;  // lanes that take part in the warp-wide operation that the thread waits in
   dim3_ index;
   alignas(16) char slot[256];  // what the thread shows to its warp
   std::vector<char> stack;
@@ -202,10 +203,11 @@ static void entry() {
   own->fibers[own->current].context.change(own->main);
   __builtin_trap();
 }
-static inline void pause(State state) {
+static inline void pause(State state, int width = EMULATED_WARP) {
   Block* own = block;
   Fiber& me = own->fibers[own->current];
   me.state = state;
+  me.width = width;
   me.context.change(own->main);
 }
 static inline int lane() { return block->current % EMULATED_WARP; }
@@ -215,14 +217,16 @@ static inline Fiber& peer(int other) {
   return block->fibers[index];
 }
 
-/* Every thread of the warp shows `value`; then `read` looks at what the others show; then all go on. */
+/* Every thread of the warp shows `value`; then `read` looks at what the others show; then all go on. In warps of more than 32 threads
+ * an operation of width 32 concerns 32 neighbours: the others may be elsewhere, as the devices that have such warps allow. */
 template <class T, class F>
-static inline auto exchange(const T& value, F read) {
+static inline auto exchange(const T& value, F read, int width = EMULATED_WARP) {
   static_assert(sizeof(T) <= sizeof(Fiber::slot), "too much for one thread to show");
   memcpy(block->fibers[block->current].slot, &value, sizeof(T));
-  pause(WARP);
+  width = width < 32 ? 32 : width;
+  pause(WARP, width);
   auto result = read();
-  pause(WARP);  // nobody shows something new before all have read
+  pause(WARP, width);  // nobody shows something new before all have read
   return result;
 }
 template <class T>
@@ -255,14 +259,16 @@ static void run_block(Block& own, int threads, std::mt19937* random) {
       own.main.change(fiber.context);
       alive -= fiber.state == DONE;
     }
-    for (int first = 0; first < threads; first += EMULATED_WARP) {
-      int end = std::min(threads, first + EMULATED_WARP), waiting = 0, left = 0;
-      for (int n = first; n < end; ++n) waiting += own.fibers[n].state == WARP, left += own.fibers[n].state != DONE;
-      if (!waiting || waiting != left) continue;
-      for (int n = first; n < end; ++n)
-        if (own.fibers[n].state == WARP) own.fibers[n].state = RUN;
-      progress = true;
-    }
+    for (int width = 32; width <= (EMULATED_WARP < 32 ? 32 : EMULATED_WARP); width *= 2)
+      for (int first = 0; first < threads; first += width) {
+        int end = std::min(threads, first + width), waiting = 0, left = 0;
+        for (int n = first; n < end; ++n)
+          waiting += own.fibers[n].state == WARP && own.fibers[n].width == width, left += own.fibers[n].state != DONE;
+        if (!waiting || waiting != left) continue;
+        for (int n = first; n < end; ++n)
+          if (own.fibers[n].state == WARP) own.fibers[n].state = RUN;
+        progress = true;
+      }
     int waiting = 0;
     for (Fiber& fiber : own.fibers) waiting += fiber.state == BARRIER;
     if (waiting && waiting == alive) {
@@ -326,23 +332,48 @@ static inline unsigned __activemask() { return 0xffffffffu; }
 template <class T>
 static inline T __shfl_sync(unsigned, T value, int source, int width = EMULATED_WARP) {
   int from = emulation::lane() / width * width + source % width;
-  return emulation::exchange(value, [=] { return emulation::shown<T>(from); });
+  return emulation::exchange(value, [=] { return emulation::shown<T>(from); }, width);
 }
 template <class T>
 static inline T __shfl_up_sync(unsigned, T value, unsigned delta, int width = EMULATED_WARP) {
   int me = emulation::lane(), from = me % width >= (int)delta ? me - (int)delta : me;
-  return emulation::exchange(value, [=] { return emulation::shown<T>(from); });
+  return emulation::exchange(value, [=] { return emulation::shown<T>(from); }, width);
 }
 template <class T>
 static inline T __shfl_down_sync(unsigned, T value, unsigned delta, int width = EMULATED_WARP) {
   int me = emulation::lane(), from = me % width + (int)delta < width ? me + (int)delta : me;
-  return emulation::exchange(value, [=] { return emulation::shown<T>(from); });
+  return emulation::exchange(value, [=] { return emulation::shown<T>(from); }, width);
 }
 template <class T>
-static inline T __shfl_xor_sync(unsigned, T value, int mask, int = EMULATED_WARP) {
+static inline T __shfl_xor_sync(unsigned, T value, int mask, int width = EMULATED_WARP) {
   int from = emulation::lane() ^ mask;
-  return emulation::exchange(value, [=] { return emulation::shown<T>(from); });
+  return emulation::exchange(value, [=] { return emulation::shown<T>(from); }, width);
 }
+#if EMULATED_WARP == 64
+// v_mfma_f32_16x16x16_bf16: D = A B + C. Of A (16 x 16) a thread has row lane % 16, columns lane / 16 * 4 + 0..3; of B the same of its
+// transpose; of C and D column lane % 16, rows lane / 16 * 4 + 0..3. The result is element `e` of D.
+static inline float tvm_gdn_mfma(unsigned a0, unsigned a1, unsigned b0, unsigned b1, float c0, float c1, float c2, float c3, int e) {
+  struct Operands {
+    uint2 a, b;
+  };
+  return emulation::exchange(Operands{{a0, a1}, {b0, b1}}, [=] {
+    float sum = e == 0 ? c0 : e == 1 ? c1 : e == 2 ? c2 : c3;
+    auto element = [](uint2 words, int k) {
+      unsigned word = k / 2 ? words.y : words.x, bits = k % 2 ? word & 0xffff0000u : word << 16;
+      float value;
+      memcpy(&value, &bits, 4);
+      return value;
+    };
+    int lane = emulation::lane(), column = lane % 16, row = lane / 16 * 4;
+    for (int quad = 0; quad < 4; ++quad) {
+      uint2 right = emulation::shown<Operands>(quad * 16 + column).b;
+      uint2 left = emulation::shown<Operands>(quad * 16 + row + e).a;
+      for (int k = 0; k < 4; ++k) sum += element(left, k) * element(right, k);
+    }
+    return sum;
+  });
+}
+#endif
 static inline int __all_sync(unsigned, int predicate) {
   return emulation::exchange(predicate, [] {
     int result = 1;

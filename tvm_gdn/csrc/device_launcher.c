@@ -256,7 +256,8 @@ const char* tvm_gdn_device_open(void* library, const char* file, const char* pre
   memcpy(&found->launch, &address, sizeof address);
   address = dlsym(driver, error_name);
   memcpy(&found->error_name, &address, sizeof address);
-  address = symbol(driver, prefix, "FuncSetAttribute");
+  /* HIP's takes a host function, not a module's; its devices give a block all the shared memory there is without asking. */
+  address = load ? 0 : symbol(driver, prefix, "FuncSetAttribute");
   memcpy(&found->attribute, &address, sizeof address);
   address = symbol(driver, prefix, "ThreadExchangeStreamCaptureMode");
   memcpy(&found->exchange_capture, &address, sizeof address);

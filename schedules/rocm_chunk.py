@@ -1,0 +1,259 @@
+"""Tile operations of the chunked delta rules on AMD's matrix units (MFMA 16 x 16 x 16, bf16, fp32 accumulators, waves of 64).
+
+Everything but products is the common GPU form. Element e of an accumulator fragment stands in row ``lane / 16 * 4 + e``, column
+``lane % 16``; of an operand a thread has four neighbours along the depth, ``lane / 16 * 4 + (0, 1, 2, 3)``, as two words.
+`tvm_gdn_mfma` is lowered to the instruction (`tvm_gdn/lowering.py`), or to what the emulation makes of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm_gdn.schedules.gpu_chunk import BLOCK, Fragments, GpuChunkTiles, Operand, Tile, Window, ceil_div, padded, when
+
+from tvm_gdn.errors import TargetError
+from tvm_gdn.ops.tir.chunk import chunk as chunk_rule
+from tvm_gdn.ops.tir.chunk import chunk_lengths
+from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
+from tvm_gdn.schedule import schedule
+from tvm_gdn.spec import Geometry
+
+WAVE = 64
+
+
+class MfmaChunkTiles(GpuChunkTiles):
+    """Products on fragments of 16 x 16; value columns come in multiples of 16."""
+
+    def enter(self, lane: Expr, **options: Any) -> None:
+        """The arena as 16-bit words too."""
+        super().enter(lane, **options)
+        half = self.views["bfloat16"]
+        self.shorts = T.decl_buffer(half.shape, "uint16", data=half.data, scope="shared.dyn")
+
+    # Fragments.
+    def _grid(self, rows: int, cols: int) -> tuple[int, int, int, int]:
+        high, wide = ceil_div(rows, BLOCK), ceil_div(cols, BLOCK)
+        waves, along = self.threads // WAVE, 1
+        while along * 2 <= min(high, waves):
+            along *= 2
+        return ceil_div(high, along), ceil_div(wide, waves // along), along, waves // along
+
+    def _fragments(self, rows: int, cols: int, body: Any, limit: Expr | None = None) -> None:
+        high, wide = ceil_div(rows, BLOCK), ceil_div(cols, BLOCK)
+        count_a, count_b, along, across = self._grid(rows, cols)
+        wave = T.Bind(T.Cast("int32", self.lane) // WAVE)
+        for a in range(count_a):
+            mi = wave % along + a * along
+            bound: Any = True if (a + 1) * along <= high else mi < high
+            if limit is not None:
+                bound = T.Cast("int64", mi) * BLOCK < limit
+            for b in range(count_b):
+                ni = wave // along + b * across
+                inside: Any = True if (b + 1) * across <= wide else ni < wide
+                when(bound, lambda a=a, b=b, mi=mi, ni=ni, inside=inside: when(inside, lambda: body(a, b, mi, ni)))
+
+    def _elements(self, mi: Expr, ni: Expr) -> list[tuple[Expr, Expr]]:
+        lane = T.Cast("int32", self.lane) % WAVE
+        row, col = mi * BLOCK + lane // BLOCK * 4, ni * BLOCK + lane % BLOCK
+        return [(row + e, col) for e in range(4)]
+
+    # Copies and operands: element by element, without C functions.
+    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None) -> None:
+        self._place(dst.storage)
+        storage, limit = dst.storage, dst.rows if rows is None else rows
+        storage.version += 1
+        view = self.views[storage.dtype]
+        wide = storage.stride - 8 if storage.dtype == "bfloat16" and dst.cols > 1 else dst.cols
+        with T.serial(ceil_div(dst.rows * wide, self.threads)) as step:
+            index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+            i, j = index // wide, index % wide
+
+            def element() -> None:
+                inside = T.Cast("int64", i) < limit
+                inside = inside if wide == dst.cols else T.And(inside, j < dst.cols)
+                place = self._index(dst, i, j)
+                T.buffer_store(view, T.Cast(storage.dtype, T.float32(0)), [place])
+                when(inside, lambda: T.buffer_store(view, T.Cast(storage.dtype, src.buffer[i, j]), [place]))
+
+            when(True if dst.rows * wide % self.threads == 0 else index < dst.rows * wide, element)
+
+    def pack(self, *operands: Operand, rows: Expr | None = None, lower: bool = False) -> None:
+        """Split the tile into bf16 parts; tensor data in bf16 is its own operand."""
+        del lower
+        operand, rows = operands[0], self._rounded(rows)
+        tile, packed = operand.tile, operand.packed
+        source = tile if isinstance(tile, Fragments) else tile.storage
+        if packed.offset >= 0 and packed.version == source.version:
+            return
+        native = isinstance(tile, Tile) and tile.storage.dtype == "bfloat16" and tile.cols > 1
+        if packed.offset < 0:
+            self._place_packed(packed, tile, native)
+        packed.version = source.version
+        if native:
+            return
+        half, base, rest = self.views["bfloat16"], packed.offset // 2, self.scalars(1)
+
+        def split(value: Expr, i: Expr, j: Expr) -> None:
+            T.buffer_store(rest, value, [0])
+            for part in range(packed.parts):
+                place = base + i * packed.stride + j + part * packed.plane
+                T.buffer_store(half, T.Cast("bfloat16", rest[0]), [place])
+                T.buffer_store(rest, rest[0] - T.Cast("float32", half[place]), [0])
+
+        if isinstance(tile, Fragments):
+            self._over(tile, lambda i, j, slot: split(tile.buffer[slot], i, j), rows)
+            return
+        wide = padded(tile.cols)
+        total = padded(tile.rows) * wide
+        with T.serial(ceil_div(total if rows is None else rows * wide, self.threads)) as step:
+            index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+            i, j = index // wide, index % wide
+
+            def element() -> None:
+                inside: Any = i < tile.rows if tile.rows % BLOCK else True
+                if tile.cols % BLOCK:
+                    inside = j < tile.cols if inside is True else T.And(inside, j < tile.cols)
+                value = self._get(tile, i, j)
+                split(value if inside is True else T.if_then_else(inside, value, T.float32(0)), i, j)
+
+            when(index < total, element)
+
+    def store(self, dst: Window, src: Any, rows: Expr | None = None) -> None:
+        """Rounded to the tensor's dtype."""
+
+        def element(i: Expr, j: Expr, slot: Expr) -> None:
+            inside: Any = True if rows is None else T.Cast("int64", i) < rows
+            when(inside, lambda: self._put(dst, self._get(src, i, j, slot), i, j))
+
+        self._over(src, element, cut=True)
+
+    # Products.
+    def mma(
+        self,
+        dst: Any,
+        a: Operand,
+        b: Operand,
+        *,
+        rows: Expr | None = None,
+        cols: Expr | None = None,
+        depth: Expr | None = None,
+        lower: str | None = None,
+        start: ElementFunction | None = None,
+        finish: ElementFunction | None = None,
+        sources: tuple[Any, ...] = (),
+        coarse: bool = False,
+    ) -> None:
+        """Fragment by fragment, in accumulators of its own."""
+        terms, rows = self._terms(a.packed, b.packed), self._rounded(rows)
+        if coarse and self.data == "bfloat16":
+            terms = terms[:1]
+        per_row = self._grid(dst.rows, dst.cols)[1]
+        left, right = self._registers("uint32", 2), self._registers("uint32", 2)
+        acc = self._registers("float32", 4)
+
+        def product(kk: int, mi: Expr, ni: Expr) -> None:
+            for x, y in terms:
+                self._load_words(a, left, x, mi * BLOCK, kk * BLOCK, depth_first=a.transposed)
+                self._load_words(b, right, y, ni * BLOCK, kk * BLOCK, depth_first=not b.transposed)
+                # One element of the result each: C's calls have no vectors, and LLVM makes one instruction of the four.
+                numbers = (left[0], left[1], right[0], right[1], acc[0], acc[1], acc[2], acc[3])
+                made = [T.Bind(T.call_extern("float32", "tvm_gdn_mfma", *numbers, e)) for e in range(4)]
+                for e in range(4):
+                    T.buffer_store(acc, made[e], [e])
+
+        def fragment(na: int, nb: int, mi: Expr, ni: Expr) -> None:
+            def whole() -> None:
+                for e, (i, j) in enumerate(self._elements(mi, ni)):
+                    slot, (ci, cj) = (na * per_row + nb) * 4 + e, self._clamped(dst, i, j)
+                    first: Any = T.float32(0)
+                    if start is not None:
+                        values = [self._get(source, ci, cj, slot) for source in sources]
+                        first = start(i, j, self._get(dst, ci, cj, slot), *values)
+                    T.buffer_store(acc, first, [e])
+                for kk in range(padded(a.cols) // BLOCK):
+                    inside: Any = True if depth is None else kk * BLOCK < depth
+                    if lower == "left":
+                        inside = kk <= mi if inside is True else T.And(inside, kk <= mi)
+                    when(inside, lambda kk=kk: product(kk, mi, ni))
+                for e, (i, j) in enumerate(self._elements(mi, ni)):
+                    slot, (ci, cj) = (na * per_row + nb) * 4 + e, self._clamped(dst, i, j)
+                    last: Any = acc[e]
+                    if finish is not None:
+                        last = finish(i, j, last, *(self._get(source, ci, cj, slot) for source in sources))
+                    keep: Any = True
+                    if isinstance(dst, Tile) and (dst.rows % BLOCK or dst.cols % BLOCK):
+                        keep = T.And(i < dst.rows, j < dst.cols)
+                    when(keep, lambda last=last, i=i, j=j, slot=slot: self._put(dst, last, i, j, slot))
+
+            wanted: Any = True
+            if lower == "result":
+                wanted = ni <= mi
+            if cols is not None:
+                near = T.Cast("int64", ni) * BLOCK < cols
+                wanted = near if wanted is True else T.And(wanted, near)
+            when(wanted, whole)
+
+        self._fragments(dst.rows, dst.cols, fragment, rows)
+
+    @staticmethod
+    def _clamped(dst: Any, i: Expr, j: Expr) -> tuple[Expr, Expr]:
+        i = i if dst.rows % BLOCK == 0 else T.min(i, dst.rows - 1)
+        return i, j if dst.cols % BLOCK == 0 else T.min(j, dst.cols - 1)
+
+    def _load_words(self, operand: Operand, words: Any, part: int, across: Expr, deep: Expr, *, depth_first: bool) -> None:
+        """This thread's four elements of a fragment; `depth_first`: the depth runs along the rows of the memory."""
+        packed, lane = operand.packed, T.Cast("int32", self.lane) % WAVE
+        across, deep = across + lane % BLOCK, deep + lane // BLOCK * 4
+        row, col = (deep, across) if depth_first else (across, deep)
+        if isinstance(operand.tile, Tile) and packed.parts == 1 and packed.exact:
+            row, col = operand.tile.row + row, operand.tile.col + col
+        place = T.Bind(packed.offset // 2 + part * packed.plane + row * packed.stride + col)
+        step = packed.stride if depth_first else 1
+        for word in range(2):
+            low, high = (T.Cast("uint32", self.shorts[place + (2 * word + n) * step]) for n in range(2))
+            T.buffer_store(words, T.bitwise_or(low, T.shift_left(high, T.uint32(16))), [word])
+
+
+def sized(geometry: Geometry, **options: Any) -> MfmaChunkTiles:
+    """Tile operations with an arena of the size that the algorithm turns out to use."""
+    K, V, data = geometry.axis["K"], geometry.axis["V"], geometry.dtype["v"]
+    tiles = MfmaChunkTiles(K, V, data=data, v_first=bool(geometry.attr.get("state_v_first")), **options)
+    chunk_rule(geometry, tiles)
+    tiles.arenas = dict(tiles.used)
+    return tiles
+
+
+@schedule("chunk", "rocm-gfx90a")
+@schedule("chunk", "rocm-gfx942")
+class ChunkMfma:
+    """Chunked delta rules: a block per tile of value columns, the state in accumulator fragments; 64 KiB of LDS, 256 threads."""
+
+    shared = 64 * 1024
+
+    @classmethod
+    def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
+        """Tokens per chunk and value columns."""
+        tiles = tuple(d for d in (16, 32, 64) if geometry.axis["V"] % d == 0)
+        if not tiles:
+            raise TargetError(f"V = {geometry.axis['V']} is no multiple of 16: fragments of the matrix unit have 16 columns")
+        return {"chunk": chunk_lengths(geometry.axis["K"], (16, 32, 64)), "v_tile": tiles}
+
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
+        """The longest chunk that fits with 32 columns or fewer."""
+        columns = [d for d in cls.knobs(geometry)["v_tile"] if d <= 32]
+        for chunk in sorted(cls.knobs(geometry)["chunk"], reverse=True):
+            for v_tile in sorted(columns, reverse=True):
+                if max(sized(geometry, chunk=chunk, v_tile=v_tile, warps=8).arenas.values()) <= cls.shared:
+                    return {"chunk": chunk, "v_tile": v_tile}
+        raise TargetError(f"K = {geometry.axis['K']} needs more than {cls.shared} bytes of local memory")
+
+    @classmethod
+    def tiles(cls, geometry: Geometry, *, chunk: int, v_tile: int) -> MfmaChunkTiles:
+        """Tile operations on the matrix unit."""
+        found = sized(geometry, chunk=chunk, v_tile=v_tile, warps=8)
+        size = max(found.arenas.values())
+        if size > cls.shared:
+            raise TargetError(f"chunk {chunk} and v_tile {v_tile} need {size} bytes of local memory, a block has {cls.shared}")
+        return found
