@@ -198,3 +198,11 @@ def test_sizes(scheme, hidden, inner):
         ref = loop(x[:20], *pack.unpack(), weights, ids[:20])
         out = tvm_gdn.fused_experts(x, pack, topk_weights=weights, topk_ids=ids)
         assert error(out[:20], ref) < (0.03 if "int" in scheme else 5e-3)
+
+
+@pytest.mark.parametrize(
+    "x, w13", [(torch.zeros(2, 4, 8), torch.zeros(12, 8)), (None, torch.zeros(12, 8)), (torch.zeros(4, 8), None)]
+)
+def test_a_shared_expert_names_what_is_wrong(x, w13):
+    with pytest.raises(ArgumentError, match=r"shared_expert: (x is|w13 is)"):
+        tvm_gdn.shared_expert(x, w13, torch.zeros(8, 6))

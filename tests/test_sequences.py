@@ -208,8 +208,8 @@ def test_malformed_pools_are_named_where_final_states_are_asked_for():
     tensors = drawn(4, B=2)
     slots = torch.tensor([0, 1])
     for pool, indices, named in (
-        (None, slots, "initial_state_source"),
-        (torch.zeros(3, K, V), slots, "initial_state_source"),
+        (None, slots, "^chunk_gated_delta_rule: initial_state_indices needs initial_state$"),
+        (torch.zeros(3, K, V), slots, "^chunk_gated_delta_rule: initial_state has 3 axes"),
         (torch.zeros(3, HV, K, V), slots[:, None], "initial_state_indices"),
         (torch.zeros(3, HV, K, V), torch.tensor([0, 1, 2]), "initial_state_indices"),
         (torch.zeros(3, HV, K, V), torch.tensor([0, 3]), "initial_state_indices"),

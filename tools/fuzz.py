@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import mmap
 import os
 import struct
@@ -53,8 +54,9 @@ class Drawn:
 class Watch:
     """One job: a range of calls, made by one child process after another."""
 
-    def __init__(self, drawn: Drawn, calls: range, timeout: float, failures: list[str], counts: Counter[str]) -> None:
-        self.drawn, self.calls, self.timeout, self.failures, self.counts = drawn, calls, timeout, failures, counts
+    def __init__(self, drawn: Drawn, calls: range, timeout: float, end: float, failures: list[str], counts: Counter[str]) -> None:
+        self.drawn, self.calls, self.timeout, self.end = drawn, calls, timeout, end
+        self.failures, self.counts = failures, counts
 
     def run(self) -> None:
         """Make every call of the range, in a new process after each crash or hang."""
@@ -76,7 +78,7 @@ class Watch:
             self.counts.update(dict(zip(_FIELDS, made, strict=True)))
             output.seek(0)
             self.failures.extend(json.loads(line) for line in output)
-            if child.returncode == 0:
+            if child.returncode == 0 or time.monotonic() > self.end:
                 return self.calls.stop
             log.seek(0)
             kind = "hang" if hangs else f"crash (exit status {child.returncode})"
@@ -93,6 +95,10 @@ class Watch:
                 return False
             except subprocess.TimeoutExpired:
                 now = _PAGE.unpack_from(shared)[:2]
+                if time.monotonic() > self.end:
+                    child.kill()
+                    child.wait()
+                    return False
                 if now != last:
                     last, since = now, time.monotonic()
                 elif time.monotonic() - since > (self.timeout if now[1] else _START_TIMEOUT):
@@ -145,8 +151,8 @@ def make_again(drawn: Drawn, index: int) -> int:
     return bool(problem)
 
 
-def fuzz(calls: int, drawn: Drawn, jobs: int, timeout: float) -> int:
-    """Make calls 0 to `calls`; print a summary; 1 if anything was wrong."""
+def fuzz(calls: int, drawn: Drawn, jobs: int, timeout: float, limit: float) -> int:
+    """Make calls 0 to `calls`, or as many as `limit` seconds allow; print a summary; 1 if anything was wrong."""
     from fuzz_kernels import kernels
 
     from tvm_gdn import env, kernel_cache
@@ -169,7 +175,7 @@ def fuzz(calls: int, drawn: Drawn, jobs: int, timeout: float) -> int:
 
     threading.Thread(target=progress, daemon=True).start()
     with ThreadPoolExecutor(jobs) as pool:
-        watches = [Watch(drawn, range(*pair), timeout, failures, counts) for pair in itertools.pairwise(bounds)]
+        watches = [Watch(drawn, range(*pair), timeout, start + limit, failures, counts) for pair in itertools.pairwise(bounds)]
         for future in [pool.submit(watch.run) for watch in watches]:
             future.result()
     stopped.set()
@@ -181,7 +187,7 @@ def fuzz(calls: int, drawn: Drawn, jobs: int, timeout: float) -> int:
         f"{made} calls of seed {drawn.seed} ({counts['valid']} valid, {counts['invalid']} invalid) in {seconds:.1f} s, "
         f"{made / seconds:.0f} a second: {counts['crashes']} crashes, {counts['hangs']} hangs, {counts['wrong']} wrong results"
     )
-    return int(bool(failures) or made + counts["crashes"] + counts["hangs"] != calls)
+    return int(bool(failures) or (seconds < limit and made + counts["crashes"] + counts["hangs"] != calls))
 
 
 def main() -> int:
@@ -191,6 +197,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which calls (default 0)")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default 1)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds after which a call counts as hanging (default 60)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; the summary says how many were made")
     parser.add_argument("--only", type=int, metavar="INDEX", help="make this call alone, in this process")
     parser.add_argument("--kernels", type=int, default=2, help="kernels per operator, the same in every run (default 2)")
     parser.add_argument(
@@ -204,7 +211,7 @@ def main() -> int:
         return 0
     if args.only is not None:
         return make_again(drawn, args.only)
-    return fuzz(args.calls, drawn, max(1, args.jobs), args.timeout)
+    return fuzz(args.calls, drawn, max(1, args.jobs), args.timeout, args.seconds)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def validate(spec: OpSpec, args: Mapping[str, Any]) -> dict[str, int]:
         value = args.get(tensor.name)
         if value is None:
             if not tensor.optional:
-                raise ArgumentTypeError(f"{spec.name}: {tensor.name} is None; pass a tensor [{tensor.axes}]")
+                raise ArgumentTypeError(
+                    f"{spec.name}: {tensor.name} is None; pass a tensor [{', '.join(tensor.axis_names(args))}]"
+                )
             continue
         if not isinstance(value, torch.Tensor):
             raise ArgumentTypeError(f"{spec.name}: {tensor.name} is a {type(value).__name__}; pass a torch.Tensor")
@@ -178,9 +180,10 @@ def _check_memory(spec: OpSpec, tensor: Tensor, value: torch.Tensor) -> None:
     expected = 1
     for axis in reversed(range(free, value.ndim)):
         if value.shape[axis] != 1 and value.stride(axis) != expected:
+            last = "axis" if free == value.ndim - 1 else f"{value.ndim - free} axes"
             raise ArgumentError(
-                f"{spec.name}: {tensor.name} has strides {value.stride()}; its last {value.ndim - free} axes must be "
-                f"contiguous: pass {tensor.name}.contiguous()"
+                f"{spec.name}: {tensor.name} has strides {value.stride()}; its last {last} must be contiguous: pass "
+                f"{tensor.name}.contiguous()"
                 + (" (a copy: for a pool allocate it contiguously instead)" if tensor.mutated else "")
             )
         expected *= value.shape[axis]

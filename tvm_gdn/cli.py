@@ -98,7 +98,7 @@ COMMANDS = {
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tvm_gdn",
-        description="Compiled operators for hybrid language models (gated delta rule), for the CPU that this runs on.",
+        description="Compiled operators for hybrid language models: delta rules, convolution, gated norm, mixture of experts.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

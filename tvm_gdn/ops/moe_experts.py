@@ -307,9 +307,11 @@ def shared_expert(
             raise ArgumentError(f"shared_expert: w13 is a pack of {w13.experts} experts; pass a pack of one")
         weights: tuple[Any, ...] = (w13, w2)
     else:
-        if w13.ndim != 2 or w2 is None or w2.ndim != 2:
+        if w13 is None or w13.ndim != 2 or w2 is None or w2.ndim != 2:
             raise ArgumentError("shared_expert: w13 is [2I, D] and w2 [D, I], or w13 a PackedExperts of one expert")
         weights = (w13[None], w2[None])
+    if not isinstance(x, torch.Tensor) or x.ndim != 2:
+        raise ArgumentError(f"shared_expert: x is {tuple(x.shape) if isinstance(x, torch.Tensor) else x!r}; allowed: [T, D]")
     tokens, hidden = x.shape
     if gate is not None and gate.numel() != hidden:
         raise ArgumentError(f"shared_expert: gate has {gate.numel()} elements; it must have D = {hidden}")

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from tvm_gdn.autograd import forward_only
+from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops import draws
 from tvm_gdn.ops.arguments import (
     BETA,
@@ -137,7 +138,13 @@ def _call(
     else:
         final = _empty_states(initial_state, indices) if output_final_state else None
         operator = getattr(torch.ops.tvm_gdn, f"{name}_update")
-        o = operator(*tensors, scale, initial_state, indices, cu_seqlens, l2norm, state_v_first=state_v_first, final_state=final)
+        options = scale, initial_state, indices, cu_seqlens, l2norm
+        try:
+            o = operator(*tensors, *options, state_v_first=state_v_first, final_state=final)
+        except (ArgumentError, ArgumentTypeError) as error:
+            # In the words of the function that was called.
+            text = str(error).replace(f"{name}_update:", f"{name}:").replace("initial_state_source", "initial_state")
+            raise type(error)(text) from None
     return tokens_first(o) if one_token else o, final if output_final_state else None
 
 

@@ -26,7 +26,9 @@ def _key(x: Any, lanes: int) -> Any:
 
     bits = T.reinterpret(kind, T.Select(x == all_lanes(T.float32(0)), all_lanes(T.float32(0)), x))
     ordered = T.bitwise_xor(bits, T.bitwise_and(T.shift_right(bits, all_lanes(T.int32(31))), all_lanes(T.int32(0x7FFFFFFF))))
-    return T.Select(x == x, ordered, all_lanes(T.int32(NAN)))  # noqa: PLR0124 - false for NaN
+    # By its bits: `x == x` is simplified to true where x is a sum.
+    is_nan = T.bitwise_and(bits, all_lanes(T.int32(0x7FFFFFFF))) > all_lanes(T.int32(0x7F800000))
+    return T.Select(is_nan, all_lanes(T.int32(NAN)), ordered)
 
 
 def moe_route(geometry: Geometry, tiles: Any) -> Any:
