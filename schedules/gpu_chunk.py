@@ -137,32 +137,34 @@ class GpuChunkTiles(WarpTiles):
         Dtype of q, k and v.
     v_first : bool
         Whether states are stored ``[V, K]``.
-    ahead : bool
-        Whether what does not depend on states is computed first, a block per chunk.
+    ahead : int
+        Warps of blocks that compute what does not depend on states first, a block per chunk; 0 for one pass.
     arenas : mapping, optional
         Bytes of shared memory of blocks without and with a state; what `used` says after a kernel was built.
     """
 
     span = 1
 
-    def __init__(
-        self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: bool = False
-    ) -> None:
+    def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0) -> None:
         super().__init__(warps * WARP)
-        self.ahead = ahead
+        self.ahead, self.sizes = ahead > 0, {False: ahead or warps, True: warps}
+        self.states = True
         self.K, self.V, self.v_tile, self.chunk = K, V, v_tile, chunk
         self.warps, self.threads, self.data, self.v_first = warps, warps * WARP, data, v_first
         self.arenas, self.used = {False: 0, True: 0}, {False: 0, True: 0}
         self.parts = 3 if data == "float32" else 2
 
     # Mapping of the work.
-    def lanes(self) -> Any:
-        """The threads of the block."""
+    def lanes(self, *, states: bool = True) -> Any:
+        """The threads of a block with a state, or of one without."""
+        self.states, self.warps = states, self.sizes[states]
+        self.threads = self.warps * WARP
         return T.thread_binding(self.threads, thread="threadIdx.x")
 
-    def enter(self, lane: Expr, *, states: bool = True) -> None:
+    def enter(self, lane: Expr) -> None:
         """Allocate the arena and the worker's state."""
-        self.lane, self.states, self.copying = lane, states, False
+        states = self.states
+        self.lane, self.copying = lane, False
         self.free: list[tuple[int, int]] = []
         self.used[states] = 0
         size = max(self.arenas[states], 16)
@@ -834,29 +836,32 @@ class ChunkGpu:
 
     #: Bytes of shared memory that a block may have.
     shared = 99 * 1024
-    #: Whether what does not depend on states is computed first.
-    ahead = True
+    #: Warps of blocks that compute what does not depend on states first.
+    ahead = 8
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Tokens per chunk, value columns and warps per block."""
+        """Tokens per chunk, value columns and warps per block, and warps of the blocks ahead."""
         K, V = geometry.axis["K"], geometry.axis["V"]
         tiles = tuple(d for d in (8, 16, 32, 64) if V % d == 0) or (max(d for d in range(1, 33) if V % d == 0),)
-        return {"chunk": chunk_lengths(K, (16, 32, 64)), "v_tile": tiles, "warps": (4, 8), "ahead": (False, True)}
+        return {"chunk": chunk_lengths(K, (16, 32, 64)), "v_tile": tiles, "warps": (4, 8), "ahead": (0, 4, 8)}
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """The longest chunk that fits, with 32 columns where V has them."""
         v_tile = max(d for d in cls.knobs(geometry)["v_tile"] if d <= 32)
+        channel = bool(geometry.attr.get("channel_gate"))
         for chunk_size in sorted(cls.knobs(geometry)["chunk"], reverse=True):
             for columns in sorted({v_tile, *(d for d in cls.knobs(geometry)["v_tile"] if d < v_tile)}, reverse=True):
-                knobs = {"chunk": chunk_size, "v_tile": columns, "warps": 8 if chunk_size > 16 else 4, "ahead": cls.ahead}
+                # With less to do per chunk, four warps wait less for each other than eight.
+                warps = 8 if chunk_size > 16 and (channel or not cls.ahead) else 4
+                knobs = {"chunk": chunk_size, "v_tile": columns, "warps": warps, "ahead": cls.ahead}
                 if (columns == v_tile or chunk_size == 16) and max(sized(geometry, **knobs).arenas.values()) <= cls.shared:
                     return knobs
         raise TargetError(f"K = {geometry.axis['K']} needs more than {cls.shared} bytes of shared memory")
 
     @classmethod
-    def tiles(cls, geometry: Geometry, *, chunk: int, v_tile: int, warps: int, ahead: bool) -> GpuChunkTiles:
+    def tiles(cls, geometry: Geometry, *, chunk: int, v_tile: int, warps: int, ahead: int) -> GpuChunkTiles:
         """Tile operations on matrix fragments."""
         found = sized(geometry, chunk=chunk, v_tile=v_tile, warps=warps, ahead=ahead)
         size = max(found.arenas.values())
@@ -876,4 +881,4 @@ class ChunkHopper(ChunkGpu):
 class ChunkSmall(ChunkGpu):
     """With 64 KiB of shared memory."""
 
-    shared, ahead = 64 * 1024, False
+    shared, ahead = 64 * 1024, 0
