@@ -17,7 +17,7 @@ def geometry(name, K=64, V=32, **more):
 
 
 #: Algorithms that have no schedule for devices yet; calls there are errors or the torch reference, and listings say so.
-CPU_ONLY = {"conv", "moe_route", "moe_sort", "moe_stats", "moe_experts"}
+CPU_ONLY = {"moe_experts"}
 
 
 def why_not(name, target):
@@ -25,8 +25,8 @@ def why_not(name, target):
     device, algorithm = named(target).device, OPS[name].algorithm
     if device == "cpu":
         return ""
-    # The chunked schedule is right in emulation only: it is offered where nothing but emulation runs.
-    if algorithm in CPU_ONLY or (algorithm == "chunk" and device != "musa"):
+    # The chunked rules' products are matrix fragments of CUDA's layout.
+    if algorithm in CPU_ONLY or (algorithm == "chunk" and "rocm" in named(target).lineage):
         return "no schedule"
     # A gate per channel keeps more tiles in shared memory than the 64 KiB that a block has there.
     return "shared memory" if name.startswith("chunk_kda") and device == "musa" else ""
