@@ -60,7 +60,7 @@ class RecurrentGpu:
         return {
             "column_lanes": lanes,
             "columns": columns,
-            "group": math.gcd(4, geometry.axis["V"] // (lanes * columns)) if whole else 1,
+            "group": math.gcd(2, geometry.axis["V"] // (lanes * columns)) if whole else 1,
         }
 
     @staticmethod

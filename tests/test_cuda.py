@@ -93,6 +93,24 @@ def test_order_within_a_stream_is_kept():
     assert parity.rms_ratio(o, want["o"]) <= parity.limit(DECODE, "o", o.dtype)
 
 
+def test_scratch_memory_in_captured_graphs():
+    """What chunks keep for one another is allocated during the capture, and is there in every replay."""
+    spec = OPS["chunk_gated_delta_rule"]
+    case = {"B": 2, "T": 130, "H": 1, "HV": 2, "K": 64, "V": 32, "dtype": "bfloat16", "with": ("initial_state",)}
+    arguments = cases.draw(spec, case)
+    want, inputs = parity.expected(spec, arguments)["o"], on_device(arguments)
+    parity.run(spec, inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o = parity.run(spec, inputs)["o"]
+    for _ in range(2):
+        o.zero_()
+        torch.empty(1 << 20, device="cuda").fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert parity.rms_ratio(o, want) <= parity.limit(spec, "o", o.dtype)
+
+
 def test_outputs_are_on_the_device_of_the_tensors():
     got = parity.run(DECODE, on_device(cases.draw(DECODE, CASE)))
     assert all(value.is_cuda for value in got.values())

@@ -21,6 +21,8 @@ EMULATED = True
 DECODE = "packed_decode_gated_delta_rule"
 UPDATE = "fused_recurrent_gated_delta_rule_update"
 GATING = "fused_gdn_gating"
+CHUNK = "chunk_gated_delta_rule"
+CONV = "causal_conv1d_fn"
 ACCELERATORS = [name for name in target_names() if named(name).device != "cpu" and named(name).concrete]
 SMALL = {
     "B": 2,
@@ -84,7 +86,13 @@ def emulated(monkeypatch):
 
 @pytest.mark.parametrize(
     ("op", "case"),
-    [(GATING, {"M": 65, "HV": 33, "dtype": "bfloat16"}), (DECODE, {**SMALL, "dtype": "bfloat16", "state_dtype": "float32"})],
+    [
+        (GATING, {"M": 65, "HV": 33, "dtype": "bfloat16"}),
+        (DECODE, {**SMALL, "dtype": "bfloat16", "state_dtype": "float32"}),
+        # Two chunks, both passes, several fragments per warp.
+        (CHUNK, {"B": 1, "T": 65, "H": 1, "HV": 2, "K": 32, "V": 48, "with": ("initial_state",), "dtype": "bfloat16"}),
+        (CONV, {"B": 2, "D": 70, "T": 65, "with": ("conv_states",), "dtype": "bfloat16", "weight_dtype": "bfloat16"}),
+    ],
 )
 def test_emulated_device_code_meets_the_reference(emulated, op, case):
     result = parity.check_case(OPS[op], case)

@@ -4,6 +4,7 @@ import ctypes
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,21 @@ extern "C" __global__ void __launch_bounds__(256) sums(float* __restrict__ x, fl
 }
 """
 DIVERGENT = REVERSE.replace("  __syncthreads();", "  if (threadIdx.x < 7) __syncthreads();")
+
+
+# Two fragments of four registers: the second starts at 4.
+FRAGMENTS = """
+extern "C" __global__ void __launch_bounds__(256) fragments(float* __restrict__ x, float* __restrict__ y);
+extern "C" __global__ void __launch_bounds__(256) fragments(float* __restrict__ x, float* __restrict__ y) {
+  __shared__ alignas(64) unsigned short tile[32 * 24];
+  alignas(64) unsigned registers[SIZE];
+  for (int n = threadIdx.x; n < 32 * 24; n += 256) tile[n] = n;
+  __syncthreads();
+  tvm_gdn_load_a(registers, 0, tile, 24);
+  tvm_gdn_load_a(registers, 4, tile + 16 * 24, 24);
+  y[threadIdx.x] = registers[4] & 0xffff;
+}
+"""
 
 
 def compiled(folder, source, name, target):
@@ -122,3 +138,23 @@ def test_a_barrier_deleted_from_a_real_kernel_shows(tmp_path):
     assert holds(source)
     taken = [barriers[len(barriers) * n // 4] for n in (1, 2, 3)]
     assert not all(holds(source[:start] + source[end:]) for start, end in taken)
+
+
+@pytest.mark.parametrize("size", [8, 5])
+def test_a_fragment_outside_of_its_registers_ends_the_process(tmp_path, size):
+    """On devices what is written behind an array's end is dropped; alignment hides it here unless it is looked for."""
+    source = images._with_functions(FRAGMENTS.replace("SIZE", str(size)))
+    image = compiled(tmp_path, source, "fragments", "cuda-sm80")
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:2]; import pytest, pathlib; from test_emulation import launched;"
+        "x, y = launched(pathlib.Path(sys.argv[2]), 'fragments', 1, pytest.MonkeyPatch());"
+        # Lane l has row l / 4 and columns l % 4 * 2 of the fragment's first block.
+        "assert y[:32].tolist() == [(16 + n // 4) * 24 + n % 4 * 2 for n in range(32)]"
+    )
+    folder = str(Path(__file__).parent)
+    done = subprocess.run([sys.executable, "-c", code, folder, str(image)], capture_output=True, text=True, check=False)
+    if size == 8:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert done.returncode != 0
+        assert "a fragment outside of its registers in block (0, 0, 0)" in done.stderr

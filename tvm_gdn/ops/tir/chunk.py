@@ -224,10 +224,10 @@ class _Chunks:
         # Less memory, more chunks side by side.
         tiles.release(self.k, self.q)
         tiles.zero(self.inverse)
-        tiles.release(P, factors)
+        tiles.release(P)
         self._invert(T.int64(C))
         tiles.sync()
-        tiles.release(self.A, self.merge)
+        tiles.release(self.A, factors)
         summands = [tiles.tile(C, C, dtype=dtype) for dtype in _summands(self.data)]
         tiles.map(summands[0], lambda _i, _j, x: x, self.inverse)
         if len(summands) > 1:

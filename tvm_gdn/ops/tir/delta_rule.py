@@ -299,8 +299,8 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
             chunks: T.let[T.int64] = pick(varlen, TK // size + n_seq, n_seq * per_row)
             advance.keep(chunks * HV)
             for block in tiles.workers(chunks * HV):
-                for lane in tiles.lanes():
-                    tiles.enter(lane, states=False)
+                for lane in tiles.lanes(states=False):
+                    tiles.enter(lane)
                     piece: T.let[T.int64] = T.Cast("int64", tiles.worker(block, lane))
                     number: T.let[T.int64] = div(piece, HV)
                     found = tiles.integers(2)
@@ -353,7 +353,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                 if not chunked:
                     x, y, d, dx = tiles.k_vector(), tiles.k_vector(), tiles.k_vector(), tiles.k_vector()
                     u, z = tiles.v_vector(), tiles.v_vector()
-                    m = tiles.scalars(3)
+                    m = tiles.scalars(5)
                     if fused_gate:
                         gate, rate = tiles.scalars(1), tiles.scalars(1)
 
@@ -399,16 +399,19 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                     else:
                         tiles.read(x, k, row, first + t, h, T.int64(0))
                         tiles.read(y, q, row, first + t, h, T.int64(0))
-                    m[0] = T.float32(1)
-                    m[1] = scale
+
+                @T.inline
+                def normalize_qk():
+                    m[3] = T.float32(1)
+                    m[4] = scale
                     if use_qk_l2norm_in_kernel != 0:
                         tiles.dot(m, 2, x, x)
-                        m[0] = T.float32(1) / T.sqrt(m[2] + T.float32(NORM_EPS))
+                        m[3] = T.float32(1) / T.sqrt(m[2] + T.float32(NORM_EPS))
                         tiles.dot(m, 2, y, y)
-                        m[1] = scale / T.sqrt(m[2] + T.float32(NORM_EPS))
+                        m[4] = scale / T.sqrt(m[2] + T.float32(NORM_EPS))
                     for i in tiles.rows(K):
-                        x[i] = x[i] * m[0]
-                        y[i] = y[i] * m[1]
+                        x[i] = x[i] * m[3]
+                        y[i] = y[i] * m[4]
 
                 @T.inline
                 def load_gates(t, hv):
@@ -435,20 +438,29 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             d[i] = m[0]
 
                 @T.inline
-                def step(W, t, hv, j0):
+                def fetch(t, hv, j0):
+                    """All of a token that does not depend on the state, v in z: loads before what waits for them."""
                     if not convolved:
+                        for j in tiles.cols(VT):
+                            if packed:
+                                z[j] = T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)])
+                            else:
+                                z[j] = T.Cast("float32", v[row, first + t, hv, j0 + tiles.col(j)])
                         load_qk(t)
                     load_gates(t, hv)
+                    if not convolved:
+                        normalize_qk()
                     for i in tiles.rows(K):
                         dx[i] = d[i] * x[i]
+
+                @T.inline
+                def apply(W, t, hv, j0):
                     tiles.gemv(u, W, dx)
                     for j in tiles.cols(VT):
                         if convolved:
                             u[j] = (value[j] - u[j]) * m[1]
-                        elif packed:
-                            u[j] = (T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)]) - u[j]) * m[1]
                         else:
-                            u[j] = (T.Cast("float32", v[row, first + t, hv, j0 + tiles.col(j)]) - u[j]) * m[1]
+                            u[j] = (z[j] - u[j]) * m[1]
                     tiles.ger_gemv(z, W, d, x, u, y)
                     for j in tiles.cols(VT):
                         o[row, first + t, hv, j0 + tiles.col(j)] = T.Cast(data, z[j])
@@ -482,7 +494,8 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         if tree:
                             if t > 0:
                                 load_parent(W, t, hv, j0)
-                        step(W, t, hv, j0)
+                        fetch(t, hv, j0)
+                        apply(W, t, hv, j0)
                         if buffered:
                             if buffer_slot >= 0 and buffer_slot < C and t < P:
                                 tiles.store(
@@ -500,8 +513,14 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                 @T.inline
                 def through_local(hv, j0):
                     local = tiles.state()
-                    load_initial(local, hv, j0)
-                    steps(local, hv, j0)
+                    if packed:
+                        # One token, whose loads need not wait for the slot's number as the state's do.
+                        fetch(0, hv, j0)
+                        load_initial(local, hv, j0)
+                        apply(local, 0, hv, j0)
+                    else:
+                        load_initial(local, hv, j0)
+                        steps(local, hv, j0)
                     store_final(local, hv, j0)
 
                 @T.inline
@@ -527,6 +546,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                     tiles.leave()
                 elif convolved:
                     load_qk(0)
+                    normalize_qk()
                     for i in T.serial(per_key):
                         for tile in T.serial(NV):
                             convolve(value, 2 * heads * K + (hv + i) * V + tile * VT, VT)

@@ -1,0 +1,224 @@
+"""Moving and computing elements of the chunked delta rules' tiles on GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm_gdn.schedules.gpu import aligned
+from tvm_gdn.schedules.gpu_fragments import (
+    BLOCK,
+    ITEMSIZE,
+    WARP,
+    Fragments,
+    FragmentTiles,
+    Tile,
+    Window,
+    ceil_div,
+    when,
+)
+
+from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
+
+
+class ElementTiles(FragmentTiles):
+    """Loads, stores, elementwise functions and sums; the threads of a block take elements in turn."""
+
+    def map(self, dst: Any, function: ElementFunction, *sources: Any, rows: Expr | None = None, lower: bool = False) -> None:
+        """Elements of registers, or shared elements thread by thread."""
+        del lower
+
+        def element(i: Expr, j: Expr, slot: Expr) -> None:
+            self._put(dst, function(i, j, *(self._get(source, i, j, slot) for source in sources)), i, j, slot)
+
+        self._over(dst, element, rows)
+
+    def zero(self, dst: Any) -> None:
+        """All elements of the tile zero."""
+        self.map(dst, lambda _i, _j: T.float32(0))
+
+    def load(self, dst: Any, src: Window, rows: Expr | None = None) -> None:
+        """Zero where there is no token; tensor data stays in its dtype where products can read it so."""
+        if isinstance(dst, Tile):
+            self._load_shared(dst, src, rows)
+            return
+
+        def element(i: Expr, j: Expr, slot: Expr) -> None:
+            self._put(dst, T.float32(0), i, j, slot)
+            inside = [] if rows is None else [T.Cast("int64", i) < rows]
+            inside += [i < dst.rows] if dst.rows % BLOCK else []
+            inside += [j < dst.cols] if dst.cols % 8 else []
+            condition: Any = True
+            for part in inside:
+                condition = part if condition is True else T.And(condition, part)
+            when(condition, lambda: self._put(dst, self._get(src, i, j), i, j, slot))
+
+        self._over(dst, element)
+
+    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None) -> None:
+        dtype = src.buffer.dtype
+        self.copying = True
+        self._place(dst.storage)
+        storage, limit = dst.storage, dst.rows if rows is None else rows
+        storage.version += 1
+        view = self.views[storage.dtype]
+        # Products on bf16 read the padding too.
+        wide = storage.stride - 8 if storage.dtype == "bfloat16" and dst.cols > 1 else dst.cols
+
+        def plain() -> None:
+            count = ceil_div(dst.rows * wide, self.threads)
+            with T.serial(count) as step:
+                index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+                i, j = index // wide, index % wide
+
+                def element() -> None:
+                    inside = T.Cast("int64", i) < limit
+                    inside = inside if wide == dst.cols else T.And(inside, j < dst.cols)
+                    place = self._index(dst, i, j)
+                    T.buffer_store(view, T.Cast(storage.dtype, T.float32(0)), [place])
+                    when(inside, lambda: T.buffer_store(view, T.Cast(storage.dtype, src.buffer[i, j]), [place]))
+
+                when(True if dst.rows * wide % self.threads == 0 else index < dst.rows * wide, element)
+
+        lanes = 16 // ITEMSIZE[dtype] if dtype in ITEMSIZE else 1
+        pieces = dst.rows * dst.cols // lanes
+        if storage.dtype != dtype or wide != dst.cols or dst.cols % lanes or pieces % self.threads:
+            plain()
+            return
+        with T.If(T.And(aligned(src.buffer, 0, 0, elements=lanes), aligned(src.buffer, 1, 0, elements=lanes))):
+            with T.Then():
+                with T.unroll(pieces // self.threads) as step:
+                    index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+                    i, j = index // (dst.cols // lanes), index % (dst.cols // lanes) * lanes
+                    to, source = T.address_of(view[self._index(dst, i, j)]), T.address_of(src.buffer[i, j])
+                    inside = T.Cast("int32", T.Cast("int64", i) < limit)
+                    T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, inside))
+            with T.Else():
+                plain()
+
+    def store(self, dst: Window, src: Any, rows: Expr | None = None) -> None:
+        """Rounded to the tensor's dtype."""
+        if isinstance(src, Tile) and rows is None and src.cols > 1 and src.storage.dtype == dst.buffer.dtype:
+            lanes = 16 // ITEMSIZE[dst.buffer.dtype]
+            if src.cols % lanes == 0:
+                self._store_shared(dst, src, lanes)
+                return
+
+        if isinstance(src, Fragments) and dst.buffer.dtype == "bfloat16" and src.cols % 8 == 0 and src.rows % BLOCK == 0:
+            even = T.And(aligned(dst.buffer, 0, 0, elements=2), aligned(dst.buffer, 1, 0, elements=2))
+            with T.If(even):
+                with T.Then():
+                    self._store_pairs(dst, src, rows)
+                with T.Else():
+                    self._store_elements(dst, src, rows)
+            return
+        self._store_elements(dst, src, rows)
+
+    def _store_elements(self, dst: Window, src: Any, rows: Expr | None) -> None:
+        def element(i: Expr, j: Expr, slot: Expr) -> None:
+            inside: Any = True if rows is None else T.Cast("int64", i) < rows
+            when(inside, lambda: self._put(dst, self._get(src, i, j, slot), i, j))
+
+        self._over(src, element, cut=True)
+
+    def _store_pairs(self, dst: Window, src: Fragments, rows: Expr | None) -> None:
+        """Two neighbouring bf16 numbers as one word."""
+        per_row = self._grid(src.rows, src.cols)[1]
+
+        def fragment(a: int, b: int, mi: Expr, ni: Expr) -> None:
+            slot, places = (a * per_row + b) * 4, self._elements(mi, ni)
+            for e in (0, 2):
+                i, j = places[e]
+                pair = (T.address_of(dst.buffer[i, j]), 0, 1, src.buffer[slot + e], src.buffer[slot + e + 1])
+                inside: Any = True if rows is None else T.Cast("int64", i) < rows
+                when(inside, lambda pair=pair: T.evaluate(T.call_extern("int32", "tvm_gdn_split", *pair)))
+
+        self._fragments(src.rows, src.cols, fragment)
+
+    def _store_shared(self, dst: Window, src: Tile, lanes: int) -> None:
+        """A whole shared tile, 16 bytes at once; into memory of the kernel's own, which is aligned."""
+        pieces = src.rows * src.cols // lanes
+        self._place(src.storage)
+        with T.serial(ceil_div(pieces, self.threads)) as step:
+            index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+            i, j = index // (src.cols // lanes), index % (src.cols // lanes) * lanes
+            to, source = T.address_of(dst.buffer[i, j]), T.address_of(self.views[src.storage.dtype][self._index(src, i, j)])
+            when(
+                True if pieces % self.threads == 0 else index < pieces,
+                lambda: T.evaluate(T.call_extern("int32", "tvm_gdn_move", to, source)),
+            )
+
+    def row_sum(self, dst: Tile, function: ElementFunction, *sources: Any, rows: Expr | None = None, finish: Any = None) -> None:
+        """Four threads per row, neighbours on neighbouring columns."""
+        cols, part = sources[0].cols, self.scalars(1)
+        lane, limit = T.Cast("int32", self.lane), dst.rows if rows is None else rows
+        with T.serial(ceil_div(dst.rows * 4, self.threads)) as step:
+            row = T.Bind((T.Cast("int32", step * self.threads) + lane) // 4)
+            # No condition around the shuffles: all threads of a warp take part.
+            safe = row if dst.rows * 4 % self.threads == 0 else T.min(row, dst.rows - 1)
+            T.buffer_store(part, T.float32(0), [0])
+            for first in range(0, cols, 4):
+                j = lane % 4 + first
+
+                def add(j: Expr = j) -> None:
+                    value = function(safe, j, *(self._get(source, safe, j) for source in sources))
+                    T.buffer_store(part, part[0] + value, [0])
+
+                when(True if first + 4 <= cols else j < cols, add)
+            for bit in (1, 2):
+                other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), part[0], bit, WARP, WARP)
+                T.buffer_store(part, part[0] + other, [0])
+            own = T.And(lane % 4 == 0, T.Cast("int64", row) < limit)
+            when(own, lambda: self._put(dst, part[0] if finish is None else finish(part[0]), row, 0))
+
+    def scan(self, dst: Tile, src: Window, rows: Expr) -> None:
+        """One column: a warp, by shuffles. Several: a thread per column, row by row."""
+        total = self.scalars(3)
+        if dst.cols > 1:
+            with T.serial(ceil_div(dst.cols, self.threads)) as step:
+                j = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+                with T.If(j < dst.cols):
+                    with T.Then():
+                        T.buffer_store(total, T.float32(0), [0])
+                        with T.serial(dst.rows) as i:
+                            when(i < rows, lambda: T.buffer_store(total, total[0] + self._get(src, i, j), [0]))
+                            self._put(dst, total[0], i, j)
+            return
+        lane = T.Cast("int32", self.lane)
+        with T.If(lane < WARP):
+            with T.Then():
+                T.buffer_store(total, T.float32(0), [1])
+                for first in range(0, dst.rows, WARP):
+                    row = lane + first
+                    T.buffer_store(total, T.float32(0), [0])
+                    inside = T.Cast("int64", row) < rows
+                    inside = inside if first + WARP <= dst.rows else T.And(inside, row < dst.rows)
+                    when(inside, lambda row=row: T.buffer_store(total, self._get(src, row, 0), [0]))
+                    for bit in (1, 2, 4, 8, 16):
+                        # In a variable of its own: a condition around a shuffle would leave threads out of it.
+                        T.buffer_store(total, T.tvm_warp_shuffle_up(T.uint32(0xFFFFFFFF), total[0], bit, WARP, WARP), [2])
+                        T.buffer_store(total, total[0] + T.Select(lane >= bit, total[2], T.float32(0)), [0])
+                    T.buffer_store(total, total[0] + total[1], [0])
+                    keep = True if first + WARP <= dst.rows else row < dst.rows
+                    when(keep, lambda row=row: self._put(dst, total[0], row, 0))
+                    last = T.tvm_warp_shuffle(T.uint32(0xFFFFFFFF), total[0], WARP - 1, WARP, WARP)
+                    T.buffer_store(total, last, [1])
+
+    def pair_sum(self, dst: Tile, function: ElementFunction, left: tuple[Tile, ...], right: tuple[Tile, ...], rows: Expr) -> None:
+        """A thread per pair of rows."""
+        cols = left[0].cols
+        part = self.scalars(1)
+        pairs = BLOCK * BLOCK
+        with T.serial(ceil_div(ceil_div(rows, BLOCK) * pairs, self.threads)) as step:
+            index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+            b, i, j = index // pairs, index // BLOCK % BLOCK, index % BLOCK
+            with T.If(T.Cast("int64", b) * BLOCK < rows):
+                with T.Then():
+                    T.buffer_store(part, T.float32(0), [0])
+                    with T.If(j <= i):
+                        with T.Then():
+                            with T.serial(cols) as c:
+                                x = [self._get(tile, b * BLOCK + i, c) for tile in left]
+                                y = [self._get(tile, b * BLOCK + j, c) for tile in right]
+                                T.buffer_store(part, part[0] + function(*x, *y), [0])
+                    self._put(dst, part[0], b * BLOCK + i, b * BLOCK + j)
