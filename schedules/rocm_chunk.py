@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu_chunk import BLOCK, Fragments, GpuChunkTiles, Operand, Tile, Window, ceil_div, padded, when
+from tvm_gdn.schedules.gpu_fragments import BLOCK, Fragments, Operand, Tile, Window, ceil_div, padded, when
+from tvm_gdn.schedules.gpu_products import GpuChunkTiles
 
 from tvm_gdn.errors import TargetError
 from tvm_gdn.ops.tir.chunk import chunk as chunk_rule

@@ -21,6 +21,8 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from tvm_gdn import env, images
 from tvm_gdn.digest import source_digest
 from tvm_gdn.errors import BuildError
@@ -282,8 +284,9 @@ def _told(text: str) -> str:
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=logs, prefix="build-", suffix=".log", delete=False, encoding="utf-8") as file:
         file.write(text)
-    for old in sorted(logs.glob("build-*.log"), key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:
-        old.unlink(missing_ok=True)
+    with FileLock(logs / "lock"):  # other processes tidy up too
+        for old in sorted(logs.glob("build-*.log"), key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:
+            old.unlink()
     return "\n".join([f"(the whole output: {file.name})", *lines[-_SHOWN:]])
 
 
