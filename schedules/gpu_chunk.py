@@ -22,6 +22,18 @@ def sized(geometry: Geometry, **options: Any) -> GpuChunkTiles:
     return tiles
 
 
+#: Bytes of the largest arena by geometry and options: every target asks for the same ones, and finding one out is a trace.
+_ARENAS: dict[tuple[Any, ...], int] = {}
+
+
+def arena_bytes(geometry: Geometry, size: Any = sized, **options: Any) -> int:
+    """Shared memory of a block, in bytes."""
+    key = (size, geometry.key, *sorted(options.items()))
+    if key not in _ARENAS:
+        _ARENAS[key] = max(size(geometry, **options).arenas.values())
+    return _ARENAS[key]
+
+
 @schedule("chunk", "cuda")
 class ChunkGpu:
     """Chunked delta rules: a block per tile of value columns, the state in registers for the whole sequence."""
@@ -48,7 +60,7 @@ class ChunkGpu:
                 # With less to do per chunk, four warps wait less for each other than eight.
                 warps = 8 if chunk_size > 16 and (channel or not cls.ahead) else 4
                 knobs = {"chunk": chunk_size, "v_tile": columns, "warps": warps, "ahead": cls.ahead}
-                if (columns == v_tile or chunk_size == 16) and max(sized(geometry, **knobs).arenas.values()) <= cls.shared:
+                if (columns == v_tile or chunk_size == 16) and arena_bytes(geometry, **knobs) <= cls.shared:
                     return knobs
         raise TargetError(f"K = {geometry.axis['K']} needs more than {cls.shared} bytes of shared memory")
 

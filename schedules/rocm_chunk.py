@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm_gdn.schedules.gpu_chunk import arena_bytes
 from tvm_gdn.schedules.gpu_fragments import BLOCK, Fragments, Operand, Tile, Window, ceil_div, padded, when
 from tvm_gdn.schedules.gpu_products import GpuChunkTiles
 
@@ -246,7 +247,7 @@ class ChunkMfma:
         columns = [d for d in cls.knobs(geometry)["v_tile"] if d <= 32]
         for chunk in sorted(cls.knobs(geometry)["chunk"], reverse=True):
             for v_tile in sorted(columns, reverse=True):
-                if max(sized(geometry, chunk=chunk, v_tile=v_tile, warps=8).arenas.values()) <= cls.shared:
+                if arena_bytes(geometry, sized, chunk=chunk, v_tile=v_tile, warps=8) <= cls.shared:
                     return {"chunk": chunk, "v_tile": v_tile}
         raise TargetError(f"K = {geometry.axis['K']} needs more than {cls.shared} bytes of local memory")
 

@@ -27,18 +27,20 @@ TREE = (*BUFFER, "retrieve_parent_token")
 def every_case():
     """A test parameter for every case of every SPEC; storage dtypes and layouts beyond two of a shape are slow.
 
-    The two rotate from shape to shape, so that every combination occurs for every operator.
+    The two rotate from shape to shape, so that every combination occurs for every operator. Of operators whose definition
+    another one has shown already, every other of these is slow.
     """
     storage = {"dtype", "state_dtype", "state_v_first"}
-    parameters = []
+    parameters, shown = [], set()
     for op, spec in OPS.items():
-        shapes = {}
+        shapes, step = {}, 2 if spec.algorithm in shown else 1
+        shown.add(spec.algorithm)
         for case in spec.cases:
             shapes.setdefault(json.dumps({k: v for k, v in case.items() if k not in storage}), []).append(case)
         for shape, variants in enumerate(shapes.values()):
             usual = {(2 * shape + n) % len(variants) for n in (0, 1)} if len(variants) > 6 else set(range(len(variants)))
             for n, case in enumerate(variants):
-                marks = () if n in usual else pytest.mark.slow
+                marks = () if n in usual and len(parameters) % step == 0 else pytest.mark.slow
                 parameters.append(pytest.param((op, case), id=f"{op} {cases.label(case)}", marks=marks))
     return parameters
 

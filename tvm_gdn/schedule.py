@@ -109,13 +109,28 @@ def choose(spec: OpSpec, geometry: Geometry, target: TargetSpec, knobs: Mapping[
     Choice
         With ``origin`` ``"trial"``, ``"tuned"``, ``"default"`` or ``"generic"``.
     """
-    space, name = find_space(spec.algorithm, target)
+    space, _ = find_space(spec.algorithm, target)
     if knobs is not None:
         return Choice(space, "trial", dict(knobs))
+    found, record = origin(spec, geometry, target)
+    return Choice(space, found, space.default(geometry) if record is None else dict(record["knobs"]))
+
+
+def origin(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> tuple[str, dict[str, Any] | None]:
+    """Where the knobs of a kernel come from, without working out a default, which may take a trace of the algorithm.
+
+    Returns
+    -------
+    origin : str
+        ``"tuned"``, ``"default"`` or ``"generic"``.
+    record : dict or None
+        The tuned record.
+    """
+    space, name = find_space(spec.algorithm, target)
     record = records.lookup(spec, geometry, target)
     if record is not None and fits(record["knobs"], space.knobs(geometry)):
-        return Choice(space, "tuned", dict(record["knobs"]))
-    return Choice(space, "generic" if name.startswith(GENERIC) else "default", space.default(geometry))
+        return "tuned", record
+    return "generic" if name.startswith(GENERIC) else "default", None
 
 
 def fits(knobs: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> bool:

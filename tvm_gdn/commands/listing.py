@@ -103,7 +103,7 @@ def _schedule_of(spec: OpSpec, target: TargetSpec) -> dict[str, Any]:
     refused = ""
     for geometry in geometries.values():
         try:
-            origins[schedule.choose(spec, geometry, target).origin] += 1
+            origins[schedule.origin(spec, geometry, target)[0]] += 1
         except TargetError as error:
             origins["none"] += 1
             refused = str(error)
