@@ -64,7 +64,7 @@ def test_code_objects_are_for_their_architecture_and_spill_nothing(tmp_path, tar
 
 
 @needs_linker
-@pytest.mark.parametrize("target", ["rocm-gfx90a", "rocm-gfx942"])
+@pytest.mark.parametrize("target", [pytest.param("rocm-gfx90a", marks=pytest.mark.slow), "rocm-gfx942"])
 def test_chunked_products_use_the_matrix_unit(tmp_path, target):
     """A small geometry; docs/gpu.md has the numbers of the model's."""
     case = {"B": 1, "T": 37, "H": 1, "HV": 1, "K": 32, "V": 16, "dtype": "bfloat16", "output_final_state": True}

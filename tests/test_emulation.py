@@ -108,6 +108,7 @@ def test_a_barrier_that_not_all_threads_reach_ends_the_process(tmp_path):
     assert "a barrier" in done.stderr and "in block (0, 0, 0)" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_barrier_deleted_from_a_real_kernel_shows(tmp_path):
     """The chunked rule, as generated for a target: of three barriers taken out one at a time, at least one makes it wrong."""
     spec, target = OPS["chunk_gated_delta_rule"], resolve("emulated:musa-mp31")

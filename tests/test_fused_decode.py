@@ -90,7 +90,7 @@ def test_an_empty_batch():
         ({"conv_state_indices": torch.tensor([2, 0, 2])}, r"conv_state_indices\[0\] and conv_state_indices\[2\] are both 2"),
         ({"initial_state_indices": torch.tensor([2, 0, 2])}, r"initial_state_indices\[0\] and initial_state_indices\[2\]"),
         ({"mixed_qkv": torch.zeros(3, 161)}, "other arguments have R|mixed_qkv has rows of 161"),
-        ({"a": torch.zeros(3, 5)}, "a has 5 on axis 1"),
+        ({"a": torch.zeros(3, 5)}, r"b has 4 on axis 1 \(HV\), other arguments have HV = 5"),
     ],
 )
 def test_errors_name_the_argument_and_nothing_is_written(change, message):

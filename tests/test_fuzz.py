@@ -112,7 +112,7 @@ def test_the_fuzzer_sees(kind, tmp_path):
 def test_kernels_are_read_from_every_spec():
     """Sizes that a case may choose leave the kernel as it is; an operator that is added joins without a line here."""
     assert [kernel.spec.name for kernel in DRAWN] == list(OPS)
-    assert len(kernels(3, ("conv", "norm"))) == 9
+    assert len(kernels(3, ("conv", "norm"))) == 3 * sum("conv" in name or "norm" in name for name in OPS)
     for kernel in DRAWN:
         assert kernel.free, kernel.spec.name
         for key in kernel.free:

@@ -18,6 +18,8 @@ def geometry(name, K=64, V=32, **more):
 
 #: Algorithms that have no schedule for devices yet; calls there are errors or the torch reference, and listings say so.
 CPU_ONLY = {"fused_decode", "moe_experts"}
+#: AMD targets whose matrix fragments have a schedule.
+MATRIX_UNITS = {"rocm-gfx90a", "rocm-gfx942"}
 
 
 def why_not(name, target):
@@ -25,11 +27,13 @@ def why_not(name, target):
     device, algorithm = named(target).device, OPS[name].algorithm
     if device == "cpu":
         return ""
-    # The chunked rules' products are matrix fragments of CUDA's layout.
-    if algorithm in CPU_ONLY or (algorithm == "chunk" and "rocm" in named(target).lineage):
+    rocm = algorithm == "chunk" and "rocm" in named(target).lineage
+    if algorithm in CPU_ONLY or (rocm and target not in MATRIX_UNITS):
         return "no schedule"
     # A gate per channel keeps more tiles in shared memory than the 64 KiB that a block has there.
-    return "shared memory" if name.startswith("chunk_kda") and device == "musa" else ""
+    if name.startswith("chunk_kda") and (rocm or device == "musa"):
+        return "local memory" if rocm else "shared memory"
+    return ""
 
 
 @pytest.mark.parametrize("target", target_names())

@@ -56,7 +56,11 @@ def with_our_imports(source: str, renamed: list[tuple[str, str]]) -> str:
     return source
 
 
-@pytest.mark.parametrize("name", FILES)
+#: The older era has the same scenarios.
+_PARAMETERS = [pytest.param(name, marks=pytest.mark.slow) if name == "sglang_2025.py" else name for name in FILES]
+
+
+@pytest.mark.parametrize("name", _PARAMETERS)
 def test_a_neighbours_test_file_runs_by_changing_its_imports(name, tmp_path):
     count, renamed = FILES[name]
     source = (_HERE / name).read_text(encoding="utf-8")

@@ -170,7 +170,7 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
             # A row with NaN or an infinity has no scale: NaN reaches its output. (A literal NaN is no C.)
             scale[r] = T.Select(
                 count[0] >= INFINITE,
-                number[0] - number[0],
+                T.reinterpret("float32", T.bitwise_or(count[0], T.int32(0x7FC00000))),
                 T.Select(number[0] > T.float32(1e-30), number[0] / T.float32(127), T.float32(0)),
             )
             for c in T.serial(used // LANES):
