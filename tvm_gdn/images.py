@@ -116,6 +116,7 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
         launcher = _launcher_source(function, target) if subset.has_subset(target) and target.image == "source" else ""
     image = folder / f"{symbol}.{target.image}"
     if "linker" in dict(target.compiler):
+        _check_shared_memory(source, table, target)
         _link(objects, target, image)
         image.with_suffix(".s").write_text(source, encoding="utf-8")
     else:
@@ -125,6 +126,16 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
         _compile_source(text, [line.split()[0] for line in table], target, image)
     check(image, target.image)
     return DeviceCode(library, image, table)
+
+
+def _check_shared_memory(text: str, table: tuple[str, ...], target: TargetSpec) -> None:
+    """Refuse machine code that takes dynamic shared memory for global memory: TVM 0.27 makes such of views of one array."""
+    dynamic = any(_TAGS["tirx.use_dyn_shared_memory"] in line.split()[-1] for line in table)
+    if dynamic and not re.search(dict(target.compiler).get("shared_memory", ""), text):
+        raise BuildError(
+            f"the code generator of {target.name} put shared memory into global memory: the code would be wrong; use the "
+            f"token-recurrent operator there, or emulated:{target.name} to test"
+        )
 
 
 def _launcher_source(function: Any, target: TargetSpec) -> str:
