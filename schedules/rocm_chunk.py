@@ -2,7 +2,7 @@
 
 Everything but products is the common GPU form. Element e of an accumulator fragment stands in row ``lane / 16 * 4 + e``, column
 ``lane % 16``; of an operand a thread has four neighbours along the depth, ``lane / 16 * 4 + (0, 1, 2, 3)``, as two words.
-`tvm_gdn_mfma` is lowered to the instruction (`tvm_gdn/lowering.py`), or to what the emulation makes of it.
+`tvm_gdn_mfma` is lowered to the instruction (`schedules/rocm_lowering.py`), or to what the emulation makes of it.
 """
 
 from __future__ import annotations
@@ -232,6 +232,8 @@ class ChunkMfma:
     """Chunked delta rules: a block per tile of value columns, the state in accumulator fragments; 64 KiB of LDS, 256 threads."""
 
     shared = 64 * 1024
+    #: Why no machine code is made of it (`images.py` refuses what TVM makes); listings say so.
+    unbuilt = "emulated only: TVM's code generator takes its shared memory for global memory, and such code is refused when built"
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:

@@ -168,7 +168,11 @@ def kernel_digest(spec: OpSpec, target: TargetSpec) -> str:
     if target.image != "elf-so":
         names += [images.FUNCTIONS, *([images.EMULATION] if target.image == "emulation" else [])]
     seam = "".join((resources.files("tvm_gdn") / "csrc" / name).read_text(encoding="utf-8") for name in names)
-    compilers = ("tvm_gdn.build",) if target.image == "elf-so" else ("tvm_gdn.build", "tvm_gdn.images")
+    compilers = ["tvm_gdn.build"]
+    if target.image != "elf-so":
+        compilers += ["tvm_gdn.images", "tvm_gdn.subset"]
+    if "lowering" in dict(target.compiler):
+        compilers.append(f"tvm_gdn.schedules.{dict(target.compiler)['lowering']}")
     parts = algorithm_digest(spec, target), source_digest(*compilers), seam
     return f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}-{spec_digest(spec)}"
 

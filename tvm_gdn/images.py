@@ -18,7 +18,7 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
 
-from tvm_gdn import code_object, lowering, subset
+from tvm_gdn import code_object, subset
 from tvm_gdn.errors import BuildError, PackError
 from tvm_gdn.target import TargetSpec, concrete, named
 
@@ -106,8 +106,9 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
         if len(devices) != 1:
             raise BuildError(f"{symbol}: {len(devices)} device modules; a kernel has one")
         ((device_target, device),) = devices.items()
-        if "linker" in dict(target.compiler):
-            lowering.register(options["kind"])
+        lowering = dict(target.compiler).get("lowering")
+        if lowering:
+            import_module(f"tvm_gdn.schedules.{lowering}").register(options["kind"])
         device = finalize_device()(device)
         table = tuple(_line(function) for function in device.functions.values())
         source = builder.codegen_build(device, device_target).inspect_source("cuda" if options["kind"] == "cuda" else "asm")

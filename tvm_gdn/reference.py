@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tvm_gdn.reference_layer import causal_conv1d_fn, causal_conv1d_update, compute_dtype, rms_norm_gated
 from tvm_gdn.reference_moe import (
     expert_stats,
     fused_experts,
@@ -138,12 +139,8 @@ def _l2norm(x: Tensor) -> Tensor:
 def _gates(
     A_log: Tensor, a: Tensor, b: Tensor, dt_bias: Tensor, softplus_beta: float, softplus_threshold: float, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    A_log, a, b, dt_bias = (x.to(_compute_dtype(exact)) for x in (A_log, a, b, dt_bias))
+    A_log, a, b, dt_bias = (x.to(compute_dtype(exact)) for x in (A_log, a, b, dt_bias))
     return -A_log.exp() * F.softplus(a + dt_bias, softplus_beta, softplus_threshold), b.sigmoid()
-
-
-def _compute_dtype(exact: bool) -> torch.dtype:
-    return torch.float64 if exact else torch.float32
 
 
 def _run(
@@ -164,7 +161,7 @@ def _run(
 ) -> tuple[Tensor, Tensor | None]:
     """Reduce every public form to :func:`_recurrence`: layouts, slots, sequences, heads, dtypes."""
     q, k, v, g, beta = inputs
-    dtype, out_shape = _compute_dtype(exact), (*q.shape[:-2], *v.shape[-2:])
+    dtype, out_shape = compute_dtype(exact), (*q.shape[:-2], *v.shape[-2:])
     runs = _runs(q, cu_seqlens)
     tokens, heads = q.shape[0] * q.shape[1], v.shape[-2]
     default_slots = torch.arange(sum(count for _, count, _, _ in runs), device=q.device)
@@ -484,77 +481,6 @@ def fused_recurrent_delta_rule_update(q: Tensor, k: Tensor, v: Tensor, beta: Ten
     return fused_recurrent_gated_delta_rule_update(q, k, v, torch.zeros_like(beta, dtype=torch.float32), beta, *args, **kwargs)
 
 
-def _activate(x: Tensor, activation: str | None) -> Tensor:
-    if activation in {"silu", "swish"}:
-        return x * torch.sigmoid(x)
-    return torch.sigmoid(x) if activation == "sigmoid" else x
-
-
-def causal_conv1d_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    conv_states: Tensor | None = None,
-    query_start_loc: Tensor | None = None,
-    cache_indices: Tensor | None = None,
-    has_initial_state: Tensor | None = None,
-    activation: str | None = "silu",
-    pad_slot_id: int = -1,
-    *,
-    exact: bool = False,
-) -> Tensor:
-    """Causal depthwise convolution, sequence by sequence; conv_states ``[slots, dim, length]`` is updated in place.
-
-    x is ``[dim, total]`` with ``query_start_loc``, else ``[B, dim, T]``. Sequence n continues from the state in slot
-    ``cache_indices[n]`` where ``has_initial_state[n]``, else from zeros; a slot ``pad_slot_id`` reads zeros and writes nothing.
-    """
-    dtype = _compute_dtype(exact)
-    if query_start_loc is None:
-        pieces = list(x.to(dtype))
-    else:
-        pieces = [x[:, begin:end].to(dtype) for begin, end in pairwise(query_start_loc.tolist())]
-    slots = list(range(len(pieces))) if cache_indices is None else cache_indices.tolist()
-    flags = [False] * len(pieces) if has_initial_state is None else has_initial_state.tolist()
-    dim, width = weight.shape
-    length = width - 1 if conv_states is None else conv_states.shape[2]
-    outputs = []
-    for piece, slot, flag in zip(pieces, slots, flags, strict=True):
-        state = piece.new_zeros(dim, length)
-        real = conv_states is not None and slot != pad_slot_id
-        if conv_states is not None and real and flag:
-            state = conv_states[slot].to(dtype)
-        inputs = torch.cat([state, piece], 1)
-        taps = [inputs[:, length - (width - 1) + k :][:, : piece.shape[1]] * weight.to(dtype)[:, k, None] for k in range(width)]
-        out = torch.stack(taps).sum(0)
-        outputs.append(_activate(out if bias is None else out + bias.to(dtype)[:, None], activation))
-        if conv_states is not None and real and piece.shape[1]:
-            conv_states[slot] = inputs[:, inputs.shape[1] - length :].detach().to(conv_states.dtype)
-    if not outputs:
-        out = torch.empty_like(x, dtype=dtype)
-    else:
-        out = torch.stack(outputs) if query_start_loc is None else torch.cat(outputs, 1)
-    # Shape, and order of strides, of x.
-    return torch.empty_like(x, dtype=dtype if exact else x.dtype).copy_(out)
-
-
-def causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    conv_state_indices: Tensor | None = None,
-    pad_slot_id: int = -1,
-    *,
-    exact: bool = False,
-) -> Tensor:
-    """:func:`causal_conv1d_fn` on ``[B, dim]`` or ``[B, dim, T]``, every sequence continuing from its state."""
-    tokens = x[..., None] if x.ndim == 2 else x
-    flags = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-    args = (conv_state, None, conv_state_indices, flags, activation, pad_slot_id)
-    return causal_conv1d_fn(tokens, weight, bias, *args, exact=exact).reshape(x.shape)
-
-
 def fused_conv_gated_delta_rule_update(
     mixed_qkv: Tensor,
     conv_state: Tensor,
@@ -594,27 +520,6 @@ def fused_conv_gated_delta_rule_update(
         state_v_first=state_v_first,
         exact=exact,
     )
-
-
-def rms_norm_gated(
-    x: Tensor,
-    weight: Tensor,
-    z: Tensor | None = None,
-    eps: float = 1e-6,
-    norm_before_gate: bool = True,
-    activation: str = "silu",
-    *,
-    exact: bool = False,
-) -> Tensor:
-    """Norm over the last axis and gate: ``norm(x) * act(z)``, or ``norm(x * act(z))``; no gate without z."""
-    dtype = _compute_dtype(exact)
-    y, gate = x.to(dtype), None if z is None else _activate(z.to(dtype), activation)
-    if gate is not None and not norm_before_gate:
-        y = y * gate
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight.to(dtype)
-    if gate is not None and norm_before_gate:
-        y = y * gate
-    return y if exact else y.to(x.dtype)
 
 
 # Chunking is a way to compute, not another function; a gate per channel is told by the shape of g.

@@ -10,6 +10,7 @@ loops over arguments would cost more than the whole call is allowed to (8 us abo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from tvm_gdn.spec import Axis, OpSpec, Output, Scalar, Tensor
 from tvm_gdn.target import dispatch_keys
 
 _LIBRARY = torch.library.Library("tvm_gdn", "DEF")
+_log = logging.getLogger("tvm_gdn")
 
 
 def _parameters(spec: OpSpec) -> str:
@@ -192,12 +194,17 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
         table[key] = function
         return function
 
+    told: set[str] = set()
+
     def explain(error: Exception, values: tuple[Any, ...]) -> Any:
         if isinstance(error, TvmGdnError):
             raise error
         check.validate(spec, dict(zip(names, values, strict=True)))
         if any(isinstance(value, torch.Tensor) and not value.numel() for value in values):
             # Kernels take no tensor whose strides are other than its sizes say; torch gives such to tensors without elements.
+            if spec.name not in told:
+                told.add(spec.name)
+                _log.warning("%s runs on the torch reference where a tensor has no elements", spec.name)
             return reference_function(spec)(*values)
         raise KernelError(f"{spec.name}: the kernel refused the call: {error}") from error
 

@@ -20,6 +20,7 @@ tuned    knobs that `tvm_gdn tune` measured as the fastest
 default  a schedule shaped by hand for the target or one that it inherits from; `tvm_gdn tune` may find faster knobs
 generic  the portable fallback: right, but slow; the target has no schedule of its own for this operator
 none     no schedule yet: calls on the target raise, or under auto run the torch reference and say so
+A device's schedule may still refuse a geometry for its shared memory when it is built, and says so then.
 (not here) marks a target that this machine cannot run; the table of targets says what it lacks"""
 
 
@@ -107,6 +108,9 @@ def _schedule_of(spec: OpSpec, target: TargetSpec) -> dict[str, Any]:
         except TargetError as error:
             origins["none"] += 1
             refused = str(error)
+    if "none" not in origins:
+        refused = getattr(schedule.find_space(spec.algorithm, target)[0], "unbuilt", "")
+        origins = Counter({"none": len(geometries)}) if refused else origins
     tuned, total, none = origins["tuned"], sum(origins.values()), origins["none"]
     space = "" if none == total else schedule.find_space(spec.algorithm, target)[1]
     if none:

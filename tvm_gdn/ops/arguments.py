@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ POOL = Tensor(
     strides="outer",
     usual="float32",
 )
+#: The pool of operators that have no other state.
+OWN_POOL = replace(POOL, optional=False)
 SLOTS = Tensor("initial_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values=draws.slots)
 CU_SEQLENS = Tensor("cu_seqlens", "N+1", dtypes=INTS, optional=True, strides="dense", values=draws.bounds)
 L2NORM = Scalar("use_qk_l2norm_in_kernel", "bool", False)

@@ -13,7 +13,7 @@ import torch
 
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.ops import arguments, draws
-from tvm_gdn.ops.arguments import A_LOG, DT_BIAS, ITEMSIZE, SCALE, SLOTS, V_FIRST
+from tvm_gdn.ops.arguments import A_LOG, DT_BIAS, ITEMSIZE, OWN_POOL, SCALE, SLOTS, V_FIRST
 from tvm_gdn.ops.conv import ACTIVATIONS, check_conv
 from tvm_gdn.ops.rules import check_recurrent
 from tvm_gdn.spec import INTS, Draw, Geometry, OpSpec, Output, Scalar, Tensor
@@ -61,15 +61,7 @@ FUSED_CONV_DECODE = OpSpec(
         Tensor("b", "B HV", strides="any"),
         A_LOG,
         DT_BIAS,
-        Tensor(
-            "initial_state_source",
-            "S HV K V",
-            axes_if=("state_v_first", "S HV V K"),
-            role="state",
-            mutated=True,
-            strides="outer",
-            usual="float32",
-        ),
+        OWN_POOL,
         Tensor("conv_bias", "R", optional=True, strides="dense"),
         Tensor("conv_state_indices", "N", dtypes=INTS, optional=True, strides="dense", values=_conv_slots),
         SLOTS,
