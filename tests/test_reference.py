@@ -244,6 +244,17 @@ def test_empty_batch_and_no_tokens(batch, tokens):
     assert batch == 0 or final.data_ptr() != initial.data_ptr()
 
 
+def test_empty_batch_of_more_tokens_than_the_tree_has_steps():
+    d = Data(0, 5)
+    buffer, before = d.states(5)[None], d.states(1)
+    pool = before.clone()
+    parents = torch.zeros(0, 4, dtype=torch.long)
+    out = reference.fused_recurrent_gated_delta_rule_update(
+        *d.qkvgb, None, pool, tensor([]).long(), None, False, False, buffer, tensor([]).long(), None, parents
+    )
+    assert out.shape == d.v.shape and torch.equal(pool, before)
+
+
 def test_empty_packed_decode():
     d = Data(batch=0, tokens=1)
     rows = torch.empty(0, 48)

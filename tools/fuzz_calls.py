@@ -50,14 +50,15 @@ class Call:
         self.kernel = self.random.choice([kernel for kernel in kernels if kernel.spec.name == op])
         self.op, self.spec = op, self.kernel.spec
         self.broken = self._draw()
-        # The functions in front of an operator take more shapes than it does: what they make of odd ones is judged there.
-        self.captured = False
+        # The functions in front of an operator take more shapes than it does: what they make of odd ones is judged at the
+        # operator, or the operator is called itself.
+        self.captured = self.odd_shape = False
         # What is wrong with a call that both the operator and the function in front of it must refuse.
         self.name = ""
         self._vary()
         if not self.broken and self.random.random() < 0.45:
             self._break()
-        self.public = hasattr(tvm_gdn, op) and (self.captured or self.random.random() < 0.6)
+        self.public = hasattr(tvm_gdn, op) and (self.captured or (not self.odd_shape and self.random.random() < 0.6))
         if self.public and not self.broken:
             self._one_token_batch()
 
@@ -168,7 +169,8 @@ class Call:
             # What is certainly wrong must be refused whatever the rules say; of the rest they decide.
             self.broken = what if way in certain else f"{what}: {refusal}" if refusal else ""
             self.name = self.name if way in certain else ""
-            self.captured = way in (self._rank, self._size, self._shared_size) and self.random.random() < 0.5
+            self.odd_shape = way in (self._rank, self._size, self._shared_size)
+            self.captured = self.odd_shape and self.random.random() < 0.5
             return
 
     def _is_served(self) -> bool:

@@ -122,7 +122,8 @@ def _recurrence(inputs: list[Tensor], initial: Tensor, verify: _Verify | None) -
 def _runs(q: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int, int]]:
     """(first sequence, sequences, first token, length) of each run of consecutive sequences of one length."""
     if cu_seqlens is None:
-        return [(0, q.shape[0], 0, q.shape[1])]
+        # An empty batch has no steps either: nothing has to be wide enough for them.
+        return [(0, q.shape[0], 0, q.shape[1] if q.shape[0] else 0)]
     bounds = cu_seqlens.tolist()
     runs, first = [], 0
     for length, group in groupby(end - begin for begin, end in pairwise(bounds)):
