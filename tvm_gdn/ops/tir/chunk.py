@@ -124,6 +124,8 @@ class _Work:
     j0: Expr
     scale: Expr
     l2norm: Expr
+    #: Whether the states before the first chunk are zero.
+    fresh: Expr
 
 
 class _Chunks:
@@ -163,12 +165,13 @@ class _Chunks:
         with T.serial((work.length + C - 1) // C) as c:
             start = T.Bind(work.first + c * C)
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
+            zero = T.Bind(T.And(work.fresh, c == 0))
             self._keys(work, start, m)
             if self.tiles.span == 1:
-                self._value_head(work, start, m, T.int64(0))
+                self._value_head(work, start, m, T.int64(0), zero)
             else:
                 with T.serial(work.count) as index:
-                    self._value_head(work, start, m, index)
+                    self._value_head(work, start, m, index, zero)
 
     def prepare(self, work: _Work, kept: tuple[Any, ...], unit: Expr, at: Expr) -> None:
         """Compute and keep what one chunk of one value head needs besides its state: tokens from `at` of the sequence."""
@@ -331,7 +334,8 @@ class _Chunks:
             tiles.mma(self.kk, self.k_left, self.k_right, rows=m, cols=m, lower="result")
             tiles.mma(self.qk, self.q_left, self.k_right, rows=m, cols=m, lower="result")
 
-    def _value_head(self, work: _Work, start: Expr, m: Expr, index: Expr) -> None:
+    def _value_head(self, work: _Work, start: Expr, m: Expr, index: Expr, zero: Expr) -> None:
+        """One chunk of one value head; `zero`: its state is still zero, so that K S and Q S need not be computed."""
         tiles = self.tiles
         hv = T.Bind(work.hv + index)
         S = tiles.state(index)
@@ -343,12 +347,23 @@ class _Chunks:
             tiles.zero(self.G)
         else:
             tiles.scan(self.G, self._rows(work.g, work, start, hv, self.G.cols), m)
-        tiles.pack(S_right)
         tiles.sync()
-        if self.gate == "channel":
-            self._channel_products(m, S_right)
-        else:
-            self._head_products(m, S_right)
+        channel = self.gate == "channel"
+        (self._channel_products if channel else self._head_products)(m)
+        with T.If(zero):
+            with T.Then():
+                tiles.map(self.R, lambda _i, _j, v, b: b * v, self.R, self.beta, rows=m)
+                tiles.map(self.out, lambda _i, _j: T.float32(0), rows=m)
+            with T.Else():
+                tiles.pack(S_right)
+                tiles.sync()
+                (self._channel_state if channel else self._head_state)(m, S_right)
+        if channel:
+            tiles.sync()
+            last = tiles.block(self.G, self.C - 1, 0, 1, self.K)
+            tiles.map(self.decayed, lambda _i, _j, x, a, e: x * tiles.exp(e - a), self.k, self.G, last, rows=m)
+            tiles.sync()
+            tiles.pack(self.decayed_t_left, rows=m)
         # Here R = beta (V - n exp(G) (K S)), out = r exp(G) (Q S), A and P are decayed and masked.
         self._invert(m)
         tiles.sync()
@@ -370,8 +385,8 @@ class _Chunks:
             S, update, self.U_right, depth=m, start=lambda _i, _j, s, d: s * d, sources=(tiles.turn(self.end),)
         )  # fmt: skip
 
-    def _head_products(self, m: Expr, S_right: Operand) -> None:
-        """One gate per head, or none: factors of rows and columns around the products of K and Q."""
+    def _head_products(self, m: Expr) -> None:
+        """One gate per head, or none: A, P, and factors of rows and columns around the products of K and Q."""
         tiles, exp, zero = self.tiles, self.tiles.exp, T.float32(0)
         G, n, r, beta, D = self.G, self.k_factor, self.q_factor, self.beta, self.D
         last = tiles.block(G, self.C - 1, 0, 1, 1)
@@ -385,14 +400,18 @@ class _Chunks:
         tiles.sync()
         tiles.map(self.P, lambda _i, _j, x, d, f: x * d * f, self.qk, D, r, rows=m, lower=True)
         tiles.map(self.A, lambda i, j, x, d, f, b: T.Select(j < i, x * d * f * b, zero), self.kk, D, n, beta, rows=m, lower=True)
+
+    def _head_state(self, m: Expr, S_right: Operand) -> None:
+        """K S and Q S."""
+        tiles = self.tiles
         tiles.mma(
             self.R, self.k_left, S_right, rows=m, finish=lambda _i, _j, x, v, b, d: b * v - d * x,
-            sources=(self.R, beta, self.k_start),
+            sources=(self.R, self.beta, self.k_start),
         )  # fmt: skip
         tiles.mma(self.out, self.q_left, S_right, rows=m, finish=lambda _i, _j, x, d: x * d, sources=(self.q_start,))
 
-    def _channel_products(self, m: Expr, S_right: Operand) -> None:
-        """A gate per channel c: exp(G_ic - G_jc) stands inside the sums over c.
+    def _channel_products(self, m: Expr) -> None:
+        """A and P for a gate per channel c: exp(G_ic - G_jc) stands inside the sums over c.
 
         Off the diagonal blocks both factors are taken relative to the gate at the first token of the row block, which lies
         between the two tokens: neither exponent exceeds zero for decaying gates. Inside a diagonal block no such reference
@@ -426,25 +445,25 @@ class _Chunks:
             self.A, lambda i, j, x, f, h, b: T.Select(j < i, x * f * h * b, zero), self.kk, n, tiles.turn(n), beta,
             rows=m, lower=True,
         )  # fmt: skip
-        decayed = self.decayed
+        tiles.sync()
+
+    def _channel_state(self, m: Expr, S_right: Operand) -> None:
+        """K S and Q S."""
+        tiles, exp, G, decayed = self.tiles, self.tiles.exp, self.G, self.decayed
         tiles.map(decayed, lambda _i, _j, x, a: x * exp(a), self.k, G, rows=m)
         tiles.sync()
         tiles.pack(self.decayed_left, rows=m)
         tiles.sync()
         tiles.mma(
             self.R, self.decayed_left, S_right, rows=m, finish=lambda _i, _j, x, v, b, f: b * (v - f * x),
-            sources=(self.R, beta, n),
+            sources=(self.R, self.beta, self.k_factor),
         )  # fmt: skip
         tiles.sync()
         tiles.map(decayed, lambda _i, _j, x, a: x * exp(a), self.q, G, rows=m)
         tiles.sync()
         tiles.pack(self.decayed_left, rows=m)
         tiles.sync()
-        tiles.mma(self.out, self.decayed_left, S_right, rows=m, finish=lambda _i, _j, x, f: x * f, sources=(r,))
-        tiles.sync()
-        tiles.map(decayed, lambda _i, _j, x, a, e: x * exp(e - a), self.k, G, last, rows=m)
-        tiles.sync()
-        tiles.pack(self.decayed_t_left, rows=m)
+        tiles.mma(self.out, self.decayed_left, S_right, rows=m, finish=lambda _i, _j, x, f: x * f, sources=(self.q_factor,))
 
     def _invert(self, m: Expr) -> None:
         """Inverse of I + A: diagonal blocks by substitution, then pairs of blocks, [[X, 0], [-Y A' X, Y]], by doubling."""

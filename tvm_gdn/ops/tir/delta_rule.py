@@ -324,7 +324,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                     if at < tokens:
                         advance.prepare(
                             q, k, v, g, beta, o, pick(varlen, T.int64(0), owner), begin, tokens, div(head, div(HV, heads)), head,
-                            T.int64(1), T.int64(0), scale, use_qk_l2norm_in_kernel, piece, at,
+                            T.int64(1), T.int64(0), scale, use_qk_l2norm_in_kernel, T.bool(False), piece, at,
                         )  # fmt: skip
 
         # Workers of a sequence: one per v tile of every `span` value heads (the last of a q/k head may have fewer).
@@ -538,6 +538,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         load_initial(tiles.state(i), hv + i, j0)
                     advance(
                         q, k, v, g, beta, o, row, first, length, h, hv, count, j0, scale, use_qk_l2norm_in_kernel,
+                        pick(pool, slot < 0 or slot >= S, T.bool(not separate)),
                         pick(varlen, first // size + n, n * per_row) * HV + hv, HV,
                     )  # fmt: skip
                     tiles.sync()
