@@ -41,5 +41,5 @@ assert torch.equal(tokens, stock_tokens) and torch.equal(unpatched, stock_tokens
 error = rms_ratio(logits, stock_logits)
 print(f"check logits: RMS error {error:.1e}, limit 1e-04")
 assert error <= 1e-4
-for name in ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule_update"):
+for name in ("chunk_gated_delta_rule", "fused_sigmoid_gating_delta_rule_update"):
     print(f"{name}: {tvm_gdn.dispatch.served_by(name)}")

@@ -42,6 +42,9 @@ class Portable:
 class PortableChunkTiles(Portable, ChunkTiles):
     """Tiles of the chunked rules: any alignment, blocks element by element."""
 
+    def outputs(self, *tensors: tuple[Any, Any]) -> None:
+        """Their memory is the caller's affair."""
+
     def first_line(self) -> Any:
         """Scalar code needs no alignment."""
         return T.int32(0)

@@ -10,6 +10,8 @@ ones ``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +94,17 @@ class MatrixOperand:
     side: str
     transposed: bool
     parts: int
+
+
+@contextmanager
+def where(condition: Expr | None) -> Iterator[None]:
+    """What follows happens where a condition holds; None: always."""
+    if condition is None:
+        yield
+        return
+    with T.If(condition):
+        with T.Then():
+            yield
 
 
 def helper(name: str, a: Any, b: Any) -> Any:
@@ -243,7 +256,8 @@ class AmxChunkTiles(ChunkTiles):
         col_blocks = dst.cols // GRANULE
 
         def block(io: Expr, jo: Expr) -> None:
-            self._block(dst, a, b, io, jo, io + 1 if lower == "left" else full, start is not None, finish, sources)
+            tall = None if rows is None else rows - io * GRANULE > ROWS
+            self._block(dst, a, b, io, jo, io + 1 if lower == "left" else full, start is not None, finish, sources, tall)
 
         if lower == "result":
             with T.serial(row_blocks) as io:
@@ -265,8 +279,9 @@ class AmxChunkTiles(ChunkTiles):
         added: bool,
         finish: ElementFunction | None,
         sources: tuple[Tile, ...],
+        tall: Expr | None,
     ) -> None:
-        """Result rows 32 io to 32 io + 31, columns 32 jo to 32 jo + 31."""
+        """Result rows 32 io to 32 io + 31, columns 32 jo to 32 jo + 31; unless `tall`, the lower 16 rows of `a` are zero."""
         unit = self.unit
 
         def result(half_row: int, half_col: int) -> Rows:
@@ -282,13 +297,15 @@ class AmxChunkTiles(ChunkTiles):
         limit = min(max(a.parts, b.parts), 2 if dst.buffer in self.exact else self.parts)
         with T.serial(steps) as kk:
             for part in range(a.parts):
-                for x in (0, 1):
-                    unit.load(4 + x, a.buffer, lambda r, x=x, part=part: [part, io * 2 + x, kk, r, 0], ROWS)
                 for other in range(min(b.parts, limit - part)):
                     for y in (0, 1):
                         unit.load(6 + y, b.buffer, lambda r, y=y, other=other: [other, kk, jo * 2 + y, r, 0], ROWS)
-                    for x, y in halves:
-                        unit.dot(2 * x + y, 4 + x, 6 + y)
+                    for x in (0, 1):
+                        with where(tall if x else None):
+                            if other == 0:
+                                unit.load(4 + x, a.buffer, lambda r, x=x, part=part: [part, io * 2 + x, kk, r, 0], ROWS)
+                            for y in (0, 1):
+                                unit.dot(2 * x + y, 4 + x, 6 + y)
         for x, y in halves:
             if finish is None:
                 unit.store(2 * x + y, dst.buffer, result(x, y), dst.width)

@@ -53,7 +53,8 @@ def served(model: torch.nn.Module) -> None:
     """Everything a server does with a model: packed prompts, prompts in parts, decode, with and without a cache."""
     ids = torch.arange(28).reshape(2, 14) * 17 % 250 + 3
     model(ids[:1], use_cache=False)
-    hybrids.greedy(model, ids, torch.ones_like(ids), steps=2)
+    for rows in (ids, ids[:1]):
+        hybrids.greedy(model, rows, torch.ones_like(rows), steps=2)
     cache = model(ids[:, :9], use_cache=True).past_key_values
     model(ids[:, 9:], past_key_values=cache)
     if model.model.layers[0].__class__.__name__.startswith(("Qwen3Next", "Qwen3_5", "Olmo")):
@@ -91,6 +92,8 @@ def test_a_models_pack_has_every_kernel_that_it_calls(name, dtype, asked):
     wanted = {"moe_route", "moe_sort", "fused_experts", "fused_experts_quantized"} if facts.experts else set()
     if facts.axes:
         wanted |= {"causal_conv1d_fn", "causal_conv1d_update", "rms_norm_gated", "chunk_gated_delta_rule", "fused_gdn_gating"}
+        # Olmo-Hybrid doubles its write strength, which no decode step with gates inside does.
+        wanted |= set() if name == "OlmoHybrid" else {"fused_conv_gated_delta_rule_update"}
     assert operators >= wanted - {"moe_sort"}
     assert set(asked) <= listed, sorted(set(asked) - listed)
 
@@ -107,17 +110,19 @@ def test_a_pack_serves_a_patched_model_without_a_compiler(asked, monkeypatch, tm
     model = built("Qwen3Next", "float32")
     ids, mask = hybrids.prompt(2)
     with patch(model):
-        hybrids.greedy(model, ids, mask, steps=2)
+        for rows in (ids, ids[:1]):
+            hybrids.greedy(model, rows, torch.ones_like(rows), steps=2)
     wanted = list(asked.values())
     monkeypatch.undo()
     aot.build_pack(wanted, concrete(resolve(env.target_name())), tmp_path / "pack")
-    tokens, logits = hybrids.greedy(model, ids, mask, steps=8)
+    whole = [hybrids.greedy(model, *given, steps=8) for given in ((ids, mask), (ids[:1], mask[:1]))]
     for variable, value in (("PACK_PATH", tmp_path / "pack"), ("CACHE_DIR", tmp_path / "empty"), ("DISABLE_JIT", 1)):
         monkeypatch.setenv(f"TVM_GDN_{variable}", str(value))
     dispatch.reset()
     with patch(model):
-        patched_tokens, patched_logits = hybrids.greedy(model, ids, mask, steps=8)
+        found = [hybrids.greedy(model, *given, steps=8) for given in ((ids, mask), (ids[:1], mask[:1]))]
     assert {dispatch.served_by(op).split()[0] for op, _ in asked} == {"compiled"}
     assert not (tmp_path / "empty" / "kernels").exists()
-    assert torch.equal(patched_tokens, tokens)
-    assert 0 < (patched_logits - logits).abs().max() < 1e-5
+    for (tokens, logits), (patched_tokens, patched_logits) in zip(whole, found, strict=True):
+        assert torch.equal(patched_tokens, tokens)
+        assert 0 < (patched_logits - logits).abs().max() < 1e-5

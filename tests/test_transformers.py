@@ -25,6 +25,7 @@ from tvm_gdn.integrations.transformers import patch
 
 STEPS = 24
 DECODE = "fused_sigmoid_gating_delta_rule_update"  # with its gates
+FUSED = "fused_conv_gated_delta_rule_update"  # with its convolution too: one sequence
 UPDATE = "fused_recurrent_gated_delta_rule_update"
 FUNCTIONAL = "fused_recurrent_gated_delta_rule"
 AROUND = ("causal_conv1d_fn", "causal_conv1d_update", "fused_gdn_gating", "chunk_gated_delta_rule", "rms_norm_gated", "moe_route")
@@ -86,7 +87,7 @@ def model() -> torch.nn.Module:
 @pytest.fixture
 def calls(monkeypatch) -> dict[str, int]:
     """Count the calls of the operators that a patched decode step may use, and of those around them."""
-    counts = dict.fromkeys((DECODE, UPDATE, FUNCTIONAL, *AROUND), 0)
+    counts = dict.fromkeys((DECODE, FUSED, UPDATE, FUNCTIONAL, *AROUND), 0)
 
     def counted(name):
         operator = getattr(tvm_gdn, name)
@@ -148,7 +149,8 @@ def test_same_tokens_and_logits(model, calls, batch):
     # Three Gated DeltaNet layers and four mixtures: every step between the projections ran compiled.
     assert calls == {
         "causal_conv1d_fn": 3, "fused_gdn_gating": 3, "chunk_gated_delta_rule": 3,
-        "causal_conv1d_update": 3 * STEPS, DECODE: 3 * STEPS, UPDATE: 0, FUNCTIONAL: 0,
+        FUSED: 3 * STEPS * (batch == 1), "causal_conv1d_update": 3 * STEPS * (batch > 1), DECODE: 3 * STEPS * (batch > 1),
+        UPDATE: 0, FUNCTIONAL: 0,
         "rms_norm_gated": 3 * (STEPS + 1), "moe_route": 4 * (STEPS + 1),
     }  # fmt: skip
     assert patched.layers == tuple(f"model.layers.{i}.linear_attn" for i in range(3))
@@ -157,25 +159,28 @@ def test_same_tokens_and_logits(model, calls, batch):
     assert (patched_logits - logits).abs().max() < 1e-5
 
 
-def test_a_wrong_operator_is_noticed(model, monkeypatch):
-    ids, mask = prompt(1)
+@pytest.mark.parametrize(("operator", "batch"), [(DECODE, 3), (FUSED, 1)])
+def test_a_wrong_operator_is_noticed(model, monkeypatch, operator, batch):
+    ids, mask = prompt(batch)
     tokens, logits = greedy(model, ids, mask)
-    monkeypatch.setattr(tvm_gdn, DECODE, lambda *args, **kwargs: torch.zeros_like(args[7]))
+    right = getattr(tvm_gdn, operator)
+    monkeypatch.setattr(tvm_gdn, operator, lambda *args, **kwargs: torch.zeros_like(right(*args, **kwargs)))
     with patch(model):
         wrong_tokens, wrong_logits = greedy(model, ids, mask)
     assert not torch.equal(wrong_tokens, tokens)
     assert (wrong_logits - logits).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "Qwen3Next"])
-def test_other_families(calls, family):
+def test_other_families(calls, family, batch):
     model = build(family)
-    ids, mask = prompt(3)
+    ids, mask = prompt(batch)
     tokens, logits = greedy(model, ids, mask)
     with patch(model):
         patched_tokens, patched_logits = greedy(model, ids, mask)
-    # Olmo-Hybrid doubles its write strength, which the fused decode step does not.
-    assert calls[UPDATE if family == "OlmoHybrid" else DECODE] == 3 * STEPS
+    # Olmo-Hybrid doubles its write strength, which decode steps with gates inside do not.
+    assert calls[UPDATE if family == "OlmoHybrid" else FUSED if batch == 1 else DECODE] == 3 * STEPS
     assert torch.equal(patched_tokens, tokens)
     assert (patched_logits - logits).abs().max() < 1e-5
 
@@ -193,19 +198,20 @@ def forced(model, ids, mask, steps=8):
     return torch.stack(logits)
 
 
-def test_bf16(calls):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bf16(calls, batch):
     def error(left, right):
         return ((left - right).pow(2).mean().sqrt() / right.pow(2).mean().sqrt()).item()
 
     model = build("Qwen3_5").to(torch.bfloat16)  # without experts, whose choice jumps on a rounding
-    ids, mask = prompt(3)
+    ids, mask = prompt(batch)
     exact = forced(copy.deepcopy(model).float(), ids, mask)
     own = forced(model, ids, mask)
     with patch(model, operators=("chunk_gated_delta_rule", FUNCTIONAL)):
         assert error(forced(model, ids, mask), own) < 5e-3
     with patch(model):
         patched = forced(model, ids, mask)
-    assert calls[UPDATE] == calls[DECODE] == 3 * 8
+    assert calls[UPDATE] == calls[FUSED if batch == 1 else DECODE] == 3 * 8
     # Transformers rounds the norm before it multiplies, tvm_gdn does not: the logits of both are off, ours not further.
     assert error(patched, exact) < 1.05 * error(own, exact) < 0.05
 
@@ -237,7 +243,7 @@ def test_prefill_in_parts_continues_a_cache(model, calls, operators):
     logits, states = run()
     with patch(model, operators=operators):
         patched_logits, patched_states = run()
-    assert calls[UPDATE if operators else DECODE] == 3
+    assert calls[UPDATE if operators else FUSED] == 3
     assert calls["chunk_gated_delta_rule"] == (0 if operators else 6)
     assert (patched_logits - logits).abs().max() < 1e-5
     for state, patched_state in zip(states, patched_states, strict=True):
@@ -249,12 +255,12 @@ def test_the_state_is_updated_in_the_tensor_of_the_cache(model):
     ids, _ = prompt(1)
     with patch(model):
         cache = model(ids, use_cache=True).past_key_values
-        state = cache.layers[0].recurrent_states[0]
-        before, address = state.clone(), state.data_ptr()
+        states = cache.layers[0].recurrent_states[0], cache.layers[0].conv_states[0]
+        before, addresses = [state.clone() for state in states], [state.data_ptr() for state in states]
         model(ids[:, :1], past_key_values=cache, use_cache=True)
-    assert cache.layers[0].recurrent_states[0] is state
-    assert state.data_ptr() == address
-    assert not torch.equal(state, before)
+    assert cache.layers[0].recurrent_states[0] is states[0] and cache.layers[0].conv_states[0] is states[1]
+    assert [state.data_ptr() for state in states] == addresses
+    assert not any(torch.equal(state, old) for state, old in zip(states, before, strict=True))
 
 
 class KeepingCache(DynamicCache):
@@ -276,7 +282,7 @@ def test_the_states_of_another_cache_class_are_not_modified(model, calls):
     cache = KeepingCache(model.config)
     with patch(model):
         patched_tokens, _ = greedy(model, ids, mask, cache=cache)
-    assert (calls[DECODE], calls[UPDATE], calls[FUNCTIONAL]) == (0, 0, 3 * STEPS)
+    assert (calls[FUSED], calls[DECODE], calls[UPDATE], calls[FUNCTIONAL]) == (0, 0, 0, 3 * STEPS)
     assert torch.equal(patched_tokens, tokens)
     assert len(cache.history) == 3 * (STEPS + 1)
     assert all(torch.equal(state, copied) for state, copied in cache.history)
@@ -287,17 +293,17 @@ def test_only_the_patched_model_is_affected(model, calls):
     ids, mask = prompt(1)
     with patch(model):
         greedy(other, ids, mask, steps=2)
-        assert calls[DECODE] == 0
+        assert calls[FUSED] == 0
         first = patch(other)
         greedy(other, ids, mask, steps=2)
-        assert calls[DECODE] == 6
+        assert calls[FUSED] == 6
     greedy(model, ids, mask, steps=2)
-    assert calls[DECODE] == 6
+    assert calls[FUSED] == 6
     greedy(other, ids, mask, steps=2)
-    assert calls[DECODE] == 12
+    assert calls[FUSED] == 12
     first.unpatch()
     greedy(other, ids, mask, steps=2)
-    assert calls[DECODE] == 12
+    assert calls[FUSED] == 12
 
 
 def test_everything_is_restored(model):
@@ -412,15 +418,16 @@ def test_packed_length_of_one_token(model, calls):
         expected = model(ids[:, :1], past_key_values=copy.deepcopy(cache), use_cache=True).logits
         bounds = torch.tensor([0, 1], dtype=torch.int32)
         logits = model(ids[:, :1], past_key_values=cache, use_cache=True, cu_seq_lens_q=bounds).logits
-    assert calls[DECODE] == 6
+    assert calls[FUSED] == calls[DECODE] == 3
     assert (logits - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
-def test_a_layer_compiles_without_graph_breaks(model):
-    ids, _ = prompt(3)
+def test_a_layer_compiles_without_graph_breaks(model, batch):
+    ids, _ = prompt(batch)
     layer = model.model.layers[0].linear_attn
-    hidden = torch.randn(3, 1, 64, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(batch, 1, 64, generator=torch.Generator().manual_seed(0))
     with patch(model):
         cache = model(ids, use_cache=True).past_key_values
         compiled_cache = copy.deepcopy(cache)
@@ -428,8 +435,9 @@ def test_a_layer_compiles_without_graph_breaks(model):
         torch.compiler.reset()
         compiled = torch.compile(lambda x, c: layer(x, cache_params=c), backend="aot_eager", fullgraph=True)
         assert (compiled(hidden, compiled_cache) - expected).abs().max() < 1e-6
-    state, compiled_state = (c.layers[0].recurrent_states[0] for c in (cache, compiled_cache))
-    assert (compiled_state - state).abs().max() < 1e-6
+    for kind in ("recurrent_states", "conv_states"):
+        state, compiled_state = (getattr(c.layers[0], kind)[0] for c in (cache, compiled_cache))
+        assert (compiled_state - state).abs().max() < 1e-6
 
 
 def test_a_model_without_such_layers():
@@ -502,7 +510,7 @@ def test_demo():
     assert decode["max_abs_logit_difference"] < 1e-5
     assert decode["served_by"] == "somebody"
     assert min(decode["ms_per_token"].values()) > 0
-    assert asked == [DECODE, UPDATE, UPDATE]
+    assert asked == [FUSED, UPDATE, UPDATE]
     assert [row["batch"] for row in result["layer"]] == [1, 8]
     for row in result["layer"]:
         assert row["max_abs_difference"] < 1e-5

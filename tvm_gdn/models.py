@@ -117,8 +117,9 @@ def kernels(name: str | Model) -> list[tuple[OpSpec, Geometry]]:
     -------
     list of (OpSpec, Geometry)
         Data in the model's dtype. Delta rule: states in fp32 and bf16, in both layouts; slots, bounds and parents in int32 and
-        int64; decode with and without ``cu_seqlens``, verification of chains and trees, prefill with and without a state.
-        Convolution with and without states, gated norm. Routing, and experts on dense weights and on packs of every scheme.
+        int64; decode with and without ``cu_seqlens`` and with its convolution inside, verification of chains and trees, prefill
+        with and without a state. Convolution with and without states, gated norm. Routing, and experts on dense weights and on
+        packs of every scheme.
 
     Raises
     ------
@@ -162,6 +163,9 @@ def _delta_cases(facts: Model) -> Iterator[_Case]:
         yield "fused_recurrent_gated_delta_rule_update", case
         for dtypes in _parameters(facts):
             yield "fused_sigmoid_gating_delta_rule_update", {**case, "dtypes": dtypes}
+            # A step of one sequence, whose convolution state holds as many inputs as there are taps.
+            step = {"B": 1, "W": facts.taps, "L": facts.taps, "conv_state_dtype": facts.dtype, "state_dtype": dtype, "with": ()}
+            yield "fused_conv_gated_delta_rule_update", {**base, **step, "dtypes": dtypes}
     yield "chunk_gated_delta_rule", {**base, "with": (), "output_final_state": False}
     for index in ("int32", "int64"):
         case = {**base, "with": ("cu_seqlens",), "index_dtype": index, "output_final_state": False}

@@ -34,10 +34,11 @@ FULL_SIZE = {"H": 16, "HV": 32, "K": 128, "V": 128}
 BATCHES = (1, 8)
 _CONFIG = {
     "H": "linear_num_key_heads", "HV": "linear_num_value_heads", "K": "linear_key_head_dim", "V": "linear_value_head_dim",
+    "W": "linear_conv_kernel_dim", "L": "linear_conv_kernel_dim",
 }  # fmt: skip
 
-#: The recurrence of a patched model's decode step, and that of the timed layer, whose gates are given.
-DECODE = "fused_sigmoid_gating_delta_rule_update"
+#: A patched model's decode step of one sequence, and the recurrence of the timed layer, whose gates are given.
+DECODE = "fused_conv_gated_delta_rule_update"
 UPDATE = "fused_recurrent_gated_delta_rule_update"
 
 ServedBy = Callable[[str, Geometry], str]

@@ -1,8 +1,8 @@
 """The forward of a Gated DeltaNet layer of transformers with tvm_gdn's operators between the projections.
 
 The projections, the cache, the mask and the gated norm (`gated_norm.py`) stay those of the layer; convolution, gates and delta
-rule run compiled. A decode step computes its gates inside the recurrence. What an operator does not serve runs on the layer's
-own functions.
+rule run compiled. A decode step computes its gates inside the recurrence, and for one sequence on a CPU also its convolution:
+one operator from projection to norm. What an operator does not serve runs on the layer's own functions.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ MARK = "_tvm_gdn"
 _CONV_ACTIVATIONS = ("silu", "swish", None)
 #: Where softplus becomes the identity: torch's default, which the layers use.
 _SOFTPLUS = (1.0, 20.0)
+#: Sequences up to which a decode step is one fused operator: it saves a call, but from a few sequences on the separate ones,
+#: whose convolution streams its taps and states, are as fast or faster (`tools/bench_fused_decode.py`, docs/performance.md).
+_FUSED_BATCH = 1
 
 
 class Switch:
@@ -101,18 +104,20 @@ def forward(
     hidden_states = mark.functions.apply_mask_to_padding_states(hidden_states, attention_mask)
     mixed_qkv, z, a, b = _project(layer, hidden_states)
     state = None if cache_params is None else cache_params.get_recurrent_state(layer.layer_idx, state_idx=0)
-    mixed_qkv = _convolve(layer, mark, mixed_qkv, cache_params, bounds, kwargs)
-    if mixed_qkv.stride(-1) != 1:  # transformers' own convolution leaves tokens innermost; the operators read heads
-        mixed_qkv = mixed_qkv.contiguous()
-    query, key, value = mixed_qkv.split([layer.key_dim, layer.key_dim, layer.value_dim], -1)
-    heads = tuple(
-        x.unflatten(-1, (-1, size)) for x, size in ((query, layer.head_k_dim), (key, layer.head_k_dim), (value, layer.head_v_dim))
-    )
     final: torch.Tensor | None
-    if state is not None and hidden_states.shape[1] == 1:
-        output, final = _decode(layer, mark, heads, a, b, state, cache_params, bounds)
+    if state is not None and _fuses(layer, mark, mixed_qkv, cache_params, bounds):
+        output, final = _fused_step(layer, mixed_qkv, a, b, state, cache_params)
     else:
-        output, final = _prefill(layer, mark, heads, a, b, state, cache_params, bounds)
+        mixed_qkv = _convolve(layer, mark, mixed_qkv, cache_params, bounds, kwargs)
+        if mixed_qkv.stride(-1) != 1:  # transformers' own convolution leaves tokens innermost; the operators read heads
+            mixed_qkv = mixed_qkv.contiguous()
+        parts = mixed_qkv.split([layer.key_dim, layer.key_dim, layer.value_dim], -1)
+        sizes = (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)
+        heads = tuple(x.unflatten(-1, (-1, size)) for x, size in zip(parts, sizes, strict=True))
+        if state is not None and hidden_states.shape[1] == 1:
+            output, final = _decode(layer, mark, heads, a, b, state, cache_params, bounds)
+        else:
+            output, final = _prefill(layer, mark, heads, a, b, state, cache_params, bounds)
     if cache_params is not None:
         cache_params.update_recurrent_state(final, layer.layer_idx)
     norm, project = (layer.norm, layer.out_proj) if hasattr(layer, "out_proj") else (layer.o_norm, layer.o_proj)
@@ -133,6 +138,36 @@ def _project(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, tor
         return qkv, z, a, b
     query, key, value, z, a, b = (getattr(layer, f"{name}_proj")(hidden_states) for name in "qkvgab")  # Olmo-Hybrid
     return torch.cat([query, key, value], -1), z, a, b
+
+
+def _fuses(layer: Any, mark: Mark, mixed_qkv: torch.Tensor, cache: Any, bounds: torch.Tensor | None) -> bool:
+    """Whether a step with a cached state runs as one fused operator."""
+    parts = {"causal_conv1d_update", "fused_recurrent_gated_delta_rule", GATES}
+    return (
+        mixed_qkv.shape[0] <= _FUSED_BATCH
+        and mixed_qkv.shape[1] == 1
+        and mixed_qkv.device.type == "cpu"
+        and bounds is None
+        and parts <= mark.switch.operators
+        and layer.activation in _CONV_ACTIVATIONS
+        and not _doubles(layer)
+        and _copies_into_own_tensor(cache, layer)
+        and not cache.is_recording_past(layer.layer_idx)
+    )
+
+
+def _fused_step(
+    layer: Any, mixed_qkv: torch.Tensor, a: torch.Tensor, b: torch.Tensor, state: torch.Tensor, cache: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per sequence from the projections on; both states are updated in the cache's tensors."""
+    import tvm_gdn
+
+    conv_state = cache.get_conv_state(layer.layer_idx, state_idx=0)
+    output = tvm_gdn.fused_conv_gated_delta_rule_update(
+        mixed_qkv[:, 0], conv_state, layer.conv1d.weight.squeeze(1), a[:, 0], b[:, 0], layer.A_log, layer.dt_bias, state,
+        layer.conv1d.bias, activation=layer.activation,
+    )  # fmt: skip
+    return output, state
 
 
 def _convolve(

@@ -187,7 +187,8 @@ def _check(place: _Place) -> None:
 def patch(model: nn.Module, *, operators: Iterable[str] | None = None, pack: str | None = None) -> Patched:
     """Serve a model's Gated DeltaNet layers, routers and experts with tvm_gdn, for good or inside a ``with`` block.
 
-    Convolution, gates, delta rule and gated norm run compiled, for prompts and decode steps. A decode step updates the recurrent
+    Convolution, gates, delta rule and gated norm run compiled, for prompts and decode steps; a decode step of one sequence on a
+    CPU runs from the convolution to the norm as one operator, where all of these are chosen. A decode step updates the recurrent
     state in the cache's own tensor where the cache is one of transformers' classes (those copy the new state into that tensor
     anyway, so beam search, reordering and reset behave as before); with any other cache class a new state tensor is returned. A
     step that would need gradients runs transformers' own functions, with one log line that says so.

@@ -293,6 +293,9 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             ["retrieve_parent_token: parent"],
                         )
 
+        if chunked and checks:
+            tiles.outputs((o, B * TK * HV * V), *pick(final, ((final_state, NF * HV * (K * V)),), ()))
+
         # Chunks of packed sequences are numbered from first // size + n on: more numbers than chunks, but none twice.
         per_row: T.let[T.int64] = (TK + (size - 1)) // size
         if ahead:
