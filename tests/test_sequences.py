@@ -168,8 +168,7 @@ def test_heads_of_one_channel(op, given):
     """K = V = 1 is compiled like any other size."""
     result = parity.check_case(OPS[op], {**ONE, "with": given})
     assert result.served.startswith("compiled")
-    # A chunk of 16 tokens is longer than 2 K: where states do not decay fast the chunked form errs as the README says.
-    assert result.errors["o"] < 1e-4 and result.errors["final_state"] < 1e-4
+    assert result.passed, (result.errors, result.limits)
 
 
 def test_backward_is_an_error_not_silence():
