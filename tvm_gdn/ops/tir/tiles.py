@@ -75,6 +75,9 @@ class ChunkTiles(Protocol):
     span: int
     host_checks: bool
 
+    def outputs(self, *tensors: tuple[Any, Expr]) -> None:
+        """Tensors, each with its number of elements, that the kernel is about to fill; emitted where `host_checks`."""
+
     # Mapping of the work.
     def workers(self, count: Expr) -> Any:
         """Loop over independent pieces of work: threads of a pool, or blocks of a grid."""
