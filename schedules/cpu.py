@@ -28,6 +28,8 @@ class CpuTiles:
     warp = 1
     #: Workers side by side in a piece of work.
     group = 1
+    #: Whether phases are kernels of a grid of blocks.
+    grid = False
 
     def workers(self, count: Any) -> Any:
         """Loop over independent pieces of work."""

@@ -83,7 +83,7 @@ class WarpTiles:
 
 def aligned(buffer: Any, *index: Any, elements: int) -> Any:
     """Whether a vector of so many elements may be read or written at an element of a buffer."""
-    size = elements * (4 if buffer.dtype == "float32" else 2)
+    size = elements * (4 if str(buffer.dtype).endswith("32") else 2)
     return T.call_extern("bool", "tvm_gdn_aligned", T.address_of(buffer[index]), size)
 
 

@@ -39,6 +39,13 @@ def when(condition: Any, body: Any) -> None:
             body()
 
 
+def fragment_elements(lane: Expr, mi: Expr, ni: Expr) -> list[tuple[Expr, Expr]]:
+    """Rows and columns of a thread's four elements of the fragment (mi, ni) of 16 x 8."""
+    lane = T.Cast("int32", lane) % WARP
+    row, col = mi * BLOCK + lane // 4, ni * 8 + lane % 4 * 2
+    return [(row, col), (row, col + 1), (row + 8, col), (row + 8, col + 1)]
+
+
 @dataclass
 class Storage:
     """Where a shared tile's numbers are: `offset` bytes into the arena; allocated at its first use."""
@@ -318,9 +325,7 @@ class FragmentTiles(WarpTiles):
 
     def _elements(self, mi: Expr, ni: Expr) -> list[tuple[Expr, Expr]]:
         """Rows and columns of this thread's four elements of a fragment."""
-        lane = T.Cast("int32", self.lane) % WARP
-        row, col = mi * BLOCK + lane // 4, ni * 8 + lane % 4 * 2
-        return [(row, col), (row, col + 1), (row + 8, col), (row + 8, col + 1)]
+        return fragment_elements(self.lane, mi, ni)
 
     def _over(self, dst: Any, body: Any, rows: Expr | None = None, *, cut: bool = False) -> None:
         """Call ``body(i, j, slot)`` for this thread's elements of a tile; `cut`: only those inside it."""

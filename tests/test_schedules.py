@@ -17,7 +17,7 @@ def geometry(name, K=64, V=32, **more):
 
 
 #: Algorithms that have no schedule for devices yet; calls there are errors or the torch reference, and listings say so.
-CPU_ONLY = {"fused_decode", "moe_experts"}
+CPU_ONLY = {"fused_decode"}
 #: AMD targets whose matrix fragments have a schedule.
 MATRIX_UNITS = {"rocm-gfx90a", "rocm-gfx942"}
 
@@ -27,8 +27,11 @@ def why_not(name, target):
     device, algorithm = named(target).device, OPS[name].algorithm
     if device == "cpu":
         return ""
-    rocm = algorithm == "chunk" and "rocm" in named(target).lineage
-    if algorithm in CPU_ONLY or (rocm and target not in MATRIX_UNITS):
+    on_rocm = "rocm" in named(target).lineage
+    rocm = algorithm == "chunk" and on_rocm
+    # Experts: not on AMD targets, and integers on no device.
+    experts = algorithm == "moe_experts" and (on_rocm or name == "fused_experts_quantized")
+    if algorithm in CPU_ONLY or experts or (rocm and target not in MATRIX_UNITS):
         return "no schedule"
     # A gate per channel keeps more tiles in shared memory than the 64 KiB that a block has there.
     if name.startswith("chunk_kda") and (rocm or device == "musa"):

@@ -102,7 +102,7 @@ def fused_experts(
     del activation  # silu is the only one
     dtype = torch.float64 if exact else torch.float32
     inner = w2.shape[2]
-    total = torch.zeros(x.shape[0], w2.shape[1], dtype=dtype)
+    total = torch.zeros(x.shape[0], w2.shape[1], dtype=dtype, device=x.device)
     for expert in range(w13.shape[0]):
         token, choice = (topk_ids == expert).nonzero(as_tuple=True)
         if not len(token):

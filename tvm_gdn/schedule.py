@@ -125,10 +125,16 @@ def origin(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> tuple[str, d
         ``"tuned"``, ``"default"`` or ``"generic"``.
     record : dict or None
         The tuned record.
+
+    Raises
+    ------
+    TargetError
+        The space refuses the geometry, or there is none.
     """
     space, name = find_space(spec.algorithm, target)
+    knobs = space.knobs(geometry)
     record = records.lookup(spec, geometry, target)
-    if record is not None and fits(record["knobs"], space.knobs(geometry)):
+    if record is not None and fits(record["knobs"], knobs):
         return "tuned", record
     return "generic" if name.startswith(GENERIC) else "default", None
 

@@ -170,6 +170,11 @@ struct Context {
 #endif
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  int inside, group;
+};
 struct Fiber {
   Context context;
   State state;
@@ -177,6 +182,8 @@ struct Fiber {
   dim3_ index;
   alignas(16) char slot[256];  // what the thread shows to its warp
   std::vector<char> stack;
+  std::vector<Copy> copies;  // asked for, not waited for
+  int group;                 // of copies, the one that is open
 };
 struct Block {
   std::vector<Fiber> fibers;
@@ -194,6 +201,28 @@ static thread_local Block* block;
 // Fragments of matrix instructions: a compiler for the device drops what lies outside of an array, padding here would hide it.
 #define TVM_GDN_INSIDE(size, at, count) \
   if ((at) < 0 || (at) + (count) > (size)) emulation::fail("a fragment outside of its registers")
+static inline int defer(void* to, const void* from, int inside) {
+  if (((uintptr_t)to | (uintptr_t)from) & 15) fail("a copy of 16 bytes that are not aligned");
+  Fiber& me = block->fibers[block->current];
+  me.copies.push_back({to, from, inside, me.group});
+  return 0;
+}
+static inline int end_group() { return ++block->fibers[block->current].group, 0; }
+// All copies, or those of all but the last `left` groups.
+static inline int arrive(int left, bool all) {
+  Fiber& me = block->fibers[block->current];
+  size_t done = 0;
+  for (; done < me.copies.size() && (all || me.copies[done].group < me.group - left); ++done) {
+    const Copy& copy = me.copies[done];
+    if (copy.inside) memcpy(copy.to, copy.from, 16);
+    else memset(copy.to, 0, 16);
+  }
+  me.copies.erase(me.copies.begin(), me.copies.begin() + (long)done);
+  return 0;
+}
+#define TVM_GDN_DEFER emulation::defer
+#define TVM_GDN_GROUP emulation::end_group
+#define TVM_GDN_ARRIVE emulation::arrive
 static inline void* dynamic_shared() { return block->shared.data(); }
 
 static void entry() {
@@ -243,6 +272,8 @@ static void run_block(Block& own, int threads, std::mt19937* random) {
     Fiber& fiber = own.fibers[n];
     order[n] = n;
     fiber.state = RUN;
+    fiber.copies.clear();
+    fiber.group = 0;
     fiber.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / (blockDim.x * blockDim.y)};
     fiber.context.make(fiber.stack.data(), fiber.stack.size(), entry);
   }
@@ -328,6 +359,7 @@ static inline void __syncthreads() { emulation::pause(emulation::BARRIER); }
 static inline void __syncwarp(unsigned = 0xffffffffu) { emulation::pause(emulation::WARP); }
 static inline void __threadfence() {}
 static inline void __threadfence_block() {}
+static inline int atomicAdd(int* number, int more) { return __atomic_fetch_add(number, more, __ATOMIC_RELAXED); }
 static inline unsigned __activemask() { return 0xffffffffu; }
 template <class T>
 static inline T __shfl_sync(unsigned, T value, int source, int width = EMULATED_WARP) {

@@ -12,6 +12,9 @@ static __device__ __forceinline__ int tvm_gdn_move(void* to, const void* from) {
   return 0;
 }
 
+// What stands at an address, which becomes one more.
+static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicAdd(number, 1); }
+
 // Fragments of mma.m16n8k16: A is 16 x 16 (four registers of two bf16), B 16 x 8 (two), C and D 16 x 8 fp32 (four), each spread
 // over a warp as the PTX manual says. `tile` points to the first element in shared memory, rows are `stride` elements apart.
 // "pair": two fragments of B, the second `apart` elements behind the first. "turned": the operand lies the other way round in memory. Returns 0; generated code has no void calls.
@@ -19,6 +22,12 @@ static __device__ __forceinline__ int tvm_gdn_move(void* to, const void* from) {
 // (TVM cuts arrays down to the elements that it sees being used, and compilers drop what is written behind their ends).
 #ifndef TVM_GDN_INSIDE
 #define TVM_GDN_INSIDE(size, at, count)
+#endif
+// Copies that nobody waits for, without PTX: at once. The emulation makes them when a thread waits, so that reading too soon shows.
+#ifndef TVM_GDN_DEFER
+#define TVM_GDN_DEFER(to, from, inside) (*(uint4*)(to) = (inside) ? *(const uint4*)(from) : make_uint4(0, 0, 0, 0), 0)
+#define TVM_GDN_GROUP() 0
+#define TVM_GDN_ARRIVE(left, all) 0
 #endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
@@ -92,6 +101,31 @@ static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, i
 }
 static __device__ __forceinline__ int tvm_gdn_copied() {
   asm volatile("cp.async.wait_all;" : : : "memory");
+  return 0;
+}
+// The same on fp16.
+template <int NC, int NA, int NB>
+static __device__ __forceinline__ int tvm_gdn_mma_half(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
+  float* c = sums + at_c;
+  const unsigned *a = left + at_a, *b = right + at_b;
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  return 0;
+}
+// Copies in groups: `tvm_gdn_group` ends one, `tvm_gdn_arrived` waits for all but this thread's last `left`.
+static __device__ __forceinline__ int tvm_gdn_group() {
+  asm volatile("cp.async.commit_group;" : : : "memory");
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_arrived(int left) {
+  switch (left) {
+    case 0: asm volatile("cp.async.wait_group 0;" : : : "memory"); break;
+    case 1: asm volatile("cp.async.wait_group 1;" : : : "memory"); break;
+    case 2: asm volatile("cp.async.wait_group 2;" : : : "memory"); break;
+    case 3: asm volatile("cp.async.wait_group 3;" : : : "memory"); break;
+    default: asm volatile("cp.async.wait_group 4;" : : : "memory");
+  }
   return 0;
 }
 // Two neighbouring numbers as `parts` pairs of bf16 numbers, each the rest that the ones before leave, `plane` elements apart.
@@ -174,8 +208,11 @@ static __device__ __forceinline__ float tvm_gdn_half_of(unsigned pair, int which
   both.bits = which ? pair & 0xffff0000u : pair << 16;
   return both.value;
 }
-template <int NC, int NA, int NB>
-static __device__ __forceinline__ int tvm_gdn_mma(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
+static __device__ __forceinline__ float tvm_gdn_fp16_of(unsigned pair, int which) {
+  return __half2float(__ushort_as_half((unsigned short)(which ? pair >> 16 : pair & 0xffffu)));
+}
+template <float (*NUMBER)(unsigned, int), int NC, int NA, int NB>
+static __device__ __forceinline__ int tvm_gdn_products(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
   TVM_GDN_INSIDE(NC, at_c, 4);
   TVM_GDN_INSIDE(NA, at_a, 4);
   TVM_GDN_INSIDE(NB, at_b, 2);
@@ -190,21 +227,27 @@ static __device__ __forceinline__ int tvm_gdn_mma(float (&sums)[NC], int at_c, c
       unsigned first = __shfl_sync(0xffffffffu, b[n], lane % 4 * 2 * 4 + quad, 32);
       unsigned second = __shfl_sync(0xffffffffu, b[n], (lane % 4 * 2 + 1) * 4 + quad, 32);
       for (int k = 0; k < 2; ++k) {
-        c[0] += tvm_gdn_half_of(upper, k) * tvm_gdn_half_of(first, k);
-        c[1] += tvm_gdn_half_of(upper, k) * tvm_gdn_half_of(second, k);
-        c[2] += tvm_gdn_half_of(below, k) * tvm_gdn_half_of(first, k);
-        c[3] += tvm_gdn_half_of(below, k) * tvm_gdn_half_of(second, k);
+        c[0] += NUMBER(upper, k) * NUMBER(first, k);
+        c[1] += NUMBER(upper, k) * NUMBER(second, k);
+        c[2] += NUMBER(below, k) * NUMBER(first, k);
+        c[3] += NUMBER(below, k) * NUMBER(second, k);
       }
     }
   }
   return 0;
 }
-static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) {
-  const uint4 zero = {0, 0, 0, 0};
-  *(uint4*)to = inside ? *(const uint4*)from : zero;
-  return 0;
+template <int NC, int NA, int NB>
+static __device__ __forceinline__ int tvm_gdn_mma(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
+  return tvm_gdn_products<tvm_gdn_half_of>(sums, at_c, left, at_a, right, at_b);
 }
-static __device__ __forceinline__ int tvm_gdn_copied() { return 0; }
+template <int NC, int NA, int NB>
+static __device__ __forceinline__ int tvm_gdn_mma_half(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
+  return tvm_gdn_products<tvm_gdn_fp16_of>(sums, at_c, left, at_a, right, at_b);
+}
+static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
+static __device__ __forceinline__ int tvm_gdn_copied() { return TVM_GDN_ARRIVE(0, true); }
+static __device__ __forceinline__ int tvm_gdn_group() { return TVM_GDN_GROUP(); }
+static __device__ __forceinline__ int tvm_gdn_arrived(int left) { return TVM_GDN_ARRIVE(left, false); }
 static __device__ __forceinline__ unsigned tvm_gdn_bfloat16(float x) {
   union {
     float value;

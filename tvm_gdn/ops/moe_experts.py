@@ -238,7 +238,8 @@ def fused_experts(
     Returns
     -------
     torch.Tensor
-        ``[T, D]``, dtype of `x`. Summed in fp32 in ascending order of the experts, whatever the number of threads.
+        ``[T, D]``, dtype of `x`. Summed in fp32, in ascending order of the experts on CPUs and of the choices on devices: the
+        same numbers whatever the number of threads.
 
     Raises
     ------

@@ -27,6 +27,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from tvm_gdn.ops.tir.moe_elements import silu_product
+from tvm_gdn.ops.tir.moe_grid import moe_grid
 from tvm_gdn.ops.tir.moe_sort import sort_macro
 from tvm_gdn.spec import Geometry
 
@@ -58,6 +60,8 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
     -------
     tvm.tirx.PrimFunc
     """
+    if tiles.grid:
+        return moe_grid(geometry, tiles)
     axis, dtype = geometry.axis, geometry.dtype
     D, k_step = axis["D"], tiles.k_step
     packed = "G" in axis
@@ -203,7 +207,7 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                     for lane in T.vectorized(LANES):
                         up[lane] = up[lane] * scale[r0 + r]
                 for lane in T.vectorized(LANES):
-                    gate[lane] = gate[lane] / (T.float32(1) + tiles.exp(-gate[lane])) * up[lane]
+                    gate[lane] = silu_product(gate[lane], up[lane], tiles.exp)
                 if inner % LANES == 0:
                     for lane in T.vectorized(LANES):
                         hidden[pair0 + r0 + r, n * LANES + lane] = T.Cast(staged, gate[lane])

@@ -1,0 +1,147 @@
+"""A ring of stages in shared memory through which the operands of the experts' products pass on GPUs.
+
+Rows come in pieces of 16 bytes without waiting (cp.async where there is PTX), as long as tensors begin and rows follow one
+another at multiples of 16 bytes; element by element otherwise. What lies outside of a tensor is zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm_gdn.schedules.gpu_fragments import ITEMSIZE, ceil_div, when
+
+Expr = Any
+SIZES = {**ITEMSIZE, "int32": 4}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one operand takes from a tensor.
+
+    Attributes
+    ----------
+    buffer : tvm buffer
+        The tensor.
+    count, length : int
+        Rows in a stage, and elements of each.
+    stride : int
+        Elements from one row of a stage to the next.
+    limit : int
+        Elements that a row of the tensor has.
+    index : callable
+        ``index(i, k, step)``: the indices of element k of row i in the tensor; inside of it for rows that are not there too.
+        `step` numbers the pieces that a thread copies in a stage; None where it goes element by element.
+    there : callable
+        ``there(i)``: whether row i is there.
+    aligned : bool or expression
+        Whether all rows begin at multiples of 16 bytes.
+    """
+
+    buffer: Any
+    count: int
+    length: int
+    stride: int
+    limit: int
+    index: Callable[[Expr, Expr, int | None], tuple[Expr, ...]]
+    there: Callable[[Expr], Expr]
+    aligned: Expr
+
+    @property
+    def size(self) -> int:
+        """Bytes of a stage."""
+        return self.count * self.stride * SIZES[self.buffer.dtype]
+
+
+class Ring:
+    """Stages of several operands.
+
+    Parameters
+    ----------
+    threads, stages : int
+        Threads of a block; steps whose operands are in shared memory at the same time.
+    operands : Rows
+        What a stage holds, one after the other.
+    """
+
+    def __init__(self, lane: Expr, threads: int, stages: int, operands: tuple[Rows, ...]) -> None:
+        self.lane, self.threads, self.stages, self.operands = lane, threads, stages, operands
+        self.stage = sum(rows.size for rows in operands)
+        memory = T.alloc_buffer((self.stage * stages,), "uint8", scope="shared.dyn")
+        self.views, before = [], 0
+        for rows in operands:
+            size = SIZES[rows.buffer.dtype]
+            view = T.decl_buffer((self.stage * stages // size,), rows.buffer.dtype, data=memory.data, scope="shared.dyn")
+            self.views.append((view, before // size, self.stage // size))
+            before += rows.size
+
+    def at(self, number: int, slot: Expr) -> tuple[Any, Expr]:
+        """Where an operand's rows begin in a stage: a view of the memory and an index."""
+        view, before, stage = self.views[number]
+        return view, before + slot * stage
+
+    def fetch(self, step: Expr, slot: Expr) -> None:
+        """Ask for the operands of a step."""
+        for number, rows in enumerate(self.operands):
+            view, base = self.at(number, slot)
+            first = T.Bind(T.Cast("int32", step) * rows.length)
+
+            def copy(kind: Any = None, rows: Rows = rows, view: Any = view, base: Expr = base, first: Expr = first) -> None:
+                (self._pieces if kind else self._elements)(rows, view, base, first)
+
+            if rows.aligned is True or rows.aligned is False:
+                copy(rows.aligned)
+                continue
+            with T.If(rows.aligned):
+                with T.Then():
+                    copy(True)
+                with T.Else():
+                    copy(False)
+
+    def _pieces(self, rows: Rows, view: Any, base: Expr, first: Expr) -> None:
+        lanes = 16 // SIZES[rows.buffer.dtype]
+        across = rows.length // lanes
+        total = rows.count * across
+        for step in range(ceil_div(total, self.threads)):
+            index = T.Bind(T.Cast("int32", self.lane) + step * self.threads)
+            i, k = index // across, index % across * lanes
+
+            def piece(i: Expr = i, k: Expr = k, step: int = step) -> None:
+                inside = T.Bind(T.And(rows.there(i), first + k < rows.limit))
+                source = T.address_of(rows.buffer[rows.index(i, T.Select(first + k < rows.limit, first + k, 0), step)])
+                to = T.address_of(view[base + i * rows.stride + k])
+                T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, T.Cast("int32", inside)))
+
+            when(True if (step + 1) * self.threads <= total else index < total, piece)
+
+    def _elements(self, rows: Rows, view: Any, base: Expr, first: Expr) -> None:
+        total = rows.count * rows.length
+        with T.serial(ceil_div(total, self.threads)) as step:
+            index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+            i, k = index // rows.length, index % rows.length
+
+            def element() -> None:
+                place = base + i * rows.stride + k
+                T.buffer_store(view, T.Cast(view.dtype, 0), [place])
+                inside = T.And(rows.there(i), first + k < rows.limit)
+                when(inside, lambda: T.buffer_store(view, rows.buffer[rows.index(i, first + k, None)], [place]))
+
+            when(True if total % self.threads == 0 else index < total, element)
+
+    def run(self, steps: int, compute: Callable[[Expr], None]) -> None:
+        """Call ``compute(slot)`` for every step, the operands of the next `stages` - 1 being under way."""
+        ahead = self.stages - 1
+        for step in range(ahead):
+            if step < steps:
+                self.fetch(step, step)
+            T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
+        with T.serial(steps) as step:
+            T.evaluate(T.call_extern("int32", "tvm_gdn_arrived", ahead - 1))
+            T.evaluate(T.tvm_storage_sync("shared"))
+            # The barrier also says that all threads are done with the step before, whose stage is filled now.
+            with T.If(step + ahead < steps), T.Then():
+                self.fetch(step + ahead, T.Bind((step + ahead) % self.stages))
+            T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
+            compute(T.Bind(T.Cast("int32", step % self.stages)))

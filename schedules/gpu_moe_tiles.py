@@ -1,0 +1,271 @@
+"""Tile operations of the experts on GPUs: see `tvm_gdn/ops/tir/moe_grid.py` for what they are for.
+
+Products of 16-bit data are fragments of mma.m16n8k16 (`csrc/device_functions.h`; plain C++ where there is no PTX), bf16 and
+fp16 each by its own instruction, both exact with fp32 sums. Rows of A, and of raw weights, come to registers by ldmatrix. A
+word of packed weights is what a thread of such a fragment holds, two neighbours on the reduction axis of one column: it is read
+as it is. fp32 data, and packed weights of another dtype than the activations, are multiplied in fp32 by the same threads,
+element by element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm_gdn.schedules.gpu import WarpTiles, aligned
+from tvm_gdn.schedules.gpu_fragments import BLOCK, WARP, fragment_elements, when
+from tvm_gdn.schedules.gpu_moe_copies import SIZES, Expr, Ring, Rows
+
+from tvm_gdn.packed_experts import STEP
+from tvm_gdn.spec import Geometry
+
+#: Words of a step of packed weights, of which a half belongs to 16 columns.
+WORDS = 512
+#: Instruction of the matrix unit by dtype of both operands.
+MMA = {"bfloat16": "tvm_gdn_mma", "float16": "tvm_gdn_mma_half"}
+SCHEMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel's work is cut.
+
+    Attributes
+    ----------
+    rows : int
+        Rows of one expert in a tile: 16 or a multiple of 32.
+    columns : int
+        Columns of either half: a multiple of 16.
+    depth : int
+        Elements of the reduction axis in a stage: a multiple of 32.
+    stages, warps : int
+        Stages in shared memory, and warps of a block.
+    most : int
+        Mean number of rows per expert up to which the plan is taken; of the last plan of no meaning.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    warps: int
+    most: int = 0
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.warps * WARP
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """Fragments of a warp along rows, and along columns of either half; warps along rows, and along columns."""
+        high = self.rows // BLOCK
+        tall = min(2, high)
+        along = high // tall
+        across = self.warps // along
+        return tall, self.columns // 8 // max(1, across), along, across
+
+    def fits(self) -> bool:
+        """Whether warps and fragments come out even."""
+        tall, wide, along, across = self.grid
+        return tall * along * BLOCK == self.rows and across * along == self.warps and wide * across * 8 == self.columns > 0
+
+    def bytes(self, dtype: str, scheme: str) -> int:
+        """Shared memory of a block."""
+        size = SIZES[dtype]
+        raw = 2 * self.columns * (self.depth * size + 16)
+        weights = self.columns // BLOCK * (self.depth // STEP[scheme]) * WORDS * 4 if scheme else raw
+        return self.stages * (self.rows * (self.depth * size + 16) + weights)
+
+
+class ExpertGridTiles(WarpTiles):
+    """Tile operations of one geometry.
+
+    Parameters
+    ----------
+    geometry : Geometry
+        Dtypes, and scheme of packed weights.
+    plans : tuple of Plan
+        By rising number of rows per expert.
+    """
+
+    grid = True
+    sorters, adders = 512, 256
+
+    def __init__(self, geometry: Geometry, plans: tuple[Plan, ...]) -> None:
+        super().__init__(WARP)
+        self.plans, self.scheme, self.data = plans, geometry.attr.get("scheme", ""), geometry.dtype["x"]
+        self.unit = MMA.get(self.data) if SCHEMES.get(self.scheme, self.data) == self.data else None
+
+    def blocks(self, count: Expr) -> Any:
+        """The blocks of a kernel."""
+        return T.thread_binding(count, thread="blockIdx.x")
+
+    def lanes(self, threads: int = WARP) -> Any:
+        """The threads of a block."""
+        return T.thread_binding(threads, thread="threadIdx.x")
+
+    @staticmethod
+    def sync() -> None:
+        """A barrier of the block."""
+        T.evaluate(T.tvm_storage_sync("shared"))
+
+    @staticmethod
+    def next(buffer: Any, index: Expr) -> Any:
+        """The number that stands there, which becomes one more."""
+        return T.call_extern("int32", "tvm_gdn_next", T.address_of(buffer[index]))
+
+    def product(
+        self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr, depth: int, W: Any, e: Expr, n: Expr, shift: int,
+        sink: Callable[..., None],
+    ) -> None:  # fmt: skip
+        """Rows of A times columns of W[e], to the sink."""
+        left, right = self._left(plan, A, row_of, m), self._right(plan, W, e, n, shift)
+        ring = Ring(self.lane, plan.threads, plan.stages, (left, right))
+        tall, wide, along, _ = plan.grid
+        warp = T.Bind(T.Cast("int32", self.lane) // WARP)
+        row, column = T.Bind(warp % along * tall), T.Bind(warp // along * wide)
+        sums = T.alloc_buffer((tall * wide * 8,), "float32", scope="local")
+        with T.unroll(tall * wide * 8) as i:
+            T.buffer_store(sums, T.float32(0), [i])
+        compute = self._fragments if self.unit else self._elements
+        ring.run(-(-depth // plan.depth), lambda slot: compute(plan, ring, slot, sums, row, column, m))
+        for a in range(tall):
+            for b in range(wide):
+                at = (a * wide + b) * 8
+                places = fragment_elements(self.lane, row + a, column + b)
+                for pair in (0, 2):
+                    r, c = places[pair]
+                    halves = [[sums[at + half * 4 + pair + i] for i in range(2)] for half in range(2)]
+                    when(r < m, lambda r=r, c=c, halves=halves: sink(r, c, *halves))
+
+    # Operands.
+    def _left(self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr) -> Rows:
+        lanes = 16 // SIZES[A.dtype]
+        # Which rows a thread copies does not change from stage to stage: their numbers are read once.
+        across = plan.depth // lanes
+        own = T.alloc_buffer((-(-plan.rows * across // plan.threads),), "int64", scope="local")
+        for step in range(int(own.shape[0])):
+            i = (T.Cast("int32", self.lane) + step * plan.threads) // across
+            T.buffer_store(own, row_of(T.min(i, m - 1)), [step])
+
+        def index(i: Expr, k: Expr, step: int | None) -> tuple[Expr, ...]:
+            return row_of(T.min(i, m - 1)) if step is None else own[step], k
+
+        limit = int(A.shape[1])
+        fitting: Any = limit % lanes == 0
+        if fitting:
+            fitting = T.Bind(T.And(aligned(A, 0, 0, elements=lanes), aligned(A, 1, 0, elements=lanes)))
+        return Rows(A, plan.rows, plan.depth, plan.depth + lanes, limit, index, lambda i: i < m, fitting)
+
+    def _right(self, plan: Plan, W: Any, e: Expr, n: Expr, shift: int) -> Rows:
+        if self.scheme:
+            groups, steps = int(W.shape[1]), plan.depth // STEP[self.scheme]
+
+            def word(i: Expr, k: Expr, _step: int | None) -> tuple[Expr, ...]:
+                return e, T.min(n + i, groups - 1), k // WORDS, k % WORDS
+
+            fitting = T.Bind(aligned(W, 0, 0, 0, 0, elements=4))
+            limit = int(W.shape[2]) * WORDS
+            return Rows(W, plan.columns // BLOCK, steps * WORDS, steps * WORDS, limit, word, lambda i: n + i < groups, fitting)
+        lanes, last, C = 16 // SIZES[W.dtype], int(W.shape[1]) - 1, plan.columns
+
+        def row(i: Expr) -> Expr:
+            return n + i % C + T.Select(i < C, 0, shift)
+
+        def there(i: Expr) -> Expr:
+            # Rows of the first half end where those of the second begin, or where the tensor does.
+            return T.And(row(i) <= last, T.Or(i >= C, n + i < self._first_end(W, shift, C)))
+
+        def index(i: Expr, k: Expr, _step: int | None) -> tuple[Expr, ...]:
+            return e, T.min(row(i), last), k
+
+        fitting = int(W.shape[2]) % lanes == 0
+        if fitting:
+            fitting = T.Bind(aligned(W, 0, 0, 0, elements=lanes))
+        return Rows(W, 2 * C, plan.depth, plan.depth + lanes, int(W.shape[2]), index, there, fitting)
+
+    @staticmethod
+    def _first_end(W: Any, shift: int, C: int) -> int:
+        rows = int(W.shape[1])
+        return rows if shift == C else shift
+
+    # One step.
+    def _fragments(self, plan: Plan, ring: Ring, slot: Expr, sums: Any, row: Expr, column: Expr, m: Expr) -> None:
+        tall, wide, _, _ = plan.grid
+        left = T.alloc_buffer((4 * tall,), "uint32", scope="local")
+        right = T.alloc_buffer((4 * wide,), "uint32", scope="local")
+        view, base = ring.at(0, slot)
+        stride = ring.operands[0].stride
+
+        def step(kk: int) -> None:
+            for a in range(tall):
+                place = T.address_of(view[base + (row + a) * BLOCK * stride + kk * BLOCK])
+                T.evaluate(T.call_extern("int32", "tvm_gdn_load_a", left.data, a * 4, place, stride))
+            for b in range(wide):
+                self._load_right(plan, ring, slot, right, b, column + b, kk)
+            for a in range(tall):
+                for b in range(wide):
+                    for half in range(2):
+                        at = ((a * wide + b) * 2 + half) * 4
+                        places = (sums.data, at, left.data, a * 4, right.data, b * 4 + half * 2)
+                        T.evaluate(T.call_extern("int32", self.unit, *places))
+
+        def steps() -> None:
+            for kk in range(plan.depth // BLOCK):
+                step(kk)
+
+        when(row * BLOCK < m, steps)
+
+    def _load_right(self, plan: Plan, ring: Ring, slot: Expr, registers: Any, b: int, column: Expr, kk: int) -> None:
+        """Fragments of both halves: 8 columns from ``8 column`` on, 16 elements from ``16 kk`` on."""
+        view, base = ring.at(1, slot)
+        stride = ring.operands[1].stride
+        if not self.scheme:
+            place = T.address_of(view[base + column * 8 * stride + kk * BLOCK])
+            apart = plan.columns * stride
+            T.evaluate(T.call_extern("int32", "tvm_gdn_load_b_pair_turned", registers.data, b * 4, place, stride, apart))
+            return
+        lane = T.Cast("int32", self.lane) % WARP
+        first = T.Bind(base + column // 2 * stride + column % 2 * 8 + lane // 4 + lane % 4 * 16)
+        for half in range(2):
+            for n in range(2):
+                line = kk // 2 * WORDS + (half * 16 + kk % 2 * 8 + n * 4) * 16
+                T.buffer_store(registers, T.reinterpret("uint32", view[first + line]), [b * 4 + half * 2 + n])
+
+    def _elements(self, plan: Plan, ring: Ring, slot: Expr, sums: Any, row: Expr, column: Expr, m: Expr) -> None:
+        tall, wide, _, _ = plan.grid
+        view, base = ring.at(0, slot)
+        stride = ring.operands[0].stride
+        for a in range(tall):
+            for b in range(wide):
+                places = fragment_elements(self.lane, row + a, column + b)
+
+                def element(k: Expr, a: int = a, b: int = b, places: Any = places) -> None:
+                    x = [T.Bind(T.Cast("float32", view[base + places[i][0] * stride + k])) for i in (0, 2)]
+                    for half in range(2):
+                        w = [T.Bind(self._weight(plan, ring, slot, half, places[i][1], k)) for i in (0, 1)]
+                        for i in range(4):
+                            at = ((a * wide + b) * 2 + half) * 4 + i
+                            T.buffer_store(sums, sums[at] + x[i // 2] * w[i % 2], [at])
+
+                with T.serial(plan.depth) as k:
+                    when((row + a) * BLOCK < m, lambda k=k, element=element: element(k))
+
+    def _weight(self, plan: Plan, ring: Ring, slot: Expr, half: int, c: Expr, k: Expr) -> Expr:
+        """Element k of column c of a half, in fp32."""
+        view, base = ring.at(1, slot)
+        stride = ring.operands[1].stride
+        if not self.scheme:
+            return T.Cast("float32", view[base + (half * plan.columns + c) * stride + k])
+        step, per = STEP[self.scheme], STEP[self.scheme] // BLOCK
+        line = half * 16 + k % step // per
+        word = view[base + c // 16 * stride + k // step * WORDS + line * 16 + c % 16]
+        if per == 1:
+            return T.reinterpret("float32", word)
+        bits = T.bitwise_and(T.shift_right(word, k % 2 * 16), 65535)
+        if self.scheme == "bf16":
+            return T.reinterpret("float32", T.shift_left(bits, 16))
+        return T.Cast("float32", T.reinterpret("float16", T.Cast("uint16", bits)))

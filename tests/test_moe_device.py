@@ -1,0 +1,176 @@
+"""The experts on devices: device code run emulated against a loop over tokens in float64, at sizes that are no multiple of a tile.
+
+One kernel serves every number of tokens and every routing; copies arrive in the emulation when a thread waits for them, and threads run
+in random order.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+
+import pytest
+import torch
+from test_moe_experts import LIMIT, E, error, loop, make
+
+import tvm_gdn
+from tvm_gdn import build, cases, check, dispatch, schedule
+from tvm_gdn.errors import TargetError
+from tvm_gdn.ops import OPS
+from tvm_gdn.packed_experts import pack_experts
+from tvm_gdn.target import named, resolve
+
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Calls run emulated on a target."""
+
+    def choose(target):
+        monkeypatch.setenv("TVM_GDN_TARGET", f"emulated:{target}")
+        dispatch.reset()
+
+    yield choose
+    monkeypatch.undo()
+    dispatch.reset()
+
+
+def run(x, weights, *args, ids):
+    return tvm_gdn.fused_experts(x, *args, topk_weights=weights, topk_ids=ids)
+
+
+def check_numbers(dtype, packed, hidden, inner, counts):
+    name = NAMES[dtype]
+    for tokens in counts:
+        x, w13, w2, weights, ids = make(tokens, dtype, tokens, hidden=hidden, inner=inner)
+        args = (pack_experts(w13, w2, name),) if packed else (w13, w2)
+        out = run(x, weights, *args, ids=ids)
+        assert out.dtype == dtype
+        found = error(out, loop(x, w13, w2, weights, ids))
+        assert found < LIMIT[dtype], (tokens, found)
+        # A sum of one order: whatever order threads ran in, and wherever a pair stood among its expert's rows.
+        assert torch.equal(out, run(x, weights, *args, ids=ids))
+    assert "emulated" in dispatch.served_by("fused_experts_packed" if packed else "fused_experts")
+
+
+def test_numbers(on):
+    """Few rows per expert and many, D and I no multiples of a tile; rows in pieces of 16 bytes."""
+    on("cuda-sm80")
+    check_numbers(torch.bfloat16, False, 104, 40, (1, 5, 63))
+
+
+def test_routing_at_its_extremes(on):
+    """No tokens, nobody routed, padding inside, all tokens to one expert, one expert twice: the same kernel for all."""
+    on("cuda-sm80")
+    x, w13, w2, weights, ids = make(65, torch.bfloat16, hidden=104)
+
+    def call(rows, choices, w=weights):
+        return run(x[:rows], w[:rows], w13, w2, ids=choices[:rows])
+
+    assert call(0, ids).shape == (0, 104)
+    assert torch.equal(call(65, torch.full_like(ids, -1)), torch.zeros_like(x))
+    padded = ids.clone()
+    padded[::3, 1] = -1
+    padded[1::3, 0] = E
+    padded[5] = 2**40
+    unused = weights.where((padded >= 0) & (padded < E), float("nan"))
+    assert error(call(65, padded, unused), loop(x, w13, w2, weights, padded)) < LIMIT[torch.bfloat16]
+    one = torch.full_like(ids, E - 1)
+    one[:, 1:] = -1
+    for rows in (17, 65):
+        assert error(call(rows, one), loop(x[:rows], w13, w2, weights, one[:rows])) < LIMIT[torch.bfloat16]
+    twice = torch.zeros_like(ids)
+    assert error(call(65, twice), loop(x, w13, w2, weights, twice)) < LIMIT[torch.bfloat16]
+    x[11, 5] = float("nan")
+    clean = call(65, ids)
+    assert clean[11].isnan().all()
+    assert clean[[row for row in range(65) if row != 11]].isfinite().all()
+
+
+@pytest.mark.slow
+def test_misaligned_and_strided_arguments(on):
+    """Rows that begin anywhere are read element by element, by the same kernel."""
+    on("cuda-sm80")
+    x, w13, w2, weights, ids = make(33, torch.bfloat16, hidden=104)
+    whole = run(x, weights, w13, w2, ids=ids)
+    wide = torch.randn(33, 211).bfloat16()
+    wide[:, 3:107] = x
+
+    def shifted(w):
+        flat = torch.empty(w.numel() + 1, dtype=w.dtype)
+        flat[1:] = w.flatten()
+        return flat[1:].view(w.shape)
+
+    moved = run(wide[:, 3:107], weights.t().contiguous().t(), shifted(w13), shifted(w2), ids=ids.t().contiguous().t())
+    assert torch.equal(moved, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm90", "musa-mp31"])
+@pytest.mark.parametrize(
+    ("dtype", "packed", "hidden", "inner"),
+    [
+        (torch.bfloat16, False, 51, 33),
+        (torch.bfloat16, True, 100, 40),
+        (torch.float16, False, 136, 72),
+        (torch.float16, True, 100, 72),
+        (torch.float32, False, 100, 40),
+        (torch.float32, True, 100, 40),
+    ],
+)
+def test_sizes(on, target, dtype, packed, hidden, inner):
+    on(target)
+    check_numbers(dtype, packed, hidden, inner, (1, 65, 200))
+
+
+def geometry(**attrs):
+    case = {"T": 3, "k": 2, "E": 4, "D": 2048, "I": 512, "dtype": "bfloat16", **attrs}
+    spec = OPS["fused_experts_quantized" if attrs.get("scheme") == "int8" else "fused_experts"]
+    return spec, check.geometry_of(spec, cases.draw(spec, case))
+
+
+@pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm90", "musa-mp22", "musa-mp31"])
+@pytest.mark.parametrize("case", [{}, {"dtype": "float32"}])
+def test_blocks_fit(target, case):
+    """Shared memory of the defaults and of every choice that is not refused."""
+    spec, shape = geometry(**case)
+    space, _ = schedule.find_space(spec.algorithm, named(target))
+    knobs, default = space.knobs(shape), space.default(shape)
+    assert schedule.fits(default, knobs)
+    for name, choices in knobs.items():
+        for value in choices:
+            try:
+                tiles = space.tiles(shape, **{**default, name: value})
+            except TargetError:
+                assert value != default[name]
+                continue
+            assert all(plan.fits() and space._bytes(shape, plan) <= space.shared for plan in tiles.plans)
+
+
+def test_integers_are_refused_with_what_to_do():
+    spec, shape = geometry(scheme="int8", scale_dtype="float32")
+    with pytest.raises(TargetError, match="use raw weights, or pack bf16"):
+        schedule.origin(spec, shape, named("cuda-sm90"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm90"])
+def test_machine_code_spills_nothing(tmp_path, target):
+    """At a reference model's width, as the compiler reports it."""
+    spec, shape = geometry()
+    pointers = (6, 7, 6, 6, 7, 6, 4)
+    goal = resolve(target)
+    (built,) = build.run_builder([build.Request(spec, shape)], goal, tmp_path)
+    assert built.image.read_bytes()[:4] == b"\x7fELF", built
+    # A variable of the host would be one more: memory that the host writes, which an emulation does not mind.
+    assert tuple(line.split()[1].count("p") for line in built.table) == pointers
+    arch = dict(goal.codegen)["arch"]
+    command = ["nvcc", "-w", "-cubin", "-O3", "-std=c++17", "-Xptxas", "-v", f"-gencode=arch=compute_{arch[3:]},code={arch}"]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "again"), str(built.image.with_suffix(".cu"))], capture_output=True, text=True, check=True
+    )
+    spills = [line for line in done.stderr.splitlines() if "spill" in line]
+    assert len(spills) == len(pointers)
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), done.stderr
