@@ -20,6 +20,8 @@ from tvm_gdn.export.command import export
 from tvm_gdn.ops import OPS
 
 CHUNK = "chunk_gated_delta_rule"
+UPDATE = "fused_recurrent_gated_delta_rule_update"
+FUSED = "fused_conv_gated_delta_rule_update"
 HEADS = (("H", 2), ("HV", 4))
 
 
@@ -151,6 +153,21 @@ MODELS = [
           ("causal_conv1d_fn", "W=4,L=3,dtype=float32,state=float32,with=conv_states+has_initial_state+bias"),
           ("causal_conv1d_fn", "W=3,L=2,dtype=bfloat16,state=bfloat16,with=,activation=None"),
           ("causal_conv1d_update", "W=4,L=5,dtype=float32,state=float32,with=,activation=silu"))),
+    *((op, dims, {"profile": profile, "chunk": 16})
+      for profile, op, dims in (
+          ("standard", UPDATE, "K=32,V=16,dtype=bfloat16,state=bfloat16,state_v_first=1,initial_state_indices=int32"),
+          ("decomposed", UPDATE, "K=32,V=16,dtype=float32,with=initial_state_source"),
+          ("ort", "fused_sigmoid_gating_delta_rule_update", "K=16,V=32,dtype=float32"),
+          ("chunked", f"{CHUNK}_update", "K=32,V=16,dtype=float32,state_v_first=1"),
+          ("standard", "chunk_kda_update", "K=16,V=32,dtype=float32"),
+          ("decomposed", "fused_recurrent_delta_rule_update", "K=16,V=32,dtype=bfloat16,state=float16"),
+          ("standard", "packed_decode_gated_delta_rule", "K=32,V=16,dtype=float32,state_v_first=1"),
+          ("standard", FUSED, "K=32,V=16,W=4,L=3,dtype=float32,state=float32"),
+          ("decomposed", FUSED, "K=16,V=32,W=3,L=5,dtype=bfloat16,state=float32,with=conv_bias+conv_state_indices,activation=None"),
+          ("ort", FUSED, "K=16,V=32,W=4,L=3,dtype=float32,state=float32,with=initial_state_indices"))),
+    *(("causal_conv1d_fn", "W=4,L=3,dtype=float32,state=float32,with=conv_states+cache_indices+has_initial_state",
+       {"profile": profile, "heads": (("D", 12),)}) for profile in ("standard", "decomposed")),
+    ("causal_conv1d_update", "W=4,L=5,dtype=bfloat16,state=bfloat16,activation=silu", {"profile": "ort", "heads": (("D", 12),)}),
     *((LAYER.name, "K=32,V=16,W=4,dtype=float32", {"profile": profile, "chunk": 16}) for profile in PROFILES),
     (LAYER.name, "K=16,V=32,W=4,dtype=bfloat16", {"profile": "standard"}),
     ("moe_route", "E=37,dtype=bfloat16", {"profile": "standard", "heads": (("k", 5),), "renormalize": False}),
@@ -231,6 +248,28 @@ def test_layer_split_in_time_is_the_whole(tmp_path):
     assert all(parity.rms_ratio(states[name], want[name]) < 1e-5 for name in states)
 
 
+def test_onnx_pool_rows_that_no_sequence_owns_stay(tmp_path):
+    """Bit for bit, and padding writes nothing: decode of 3 of 6 slots, two steps, against the operator itself."""
+    pytest.importorskip("onnxruntime")
+    wanted = request(UPDATE, "K=32,V=16,dtype=float32", profile="standard", heads=HEADS)
+    fill(tmp_path, onnx_files.build(wanted))
+    pool, ids = torch.randn(6, 4, 32, 16), torch.tensor([4, -1, 1])
+    theirs = pool.clone()
+    for seed in range(2):
+        feeds, _ = draw(wanted, seed, B=3, T=1, S=6, H=2, HV=4)
+        given = {name: feeds[name] for name in ("q", "k", "v", "g", "beta")}
+        o, after = onnx_run.run_onnxruntime(
+            tmp_path / f"{UPDATE}.onnx", {**given, "initial_state_source": pool, "initial_state_indices": ids},
+            ["o", "next_initial_state_source"],
+        )  # fmt: skip
+        want = reference.fused_recurrent_gated_delta_rule_update(
+            **given, initial_state_source=theirs, initial_state_indices=ids, use_qk_l2norm_in_kernel=True
+        )
+        assert torch.equal(after[[0, 2, 3, 5]], pool[[0, 2, 3, 5]]) and not torch.equal(after[[1, 4]], pool[[1, 4]])
+        assert parity.rms_ratio(o, want) < 1e-5 and parity.rms_ratio(after, theirs) < 1e-5
+        pool = after
+
+
 @pytest.mark.parametrize("tokens", [0, 130])
 def test_onnx_chunks_of_one_repeated_key(tokens, tmp_path):
     """Equal keys, beta 1, no decay: powers of the chunk's matrix reach 1e18, its inverse stays small."""
@@ -269,8 +308,9 @@ def test_onnx_profiles_use_what_they_say():
 @pytest.mark.parametrize(
     ("op", "dims", "message"),
     [
-        ("packed_decode_gated_delta_rule", "K=32,V=32", "mixed_qkv has no ONNX form"),
-        (CHUNK, "K=32,V=32,with=cu_seqlens", "cu_seqlens has no ONNX form"),
+        (CHUNK, "K=32,V=32,with=cu_seqlens", "cu_seqlens has no ONNX form; allowed: sequences of one length"),
+        (C_TREE[0], C_TREE[1], "cu_seqlens has no ONNX form"),
+        ("causal_conv1d_fn", f"W=4,L=3,with={'+'.join(CONV)}", "query_start_loc has no ONNX form"),
     ],
 )
 def test_onnx_refuses_what_it_cannot_say(op, dims, message):
@@ -335,10 +375,7 @@ def test_no_verifier_is_no_success(tmp_path, monkeypatch):
         (("--op", CHUNK, "--format", "onnx", "--dims", "K=32,V=32,H=2,HV=3"), "multiple of H"),
         (("--op", CHUNK, "--format", "onnx", "--dims", "K=32,V=32", "--chunk", "0"), "--chunk"),
         (("--op", "fused_recurrent_kda", "--format", "onnx", "--model", "qwen3-next"), "does not call"),
-        (
-            ("--op", "packed_decode_gated_delta_rule", "--format", "onnx", "--dims", "K=32,V=32"),
-            "onnx has: fused_gdn_gating, ",
-        ),
+        (("--op", "expert_stats", "--format", "onnx", "--dims", "with="), "onnx has: fused_gdn_gating, "),
         (("--op", "chunk_kda", "--format", "c", "--dims", "K=32,V=32,dtype=float16"), "chunk_kda has: onnx (--profile standard,"),
         (("--op", "chunk_kda", "--format", "c", "--dims", "K=32,V=32,dtype=float16"), "c: float32, bfloat16; torch: float32"),
         (("--op", LAYER.name, "--format", "c", "--dims", "K=32,V=32,W=4"), "c has no gated_delta_net; gated_delta_net has: onnx"),

@@ -28,7 +28,7 @@ _SIZES = {"B": 3, "T": 5, "M": 5, "G": 2, "S": 6, "D": 24, "E": 8, "k": 2}
 
 def build(request: Request) -> dict[str, bytes]:
     """The program ``<op>.pt2``, symbolic in every axis but K, V and heads; loading it needs ``import tvm_gdn``."""
-    arguments, _ = draw(request, **_SIZES, **_heads(request))
+    arguments, _ = draw(request, **{**_SIZES, **_heads(request)})
     given = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
     shapes = {name: _dynamic(request, name) for name in given}
     tensors = {name: arguments[name] for name in given}
@@ -52,7 +52,7 @@ def verify(request: Request, folder: Path) -> list[Check]:
     by = f"torch {torch.__version__}"
     nodes = [node.target for node in program.graph.nodes if "tvm_gdn" in str(node.target)]
     checks = [Check("one node", by, nodes == [torch_forms.overload(request.spec)], ", ".join(map(str, nodes)))]
-    arguments, want = draw(request, seed=1, **{**_SIZES, "B": 2, "T": 21, "M": 21}, **_heads(request))
+    arguments, want = draw(request, seed=1, **{**_SIZES, "B": 2, "T": 21, "M": 21, **_heads(request)})
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     values = program.module()(tensors)
     got = dict(zip([o.name for o in request.spec.outputs if not o.when or arguments[o.when]], values, strict=True))
@@ -62,9 +62,11 @@ def verify(request: Request, folder: Path) -> list[Check]:
     if not _has_translation(request):
         return [*checks, Check(what, "onnxruntime", None, "updates an argument in place, or takes one that ONNX has not")]
     model = folder / "translated.onnx"
-    feeds = {f"tensors_{name}": value for name, value in tensors.items()}
     try:
-        to_onnx(torch.export.load(path)).save(str(model))
+        translated = to_onnx(torch.export.load(path))
+        translated.save(str(model))
+        # torch.onnx writes names in lower case: the order tells what is what.
+        feeds = {x.name: value for x, value in zip(translated.model.graph.inputs, tensors.values(), strict=True)}
         results = onnx_run.run_onnxruntime(model, feeds, None)
     except ImportError as error:
         return [*checks, Check(what, "onnxruntime", None, str(error))]
