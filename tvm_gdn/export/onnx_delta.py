@@ -64,10 +64,10 @@ def rule(graph: Graph, request: Request) -> None:
         q, k, v = x["q"], x["k"], x["v"]
     if "A_log" in x:
         a, b = (graph.Unsqueeze(x[n], graph.ints(1)) if "mixed_qkv" in x else x[n] for n in ("a", "b"))
-        g, beta = parts.gates(graph, x["A_log"], a, b, x["dt_bias"])
+        gates: tuple[str | None, str] = parts.gates(graph, x["A_log"], a, b, x["dt_bias"])
     else:
-        g, beta = x.get("g"), x["beta"]
-    o, final = delta_rule(graph, request, (q, k, v, g, beta, state), H)
+        gates = (x.get("g"), x["beta"])
+    o, final = delta_rule(graph, request, (q, k, v, *gates, state), H)
     kind = dtypes.get("v", dtypes.get("mixed_qkv", "float32"))
     lead = ("batch", 1 if "mixed_qkv" in x else request.tokens or "time")
     graph.add_output("o", graph.cast(o, "float32", kind), kind, (*lead, HV, V))
@@ -104,9 +104,7 @@ def _unpacked(graph: Graph, request: Request, x: dict[str, str]) -> tuple[str, s
     K, V, mixed = axis["K"], axis["V"], graph.Unsqueeze(x["mixed_qkv"], graph.ints(1))
     if "conv_state" in dtypes:
         channels, W, L = 2 * H * K + HV * V, axis["W"], axis["L"]
-        pool = Pool(
-            graph, "conv_state", dtypes["conv_state"], (channels, L), _slots(request, "conv_state"), x["mixed_qkv"]
-        )
+        pool = Pool(graph, "conv_state", dtypes["conv_state"], (channels, L), _slots(request, "conv_state"), x["mixed_qkv"])
         column, new = parts.convolution(
             graph, request.profile, graph.Transpose(mixed, perm=[0, 2, 1]), x["conv_weight"], x.get("conv_bias"), pool.read(),
             W=W, L=L, channels=channels, act=attrs["activation"] == "silu",

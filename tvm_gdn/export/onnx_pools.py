@@ -33,7 +33,8 @@ class Pool:
     def __init__(
         self, graph: Graph, name: str, dtype: str, row: tuple[int, ...], slots: tuple[str, str] | None, rows_of: str
     ) -> None:
-        self.graph, self.name, self.dtype, self.shape = graph, name, dtype, (f"{name}_slots", *row)
+        self.graph, self.name, self.dtype = graph, name, dtype
+        self.shape: tuple[int | str, ...] = (f"{name}_slots", *row)
         pool = graph.add_input(name, dtype, self.shape)
         if slots is None:
             sequences = graph.Gather(graph.Shape(rows_of), graph.constant(0, np.int64))
