@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import shutil
 import subprocess
 
@@ -14,7 +15,7 @@ import tvm_gdn
 from tvm_gdn import cli, dispatch, parity, reference, reference_moe
 from tvm_gdn.commands import arguments
 from tvm_gdn.errors import ArgumentError
-from tvm_gdn.export import c_files, onnx_files, onnx_layer, onnx_moe, onnx_parts, onnx_run, torch_program
+from tvm_gdn.export import c_files, gpu_source, onnx_files, onnx_layer, onnx_moe, onnx_parts, onnx_run, torch_program
 from tvm_gdn.export.artifact import ExportError, Request, all_passed, draw, fill
 from tvm_gdn.export.command import export
 from tvm_gdn.ops import OPS
@@ -542,25 +543,77 @@ def test_torch_programs_of_other_operators(op, dims, tmp_path):
 # --- GPU sources
 
 
-@pytest.mark.parametrize(("form", "suffix"), [("opencl-src", ".cl"), ("cuda-src", ".cu")])
-def test_gpu_source(form, suffix, tmp_path, capsys):
+GPU_KERNELS = [
+    ("opencl-src", ".cl", UPDATE, "K=16,V=32,dtype=float32"),
+    ("cuda-src", ".cu", CHUNK, "K=32,V=16,dtype=bfloat16"),
+    ("musa-src", ".mu", "rms_norm_gated", "D=33,dtype=bfloat16"),
+]
+GPU_MORE = [
+    ("cuda-src", ".cu", UPDATE, "K=16,V=32,dtype=float32"),
+    (
+        "cuda-src",
+        ".cu",
+        "causal_conv1d_fn",
+        "W=4,L=3,dtype=bfloat16,state=float32,with=conv_states+has_initial_state+cache_indices",
+    ),
+    ("musa-src", ".mu", "chunk_kda", "K=32,V=32,dtype=bfloat16"),
+    ("musa-src", ".mu", "moe_sort", ""),
+    ("opencl-src", ".cl", "causal_conv1d_update", "W=4,L=3,dtype=float32,state=float32,activation=silu"),
+    ("metal-src", ".metal", "rms_norm_gated", "D=33,dtype=float32,norm_before_gate=0"),
+    ("metal-src", ".metal", "moe_route", "E=16,dtype=float32"),
+    ("webgpu-src", ".wgsl", "rms_norm_gated", "D=33,dtype=float32"),
+    ("webgpu-src", ".wgsl", "fused_gdn_gating", "dtype=float32"),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix", "op", "dims"), [*GPU_KERNELS, *(pytest.param(*kernel, marks=pytest.mark.slow) for kernel in GPU_MORE)]
+)
+def test_gpu_source(form, suffix, op, dims, tmp_path, capsys):
+    """What is run is launched by the written description alone: names, order of parameters, sizes, scratch memory, grid."""
     path = tmp_path / "kernel"
-    words = ("--op", "fused_recurrent_gated_delta_rule_update", "--format", form, "--dims", "K=16,V=32,dtype=float32")
-    assert run(*words, "-o", path) == 0
-    assert "device emulation on the CPU  ok" in capsys.readouterr().out
+    assert run("--op", op, "--format", form, "--dims", dims, "-o", path) == 0
+    told = capsys.readouterr().out
+    ran = "this source" if form == "cuda-src" else "the same TIR as CUDA C"
+    assert re.search(rf"{ran}, launched by the description, [^\n]*device emulation on the CPU +ok", told), told
     (source,), (description,) = path.glob(f"*{suffix}"), path.glob("*.json")
-    kernel = json.loads(description.read_text())["kernels"][0]
-    text = source.read_text()
-    assert kernel["name"] in text and set(kernel["launch"]) == {"blockIdx.x", "threadIdx.x"}
-    assert {"q_ptr", "k_ptr", "v_ptr", "o_ptr", "scale", "HV"} <= {argument["name"] for argument in kernel["arguments"]}
+    found, text = json.loads(description.read_text()), source.read_text()
+    assert found["arguments"] and set(found["tensors"]) <= set(found["arguments"])
+    known = {"min", "max", *found["arguments"], *found["workspaces"]}
+    known |= {name for tensor in found["tensors"].values() for name in (*tensor["shape"], *tensor.get("strides", ()))}
+    for kernel in found["kernels"]:
+        assert kernel["name"] in text and {"blockIdx.x", "threadIdx.x"} <= set(kernel["launch"])
+        # Every value can be worked out from the operator's own arguments.
+        values = [*kernel["launch"].values(), *(argument["value"] for argument in kernel["arguments"])]
+        assert {name for value in values for name in re.findall(r"[A-Za-z_]\w*", value)} - {"if", "else", "or", "and"} <= known
     if form == "opencl-src":
         assert "shuffle" not in text and "barrier" not in text and "__local" not in text
+
+
+def test_a_wrong_launch_description_fails(tmp_path):
+    """The description takes part in the verification: two strides in turn, half of the blocks, another order of pointers."""
+    wanted = request("rms_norm_gated", "D=33,dtype=float32")
+    build, verify = gpu_source.maker("cuda")
+    files = build(wanted)
+    fill(tmp_path, files)
+    assert all(check.passed for check in verify(wanted, tmp_path))
+    name = f"{wanted.symbol}.json"
+    for change in (
+        lambda kernel: kernel["launch"].update({"blockIdx.x": "0"}),
+        lambda kernel: kernel["arguments"][1].update(value="x"),
+        lambda kernel: kernel["arguments"][4].update(value="M"),
+    ):
+        found = json.loads(files[name])
+        change(found["kernels"][0])
+        (tmp_path / name).write_text(json.dumps(found))
+        assert verify(wanted, tmp_path)[1].passed is False
 
 
 def test_gpu_sources_refuse_by_name(tmp_path, capsys):
     assert run("--op", CHUNK, "--format", "metal-src", "--dims", "K=32,V=32", "-o", tmp_path / "x") == 2
     text = capsys.readouterr().err
     assert f"metal-src has no {CHUNK}; {CHUNK} has: onnx" in text and "metal-src has: fused_gdn_gating, " in text
+    assert "cuda-src: float32, bfloat16" in text
     words = ("--op", "fused_gdn_gating", "--format", "webgpu-src", "--dims", "dtype=bfloat16", "-o", tmp_path / "x")
     assert run(*words) == 2
     assert "a bfloat16" in capsys.readouterr().err and not list(tmp_path.iterdir())
