@@ -562,7 +562,7 @@ GPU_MORE = [
     ("metal-src", ".metal", "rms_norm_gated", "D=33,dtype=float32,norm_before_gate=0"),
     ("metal-src", ".metal", "moe_route", "E=16,dtype=float32"),
     ("webgpu-src", ".wgsl", "rms_norm_gated", "D=33,dtype=float32"),
-    ("webgpu-src", ".wgsl", "fused_gdn_gating", "dtype=float32"),
+    ("webgpu-src", ".wgsl", "packed_decode_gated_delta_rule", "K=32,V=32,dtype=float32,initial_state_indices=int32"),
 ]
 
 
@@ -588,6 +588,8 @@ def test_gpu_source(form, suffix, op, dims, tmp_path, capsys):
         assert {name for value in values for name in re.findall(r"[A-Za-z_]\w*", value)} - {"if", "else", "or", "and"} <= known
     if form == "opencl-src":
         assert "shuffle" not in text and "barrier" not in text and "__local" not in text
+    if form in {"opencl-src", "metal-src", "webgpu-src"}:
+        assert "tvm_gdn_" not in text
 
 
 def test_a_wrong_launch_description_fails(tmp_path):

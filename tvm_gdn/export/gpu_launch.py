@@ -81,9 +81,11 @@ def description(host: str, device: Any) -> dict[str, Any]:
         if found := re.match(r"(\w+) = T\.Buffer\((.*)\)$", line):
             tensors[found[1]] = _buffer(found[2], known)
         elif found := re.match(r"(\w+) = T\.decl_buffer\((.*)\)$", line):
-            source = re.search(r"tvm_struct_get\((\w+)_handle, 0, 1,|data=(\w+)\.data", found[2])
+            source = re.search(r"data=(?:T\.reinterpret\(.*tvm_struct_get\((\w+)_handle, 0, 1,|(\w+)(?:\.data)?[,)])", found[2])
             if source:
-                buffers[found[1]] = source[1] or buffers[source[2]]
+                buffers[found[1]] = source[1] or buffers.get(source[2], source[2])
+        elif found := re.match(r"(\w+): T\.let\[[^=]*\] = (\w+)\.data$", line):
+            buffers[found[1]] = buffers.get(found[2], found[2])
         elif found := re.match(r"(\w+) = T\.alloc_buffer\((.*)\)$", line):
             made = _buffer(found[2], known)
             workspaces[found[1]] = {"elements": " * ".join(f"({x})" for x in made["shape"]), "dtype": made["dtype"]}

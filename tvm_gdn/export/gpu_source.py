@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,20 +26,20 @@ from tvm_gdn.target import TargetSpec, resolve
 
 #: Language -> suffix of its files, target that supplies the schedule, and dtypes that its source was generated for.
 LANGUAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "cuda": (".cu", "cuda-sm80", ("float32", "bfloat16", "float16", "int32", "int64")),
-    "musa": (".mu", "musa-mp31", ("float32", "bfloat16", "float16", "int32", "int64")),
-    "opencl": (".cl", "cuda-sm80", ("float32", "bfloat16", "int32", "int64")),
-    "metal": (".metal", "cuda-sm80", ("float32", "int32", "int64")),
+    "cuda": (".cu", "cuda-sm80", ("float32", "bfloat16", "float16", "int32", "int64", "bool")),
+    "musa": (".mu", "musa-mp31", ("float32", "bfloat16", "float16", "int32", "int64", "bool")),
+    "opencl": (".cl", "cuda-sm80", ("float32", "bfloat16", "int32", "int64", "bool")),
+    "metal": (".metal", "cuda-sm80", ("float32", "int32", "int64", "bool")),
     "webgpu": (".wgsl", "cuda-sm80", ("float32", "int32")),
 }
 _NATIVE = ("cuda", "musa")
-_PORTABLE = ("recurrent", "gating", "norm", "moe_route", "moe_sort", "moe_stats")
+_PORTABLE = ("recurrent", "gating", "norm", "moe_sort", "moe_stats")
 #: Algorithms that a language has a mapping for.
 ALGORITHMS = {
-    "cuda": (*_PORTABLE, "conv", "chunk"),
-    "musa": (*_PORTABLE, "conv", "chunk"),
-    "opencl": (*_PORTABLE, "conv"),
-    "metal": (*_PORTABLE, "conv"),
+    "cuda": (*_PORTABLE, "moe_route", "conv", "chunk"),
+    "musa": (*_PORTABLE, "moe_route", "conv", "chunk"),
+    "opencl": (*_PORTABLE, "moe_route", "conv"),
+    "metal": (*_PORTABLE, "moe_route", "conv"),
     "webgpu": _PORTABLE,
 }
 
@@ -68,6 +69,9 @@ def maker(language: str) -> tuple[Callable[[Request], dict[str, bytes]], Callabl
         launch = json.loads((folder / f"{request.symbol}.json").read_text(encoding="utf-8"))
         named = all(kernel["name"] in source for kernel in launch["kernels"])
         checks = [Check("kernels named in the launch description", "text search", named)]
+        if language not in _NATIVE:
+            left = sorted(set(re.findall(r"\btvm_gdn_\w+", source)))
+            checks.append(Check("calls no function of another language", "text search", not left, ", ".join(left)))
         made = _process({"do": "verify", "language": language, **_text(request), "launch": launch, "text": source})
         ran = "this source" if language == "cuda" else "the same TIR as CUDA C"
         what = f"{ran}, launched by the description, numbers against float64 reference"
@@ -108,8 +112,9 @@ def _knobs(spec: OpSpec, geometry: Geometry, target: TargetSpec, language: str) 
 
     if language in _NATIVE or spec.algorithm != "recurrent":
         return schedule.choose(spec, geometry, target).knobs
-    # All threads along the value columns: no sum crosses threads, so no shuffles.
-    return {"column_lanes": math.gcd(geometry.axis["V"], 32), "columns": 1, "group": 1}
+    # All threads along the value columns: no sum crosses threads, so no shuffles. And no vectors: whether an address is aligned
+    # for one is asked of a function in CUDA C.
+    return {"column_lanes": math.gcd(geometry.axis["V"], 32), "columns": 1, "group": 1, "widest": 1}
 
 
 def _source(spec: OpSpec, geometry: Geometry, language: str, *, as_cuda: bool = False) -> dict[str, Any]:
