@@ -511,22 +511,79 @@ def test_what_onnx_cannot_say_of_a_model_is_refused():
         def forward(self, x, state, taps):
             return tvm_gdn.causal_conv1d_update(x, state, taps)
 
-    class Pool(torch.nn.Module):
-        def forward(self, q, v, g, pool):
-            return tvm_gdn.fused_recurrent_gated_delta_rule_update(q, q, v, g, g, initial_state_source=pool)
+    class Stats(torch.nn.Module):
+        def forward(self, ids):
+            return tvm_gdn.expert_stats(ids, 8)
 
     example = (torch.randn(2, 12, 5), torch.randn(2, 12, 3), torch.randn(12, 4))
     with pytest.raises(ExportError, match="updates state in place, which ONNX cannot: clone it"):
         torch_program.to_onnx(torch.export.export(Updates(), example))
-    example = (torch.randn(1, 5, 2, 32), torch.randn(1, 5, 2, 16), torch.zeros(1, 5, 2), torch.zeros(1, 2, 32, 16))
-    with pytest.raises(ExportError, match=r"fused_recurrent_gated_delta_rule_update.default: no translation.*moe_route"):
-        torch_program.to_onnx(torch.export.export(Pool(), example))
+    with pytest.raises(ExportError, match=r"expert_stats.default: no translation.*moe_route"):
+        torch_program.to_onnx(torch.export.export(Stats(), (torch.zeros(4, 2, dtype=torch.int64),)))
+
+
+class Decode(torch.nn.Module):
+    """Three decode operators on one pool, which is returned."""
+
+    def __init__(self):
+        super().__init__()
+        for name, shape in {"A_log": (4,), "dt_bias": (4,), "taps": (192, 4)}.items():
+            setattr(self, name, torch.nn.Parameter(torch.randn(shape) / 4, requires_grad=False))
+
+    def forward(self, mixed, a, b, conv_state, pool, slots):
+        conv_state, pool = conv_state.clone(), pool.clone()
+        first = tvm_gdn.fused_conv_gated_delta_rule_update(
+            mixed,
+            conv_state,
+            self.taps,
+            a,
+            b,
+            self.A_log,
+            self.dt_bias,
+            pool,
+            conv_state_indices=slots,
+            initial_state_indices=slots,
+        )
+        q, k, v = (x.unflatten(-1, (-1, w))[:, None] for x, w in zip(mixed.split([64, 64, 64], -1), (32, 32, 16), strict=True))
+        second = tvm_gdn.fused_sigmoid_gating_delta_rule_update(
+            self.A_log, a[:, None], self.dt_bias, 1.0, 20.0, q, k, v, b[:, None], pool, slots, use_qk_l2norm_in_kernel=True
+        )
+        third = tvm_gdn.packed_decode_gated_delta_rule(mixed, a, b, self.A_log, self.dt_bias, pool, slots)
+        return first, second, third, conv_state, pool
+
+
+def test_a_decode_step_on_a_pool_goes_to_onnx(tmp_path):
+    """Padding writes nothing; rows that no sequence owns stay bit for bit."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, batch = Decode(), torch.export.Dim("batch", max=6)
+
+    def inputs(slots):
+        rows = [torch.randn(len(slots), width) for width in (192, 4, 4)]
+        return [*rows, torch.randn(6, 192, 3), torch.randn(6, 4, 32, 16), torch.tensor(slots)]
+
+    dims = ({0: batch}, {0: batch}, {0: batch}, None, None, {0: batch})
+    program = torch.export.export(model, tuple(inputs([1, 2, 4])), dynamic_shapes=dims)
+    given = inputs([5, -1, 0, 2])
+    want = model(*given)
+    for profile in ("ort", "standard"):
+        made = torch_program.to_onnx(program, profile)
+        made.save(str(tmp_path / "m.onnx"))
+        feeds = dict(zip([x.name for x in made.model.graph.inputs], given, strict=True))
+        got = onnx_run.run_onnxruntime(tmp_path / "m.onnx", feeds, None)
+        for value, right in zip(got, want, strict=True):
+            assert parity.rms_ratio(value, right) < 1e-5
+        assert torch.equal(got[4][[1, 3, 4]], given[4][[1, 3, 4]]) and not torch.equal(got[4][[5, 0, 2]], given[4][[5, 0, 2]])
 
 
 @pytest.mark.parametrize(
     ("op", "dims"),
     [
         ("rms_norm_gated", "D=20,dtype=bfloat16"),
+        ("fused_gdn_gating", "dtype=float32"),
+        (UPDATE, "K=32,V=16,dtype=bfloat16,state_v_first=1"),
+        ("causal_conv1d_fn", "W=4,L=3,dtype=float32,state=float32,with=conv_states+cache_indices+has_initial_state"),
+        (FUSED, "K=32,V=16,W=4,L=3,dtype=float32,state=float32"),
         ("moe_route", "E=16,dtype=float32,scoring=sigmoid,num_expert_group=4,topk_group=2,with=correction_bias"),
         ("fused_experts", "D=24,I=40,dtype=float32"),
     ],
@@ -534,7 +591,7 @@ def test_what_onnx_cannot_say_of_a_model_is_refused():
 def test_torch_programs_of_other_operators(op, dims, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    wanted = request(op, dims)
+    wanted = request(op, dims, heads=(("E", 6), ("k", 3)) if op == "fused_experts" else ())
     fill(tmp_path, torch_program.build(wanted))
     checks = torch_program.verify(wanted, tmp_path)
     assert len(checks) == 3 and all(check.passed for check in checks), checks
