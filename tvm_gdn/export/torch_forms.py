@@ -137,13 +137,17 @@ def _slots(pool: torch.Tensor, ids: torch.Tensor | None, sequences: Any) -> torc
     return torch.where(ids < 0, pool.shape[0], ids.long())
 
 
+def _wide(pool: torch.Tensor) -> torch.Tensor:
+    # fp32 first: onnxruntime makes no constants of half precision.
+    return torch.cat([pool, torch.zeros(1, *pool.shape[1:]).to(pool.dtype)])
+
+
 def _read(pool: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return torch.cat([pool, torch.zeros_like(pool[:1])])[rows]
+    return _wide(pool)[rows]
 
 
 def _write(pool: torch.Tensor, rows: torch.Tensor, states: torch.Tensor) -> None:
-    wide = torch.cat([pool, torch.zeros_like(pool[:1])])
-    pool.copy_(wide.index_put((rows,), states.to(pool.dtype))[:-1])
+    pool.copy_(_wide(pool).index_put((rows,), states.to(pool.dtype))[:-1])
 
 
 def _conv(spec: OpSpec, domain: str, a: dict[str, Any]) -> torch.Tensor:

@@ -162,7 +162,7 @@ def _dynamic(request: Request, name: str) -> dict[int, Any]:
     tensor = next(tensor for tensor in request.spec.tensors if tensor.name == name)
     given = {**request.geometry.attr, **dict.fromkeys(request.geometry.dtype, True)}
     axes = [Axis.parse(axis).name for axis in tensor.axis_names(given)]
-    fixed = {*request.geometry.axis, *OPEN, ""}
+    fixed = {*request.geometry.axis, *OPEN, "R", ""}  # R, the packed projection, follows from the heads
     return {i: torch.export.Dim.AUTO for i, axis in enumerate(axes) if axis not in fixed}
 
 
