@@ -11,7 +11,7 @@ import ast
 import ctypes
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +152,9 @@ def launcher(library: Path, found: Mapping[str, Any]) -> Callable[..., None]:
     emulated = ctypes.CDLL(str(library))
 
     def call(*args: Any) -> None:
-        given = dict(zip(found["arguments"], args, strict=True))
-        names: dict[str, Any] = {name: value for name, value in given.items() if not isinstance(value, torch.Tensor)}
-        for name, tensor in found["tensors"].items():
-            for texts, numbers in ((tensor["shape"], given[name].shape), (tensor.get("strides", ()), given[name].stride())):
-                names |= {text: number for text, number in zip(texts, numbers, strict=bool(texts)) if text.isidentifier()}
+        given, names = named(found, args)
         memory = {name: value.data_ptr() for name, value in given.items() if isinstance(value, torch.Tensor)}
-        scratch = {name: torch.full((_number(one["elements"], names) * 8 + 64,), 0xFF, dtype=torch.uint8)
+        scratch = {name: torch.full((number(one["elements"], names) * 8 + 64,), 0xFF, dtype=torch.uint8)
                    for name, one in found["workspaces"].items()}  # fmt: skip
         memory |= {name: -(-value.data_ptr() // 64) * 64 for name, value in scratch.items()}
         for kernel in found["kernels"]:
@@ -167,13 +163,23 @@ def launcher(library: Path, found: Mapping[str, Any]) -> Callable[..., None]:
     return call
 
 
+def named(found: Mapping[str, Any], args: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of a call by name, and the numbers that a description's expressions are made of."""
+    given = dict(zip(found["arguments"], args, strict=True))
+    names: dict[str, Any] = {name: value for name, value in given.items() if not isinstance(value, torch.Tensor)}
+    for name, tensor in found["tensors"].items():
+        for texts, numbers in ((tensor["shape"], given[name].shape), (tensor.get("strides", ()), given[name].stride())):
+            names |= {text: size for text, size in zip(texts, numbers, strict=bool(texts)) if text.isidentifier()}
+    return given, names
+
+
 def _launch(emulated: Any, kernel: Mapping[str, Any], names: Mapping[str, Any], memory: Mapping[str, int]) -> None:
     values: list[Any] = [
         ctypes.c_void_p(memory[one["value"]]) if one["type"].startswith("handle")
-        else _CTYPES[one["type"]](_number(one["value"], names))
+        else _CTYPES[one["type"]](number(one["value"], names))
         for one in kernel["arguments"]
     ]  # fmt: skip
-    sizes = {tag: _number(text, names) for tag, text in kernel["launch"].items()}
+    sizes = {tag: number(text, names) for tag, text in kernel["launch"].items()}
     grid = [sizes.get(tag, 0 if tag == _TAGS[-1] else 1) for tag in _TAGS]
     if not math.prod(grid[:3]):
         return
@@ -184,6 +190,6 @@ def _launch(emulated: Any, kernel: Mapping[str, Any], names: Mapping[str, Any], 
         raise ExportError(f"{kernel['name']}: the launch failed")
 
 
-def _number(text: str, names: Mapping[str, Any]) -> Any:
+def number(text: str, names: Mapping[str, Any]) -> Any:
     """The value of an expression of a description."""
     return eval(text, {"__builtins__": {}, **_FUNCTIONS}, dict(names))  # noqa: S307
