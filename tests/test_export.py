@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tvm_gdn
-from tvm_gdn import cli, dispatch, parity, reference, reference_moe
+from tvm_gdn import cli, dispatch, parity, reference, reference_moe, schedule, target
 from tvm_gdn.commands import arguments
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.export import c_files, gpu_source, onnx_files, onnx_layer, onnx_moe, onnx_parts, onnx_run, torch_program
@@ -651,6 +651,12 @@ def test_gpu_source(form, suffix, op, dims, tmp_path, capsys):
         assert "shuffle" not in text and "barrier" not in text and "__local" not in text
     if form in {"opencl-src", "metal-src", "webgpu-src"}:
         assert "tvm_gdn_" not in text
+
+
+def test_gpu_languages_name_algorithms_that_have_a_schedule():
+    for language, algorithms in gpu_source.ALGORITHMS.items():
+        for algorithm in algorithms:
+            assert schedule.find_space(algorithm, target.resolve(gpu_source.LANGUAGES[language][1]))
 
 
 def test_a_wrong_launch_description_fails(tmp_path):
