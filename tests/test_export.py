@@ -581,7 +581,7 @@ def test_a_decode_step_on_a_pool_goes_to_onnx(tmp_path):
     [
         ("rms_norm_gated", "D=20,dtype=bfloat16"),
         ("fused_gdn_gating", "dtype=float32"),
-        (UPDATE, "K=32,V=16,dtype=bfloat16,state_v_first=1"),
+        pytest.param(UPDATE, "K=32,V=16,dtype=bfloat16,state_v_first=1", marks=pytest.mark.slow),
         pytest.param(
             "causal_conv1d_fn",
             "W=4,L=3,dtype=float32,state=float32,with=conv_states+cache_indices+has_initial_state",
