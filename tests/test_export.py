@@ -683,6 +683,8 @@ def test_gpu_sources_refuse_by_name(tmp_path, capsys):
     text = capsys.readouterr().err
     assert f"metal-src has no {CHUNK}; {CHUNK} has: onnx" in text and "metal-src has: fused_gdn_gating, " in text
     assert "cuda-src: float32, bfloat16" in text
+    assert run("--op", UPDATE, "--format", "opencl-src", "--dims", "K=32,V=16,dtype=float32", "-o", tmp_path / "x") == 2
+    assert "V = 16; allowed: multiples of 32" in capsys.readouterr().err
     words = ("--op", "fused_gdn_gating", "--format", "webgpu-src", "--dims", "dtype=bfloat16", "-o", tmp_path / "x")
     assert run(*words) == 2
     assert "a bfloat16" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -87,6 +87,9 @@ def _supported(request: Request, language: str) -> None:
     if request.spec.algorithm not in ALGORITHMS[language]:
         have = ", ".join(ALGORITHMS[language])
         raise ExportError(f"{request.spec.name}: no mapping for {language}; operators of {have} kernels have one")
+    if language not in _NATIVE and request.geometry.axis.get("V", 32) % 32:
+        V = request.geometry.axis["V"]
+        raise ExportError(f"{request.spec.name} in {language}: V = {V}; allowed: multiples of 32 (fewer columns need shuffles)")
     allowed = LANGUAGES[language][2]
     wrong = [f"{name} {dtype}" for name, dtype in request.geometry.dtype.items() if dtype not in allowed]
     if wrong:
