@@ -82,7 +82,9 @@ class WarpTiles:
 
 
 def aligned(buffer: Any, *index: Any, elements: int) -> Any:
-    """Whether a vector of so many elements may be read or written at an element of a buffer."""
+    """Whether a vector of so many elements may be read or written at an element of a buffer; of single ones False, known now."""
+    if elements == 1:
+        return False
     size = elements * (4 if str(buffer.dtype).endswith("32") else 2)
     return T.call_extern("bool", "tvm_gdn_aligned", T.address_of(buffer[index]), size)
 
@@ -100,18 +102,23 @@ class RecurrentWarpTiles(WarpTiles):
         Whether states are stored ``[V, K]``: a thread then holds groups of consecutive rows.
     group : int
         Workers per block. Neighbours read neighbouring columns of the same rows, at the same time when they share a block.
+    widest : int
+        Elements that move at once at most; 1 for languages without vectors in memory.
     """
 
     direct = False
 
-    def __init__(self, K: int, V: int, *, row_lanes: int, column_lanes: int, columns: int, v_first: bool, group: int = 1) -> None:
+    def __init__(
+        self, K: int, V: int, *, row_lanes: int, column_lanes: int, columns: int, v_first: bool, group: int = 1, widest: int = 4
+    ) -> None:
         super().__init__(row_lanes * column_lanes)
+        self.widest = widest
         self.group = group
         self.K, self.V, self.v_first = K, V, v_first
         self.columns, self.column_lanes, self.row_lanes = columns, column_lanes, row_lanes
         self.v_tile = column_lanes * columns
         self.row_count = K // self.row_lanes
-        self.row_group = math.gcd(4, self.row_count)
+        self.row_group = math.gcd(widest, self.row_count)
         self.load, self.store, self.zero = self._load(), self._store(), self._zero()
         self.sum_rows = self._sum_rows()
         self.dot, self.gemv, self.ger_gemv = self._dot(), self._gemv(), self._ger_gemv()
@@ -131,7 +138,7 @@ class RecurrentWarpTiles(WarpTiles):
 
     def col(self, j: Any) -> Any:
         """Index on the V axis of local column j: neighbouring threads hold neighbouring vectors of four."""
-        width = math.gcd(4, self.columns)
+        width = math.gcd(self.widest, self.columns)
         return (j // width * self.column_lanes + self.lane % self.column_lanes) * width + j % width
 
     def read(self, dst: Any, buffer: Any, *index: Any) -> None:
@@ -145,6 +152,9 @@ class RecurrentWarpTiles(WarpTiles):
                     value = buffer[(*outer, first + self.row(io * group) + ii)]
                     T.buffer_store(dst, T.Cast("float32", value), [io * group + ii])
 
+        if group == 1:
+            copy(T.unroll)
+            return
         with T.If(aligned(buffer, *outer, first + self.row(0), elements=group)):
             with T.Then():
                 copy(T.vectorized)
@@ -199,7 +209,7 @@ class RecurrentWarpTiles(WarpTiles):
     def _width(self, view: Any, group: int) -> int:
         """Elements that move at once: four (the CUDA generator has no longer vectors of 16 bits), or what a thread has."""
         del view
-        return math.gcd(4, group if self.v_first else self.columns)
+        return math.gcd(self.widest, group if self.v_first else self.columns)
 
     def _store(self) -> Any:
         row, col, rows, columns, v_first = self.row, self.col, self.row_count, self.columns, self.v_first

@@ -64,8 +64,8 @@ class RecurrentGpu:
         }
 
     @staticmethod
-    def tiles(geometry: Geometry, *, column_lanes: int, columns: int, group: int) -> RecurrentWarpTiles:
-        """Tile operations in registers."""
+    def tiles(geometry: Geometry, *, column_lanes: int, columns: int, group: int, widest: int = 4) -> RecurrentWarpTiles:
+        """Tile operations in registers; `widest` is no knob: exports to other languages than CUDA C set it to 1."""
         K, V = geometry.axis["K"], geometry.axis["V"]
         if V % (column_lanes * columns):
             raise ValueError(f"{column_lanes} threads of {columns} columns do not divide V = {V}")
@@ -82,4 +82,5 @@ class RecurrentGpu:
             column_lanes=column_lanes,
             columns=columns,
             v_first=bool(geometry.attr.get("state_v_first")),
+            widest=widest,
         )

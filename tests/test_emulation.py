@@ -127,7 +127,7 @@ def test_a_barrier_deleted_from_a_real_kernel_shows(tmp_path):
         image = tmp_path / f"{abs(hash(text))}.emulation"
         path = image.with_suffix(".cc")
         path.write_text(text)
-        images._compile_emulated(path, target, image)
+        images.compile_emulated(path, target, image)
         kernel = pack.BuiltKernel(**{**built.__dict__, "image": image})
         folder = tmp_path / f"pack-{abs(hash(text))}"
         pack.write(folder, target, [], [kernel], launcher)
@@ -144,7 +144,7 @@ def test_a_barrier_deleted_from_a_real_kernel_shows(tmp_path):
 @pytest.mark.parametrize("size", [8, 5])
 def test_a_fragment_outside_of_its_registers_ends_the_process(tmp_path, size):
     """On devices what is written behind an array's end is dropped; alignment hides it here unless it is looked for."""
-    source = images._with_functions(FRAGMENTS.replace("SIZE", str(size)))
+    source = images.with_functions(FRAGMENTS.replace("SIZE", str(size)))
     image = compiled(tmp_path, source, "fragments", "cuda-sm80")
     code = (
         "import sys; sys.path[:0] = sys.argv[1:2]; import pytest, pathlib; from test_emulation import launched;"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 import shutil
 import subprocess
 
@@ -11,15 +12,17 @@ import pytest
 import torch
 
 import tvm_gdn
-from tvm_gdn import cli, dispatch, parity, reference, reference_moe
+from tvm_gdn import cli, dispatch, parity, reference, reference_moe, schedule, target
 from tvm_gdn.commands import arguments
 from tvm_gdn.errors import ArgumentError
-from tvm_gdn.export import c_files, onnx_files, onnx_layer, onnx_moe, onnx_parts, onnx_run, torch_program
+from tvm_gdn.export import c_files, gpu_source, onnx_files, onnx_layer, onnx_moe, onnx_parts, onnx_run, torch_program
 from tvm_gdn.export.artifact import ExportError, Request, all_passed, draw, fill
 from tvm_gdn.export.command import export
 from tvm_gdn.ops import OPS
 
 CHUNK = "chunk_gated_delta_rule"
+UPDATE = "fused_recurrent_gated_delta_rule_update"
+FUSED = "fused_conv_gated_delta_rule_update"
 HEADS = (("H", 2), ("HV", 4))
 
 
@@ -47,7 +50,7 @@ C_KERNELS = [
     ("packed_decode_gated_delta_rule", "K=32,V=16,dtype=float32,state=bfloat16"),
     ("causal_conv1d_fn", f"W=4,L=3,dtype=float32,state=float32,with={'+'.join(CONV)}"),
     ("rms_norm_gated", "D=33,dtype=bfloat16,norm_before_gate=0,activation=sigmoid"),
-    ("fused_experts", "D=51,I=33,dtype=float32"),
+    ("fused_experts", "D=51,I=65,dtype=float32"),  # more weights than a self-test carries
 ]
 C_MORE = [
     ("causal_conv1d_update", "W=4,L=5,dtype=bfloat16,state=bfloat16,activation=silu,with=conv_state_indices"),
@@ -77,6 +80,8 @@ def test_c_compiles_without_warnings_and_its_self_test_passes(op, dims, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     # The self-test itself must notice a wrong result.
     source = (tmp_path / f"{wanted.symbol}.c").read_text()
+    # clang warns of functions that nobody calls, even of inline ones.
+    assert all(source.count(f"{name}(") > 1 for name in re.findall(r"^static [\w ]+[ *](\w+)\(", source, flags=re.MULTILINE))
     spoiled = source.replace("return (int)kernel(args", "args[0].type_index = 7; return 0; (void)kernel; (void)(args")
     assert spoiled != source
     (tmp_path / f"{wanted.symbol}.c").write_text(spoiled)
@@ -151,6 +156,21 @@ MODELS = [
           ("causal_conv1d_fn", "W=4,L=3,dtype=float32,state=float32,with=conv_states+has_initial_state+bias"),
           ("causal_conv1d_fn", "W=3,L=2,dtype=bfloat16,state=bfloat16,with=,activation=None"),
           ("causal_conv1d_update", "W=4,L=5,dtype=float32,state=float32,with=,activation=silu"))),
+    *((op, dims, {"profile": profile, "chunk": 16})
+      for profile, op, dims in (
+          ("standard", UPDATE, "K=32,V=16,dtype=bfloat16,state=bfloat16,state_v_first=1,initial_state_indices=int32"),
+          ("decomposed", UPDATE, "K=32,V=16,dtype=float32,with=initial_state_source"),
+          ("ort", "fused_sigmoid_gating_delta_rule_update", "K=16,V=32,dtype=float32"),
+          ("chunked", f"{CHUNK}_update", "K=32,V=16,dtype=float32,state_v_first=1"),
+          ("standard", "chunk_kda_update", "K=16,V=32,dtype=float32"),
+          ("decomposed", "fused_recurrent_delta_rule_update", "K=16,V=32,dtype=bfloat16,state=float16"),
+          ("standard", "packed_decode_gated_delta_rule", "K=32,V=16,dtype=float32,state_v_first=1"),
+          ("standard", FUSED, "K=32,V=16,W=4,L=3,dtype=float32,state=float32"),
+          ("decomposed", FUSED, "K=16,V=32,W=3,L=5,dtype=bfloat16,state=float32,with=conv_bias+conv_state_indices,activation=None"),
+          ("ort", FUSED, "K=16,V=32,W=4,L=3,dtype=float32,state=float32,with=initial_state_indices"))),
+    *(("causal_conv1d_fn", "W=4,L=3,dtype=float32,state=float32,with=conv_states+cache_indices+has_initial_state",
+       {"profile": profile, "heads": (("D", 12),)}) for profile in ("standard", "decomposed")),
+    ("causal_conv1d_update", "W=4,L=5,dtype=bfloat16,state=bfloat16,activation=silu", {"profile": "ort", "heads": (("D", 12),)}),
     *((LAYER.name, "K=32,V=16,W=4,dtype=float32", {"profile": profile, "chunk": 16}) for profile in PROFILES),
     (LAYER.name, "K=16,V=32,W=4,dtype=bfloat16", {"profile": "standard"}),
     ("moe_route", "E=37,dtype=bfloat16", {"profile": "standard", "heads": (("k", 5),), "renormalize": False}),
@@ -231,6 +251,28 @@ def test_layer_split_in_time_is_the_whole(tmp_path):
     assert all(parity.rms_ratio(states[name], want[name]) < 1e-5 for name in states)
 
 
+def test_onnx_pool_rows_that_no_sequence_owns_stay(tmp_path):
+    """Bit for bit, and padding writes nothing: decode of 3 of 6 slots, two steps, against the operator itself."""
+    pytest.importorskip("onnxruntime")
+    wanted = request(UPDATE, "K=32,V=16,dtype=float32", profile="standard", heads=HEADS)
+    fill(tmp_path, onnx_files.build(wanted))
+    pool, ids = torch.randn(6, 4, 32, 16), torch.tensor([4, -1, 1])
+    theirs = pool.clone()
+    for seed in range(2):
+        feeds, _ = draw(wanted, seed, B=3, T=1, S=6, H=2, HV=4)
+        given = {name: feeds[name] for name in ("q", "k", "v", "g", "beta")}
+        o, after = onnx_run.run_onnxruntime(
+            tmp_path / f"{UPDATE}.onnx", {**given, "initial_state_source": pool, "initial_state_indices": ids},
+            ["o", "next_initial_state_source"],
+        )  # fmt: skip
+        want = reference.fused_recurrent_gated_delta_rule_update(
+            **given, initial_state_source=theirs, initial_state_indices=ids, use_qk_l2norm_in_kernel=True
+        )
+        assert torch.equal(after[[0, 2, 3, 5]], pool[[0, 2, 3, 5]]) and not torch.equal(after[[1, 4]], pool[[1, 4]])
+        assert parity.rms_ratio(o, want) < 1e-5 and parity.rms_ratio(after, theirs) < 1e-5
+        pool = after
+
+
 @pytest.mark.parametrize("tokens", [0, 130])
 def test_onnx_chunks_of_one_repeated_key(tokens, tmp_path):
     """Equal keys, beta 1, no decay: powers of the chunk's matrix reach 1e18, its inverse stays small."""
@@ -269,8 +311,9 @@ def test_onnx_profiles_use_what_they_say():
 @pytest.mark.parametrize(
     ("op", "dims", "message"),
     [
-        ("packed_decode_gated_delta_rule", "K=32,V=32", "mixed_qkv has no ONNX form"),
-        (CHUNK, "K=32,V=32,with=cu_seqlens", "cu_seqlens has no ONNX form"),
+        (CHUNK, "K=32,V=32,with=cu_seqlens", "cu_seqlens has no ONNX form; allowed: sequences of one length"),
+        (C_TREE[0], C_TREE[1], "cu_seqlens has no ONNX form"),
+        ("causal_conv1d_fn", f"W=4,L=3,with={'+'.join(CONV)}", "query_start_loc has no ONNX form"),
     ],
 )
 def test_onnx_refuses_what_it_cannot_say(op, dims, message):
@@ -335,10 +378,7 @@ def test_no_verifier_is_no_success(tmp_path, monkeypatch):
         (("--op", CHUNK, "--format", "onnx", "--dims", "K=32,V=32,H=2,HV=3"), "multiple of H"),
         (("--op", CHUNK, "--format", "onnx", "--dims", "K=32,V=32", "--chunk", "0"), "--chunk"),
         (("--op", "fused_recurrent_kda", "--format", "onnx", "--model", "qwen3-next"), "does not call"),
-        (
-            ("--op", "packed_decode_gated_delta_rule", "--format", "onnx", "--dims", "K=32,V=32"),
-            "onnx has: fused_gdn_gating, ",
-        ),
+        (("--op", "expert_stats", "--format", "onnx", "--dims", "with="), "onnx has: fused_gdn_gating, "),
         (("--op", "chunk_kda", "--format", "c", "--dims", "K=32,V=32,dtype=float16"), "chunk_kda has: onnx (--profile standard,"),
         (("--op", "chunk_kda", "--format", "c", "--dims", "K=32,V=32,dtype=float16"), "c: float32, bfloat16; torch: float32"),
         (("--op", LAYER.name, "--format", "c", "--dims", "K=32,V=32,W=4"), "c has no gated_delta_net; gated_delta_net has: onnx"),
@@ -473,22 +513,83 @@ def test_what_onnx_cannot_say_of_a_model_is_refused():
         def forward(self, x, state, taps):
             return tvm_gdn.causal_conv1d_update(x, state, taps)
 
-    class Pool(torch.nn.Module):
-        def forward(self, q, v, g, pool):
-            return tvm_gdn.fused_recurrent_gated_delta_rule_update(q, q, v, g, g, initial_state_source=pool)
+    class Stats(torch.nn.Module):
+        def forward(self, ids):
+            return tvm_gdn.expert_stats(ids, 8)
 
     example = (torch.randn(2, 12, 5), torch.randn(2, 12, 3), torch.randn(12, 4))
     with pytest.raises(ExportError, match="updates state in place, which ONNX cannot: clone it"):
         torch_program.to_onnx(torch.export.export(Updates(), example))
-    example = (torch.randn(1, 5, 2, 32), torch.randn(1, 5, 2, 16), torch.zeros(1, 5, 2), torch.zeros(1, 2, 32, 16))
-    with pytest.raises(ExportError, match=r"fused_recurrent_gated_delta_rule_update.default: no translation.*moe_route"):
-        torch_program.to_onnx(torch.export.export(Pool(), example))
+    with pytest.raises(ExportError, match=r"expert_stats.default: no translation.*moe_route"):
+        torch_program.to_onnx(torch.export.export(Stats(), (torch.zeros(4, 2, dtype=torch.int64),)))
+
+
+class Decode(torch.nn.Module):
+    """Three decode operators on one pool, which is returned."""
+
+    def __init__(self):
+        super().__init__()
+        for name, shape in {"A_log": (4,), "dt_bias": (4,), "taps": (192, 4)}.items():
+            setattr(self, name, torch.nn.Parameter(torch.randn(shape) / 4, requires_grad=False))
+
+    def forward(self, mixed, a, b, conv_state, pool, slots):
+        conv_state, pool = conv_state.clone(), pool.clone()
+        first = tvm_gdn.fused_conv_gated_delta_rule_update(
+            mixed,
+            conv_state,
+            self.taps,
+            a,
+            b,
+            self.A_log,
+            self.dt_bias,
+            pool,
+            conv_state_indices=slots,
+            initial_state_indices=slots,
+        )
+        q, k, v = (x.unflatten(-1, (-1, w))[:, None] for x, w in zip(mixed.split([64, 64, 64], -1), (32, 32, 16), strict=True))
+        second = tvm_gdn.fused_sigmoid_gating_delta_rule_update(
+            self.A_log, a[:, None], self.dt_bias, 1.0, 20.0, q, k, v, b[:, None], pool, slots, use_qk_l2norm_in_kernel=True
+        )
+        third = tvm_gdn.packed_decode_gated_delta_rule(mixed, a, b, self.A_log, self.dt_bias, pool, slots)
+        return first, second, third, conv_state, pool
+
+
+def test_a_decode_step_on_a_pool_goes_to_onnx(tmp_path):
+    """Padding writes nothing; rows that no sequence owns stay bit for bit."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, batch = Decode(), torch.export.Dim("batch", max=6)
+
+    def inputs(slots):
+        rows = [torch.randn(len(slots), width) for width in (192, 4, 4)]
+        return [*rows, torch.randn(6, 192, 3), torch.randn(6, 4, 32, 16), torch.tensor(slots)]
+
+    dims = ({0: batch}, {0: batch}, {0: batch}, None, None, {0: batch})
+    program = torch.export.export(model, tuple(inputs([1, 2, 4])), dynamic_shapes=dims)
+    given = inputs([5, -1, 0, 2])
+    want = model(*given)
+    for profile in ("ort", "standard"):
+        made = torch_program.to_onnx(program, profile)
+        made.save(str(tmp_path / "m.onnx"))
+        feeds = dict(zip([x.name for x in made.model.graph.inputs], given, strict=True))
+        got = onnx_run.run_onnxruntime(tmp_path / "m.onnx", feeds, None)
+        for value, right in zip(got, want, strict=True):
+            assert parity.rms_ratio(value, right) < 1e-5
+        assert torch.equal(got[4][[1, 3, 4]], given[4][[1, 3, 4]]) and not torch.equal(got[4][[5, 0, 2]], given[4][[5, 0, 2]])
 
 
 @pytest.mark.parametrize(
     ("op", "dims"),
     [
         ("rms_norm_gated", "D=20,dtype=bfloat16"),
+        ("fused_gdn_gating", "dtype=float32"),
+        pytest.param(UPDATE, "K=32,V=16,dtype=bfloat16,state_v_first=1", marks=pytest.mark.slow),
+        pytest.param(
+            "causal_conv1d_fn",
+            "W=4,L=3,dtype=float32,state=float32,with=conv_states+cache_indices+has_initial_state",
+            marks=pytest.mark.slow,
+        ),
+        (FUSED, "K=32,V=16,W=4,L=3,dtype=float32,state=float32"),
         ("moe_route", "E=16,dtype=float32,scoring=sigmoid,num_expert_group=4,topk_group=2,with=correction_bias"),
         ("fused_experts", "D=24,I=40,dtype=float32"),
     ],
@@ -496,7 +597,7 @@ def test_what_onnx_cannot_say_of_a_model_is_refused():
 def test_torch_programs_of_other_operators(op, dims, tmp_path):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    wanted = request(op, dims)
+    wanted = request(op, dims, heads=(("E", 6), ("k", 3)) if op == "fused_experts" else ())
     fill(tmp_path, torch_program.build(wanted))
     checks = torch_program.verify(wanted, tmp_path)
     assert len(checks) == 3 and all(check.passed for check in checks), checks
@@ -505,25 +606,87 @@ def test_torch_programs_of_other_operators(op, dims, tmp_path):
 # --- GPU sources
 
 
-@pytest.mark.parametrize(("form", "suffix"), [("opencl-src", ".cl"), ("cuda-src", ".cu")])
-def test_gpu_source(form, suffix, tmp_path, capsys):
+GPU_KERNELS = [
+    ("opencl-src", ".cl", UPDATE, "K=16,V=32,dtype=float32"),
+    ("cuda-src", ".cu", CHUNK, "K=32,V=16,dtype=bfloat16"),
+    ("musa-src", ".mu", "rms_norm_gated", "D=33,dtype=bfloat16"),
+]
+GPU_MORE = [
+    ("cuda-src", ".cu", UPDATE, "K=16,V=32,dtype=float32"),
+    (
+        "cuda-src",
+        ".cu",
+        "causal_conv1d_fn",
+        "W=4,L=3,dtype=bfloat16,state=float32,with=conv_states+has_initial_state+cache_indices",
+    ),
+    ("musa-src", ".mu", "chunk_kda", "K=32,V=32,dtype=bfloat16"),
+    ("musa-src", ".mu", "moe_sort", ""),
+    ("opencl-src", ".cl", "causal_conv1d_update", "W=4,L=3,dtype=float32,state=float32,activation=silu"),
+    ("metal-src", ".metal", "rms_norm_gated", "D=33,dtype=float32,norm_before_gate=0"),
+    ("metal-src", ".metal", "moe_route", "E=16,dtype=float32"),
+    ("webgpu-src", ".wgsl", "rms_norm_gated", "D=33,dtype=float32"),
+    ("webgpu-src", ".wgsl", "packed_decode_gated_delta_rule", "K=32,V=32,dtype=float32,initial_state_indices=int32"),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix", "op", "dims"), [*GPU_KERNELS, *(pytest.param(*kernel, marks=pytest.mark.slow) for kernel in GPU_MORE)]
+)
+def test_gpu_source(form, suffix, op, dims, tmp_path, capsys):
+    """What is run is launched by the written description alone: names, order of parameters, sizes, scratch memory, grid."""
     path = tmp_path / "kernel"
-    words = ("--op", "fused_recurrent_gated_delta_rule_update", "--format", form, "--dims", "K=16,V=32,dtype=float32")
-    assert run(*words, "-o", path) == 0
-    assert "device emulation on the CPU  ok" in capsys.readouterr().out
+    assert run("--op", op, "--format", form, "--dims", dims, "-o", path) == 0
+    told = capsys.readouterr().out
+    ran = "this source" if form == "cuda-src" else "the same TIR as CUDA C"
+    assert re.search(rf"{ran}, launched by the description, [^\n]*device emulation on the CPU +ok", told), told
     (source,), (description,) = path.glob(f"*{suffix}"), path.glob("*.json")
-    kernel = json.loads(description.read_text())["kernels"][0]
-    text = source.read_text()
-    assert kernel["name"] in text and set(kernel["launch"]) == {"blockIdx.x", "threadIdx.x"}
-    assert {"q_ptr", "k_ptr", "v_ptr", "o_ptr", "scale", "HV"} <= {argument["name"] for argument in kernel["arguments"]}
+    found, text = json.loads(description.read_text()), source.read_text()
+    assert found["arguments"] and set(found["tensors"]) <= set(found["arguments"])
+    known = {"min", "max", *found["arguments"], *found["workspaces"]}
+    known |= {name for tensor in found["tensors"].values() for name in (*tensor["shape"], *tensor.get("strides", ()))}
+    for kernel in found["kernels"]:
+        assert kernel["name"] in text and {"blockIdx.x", "threadIdx.x"} <= set(kernel["launch"])
+        # Every value can be worked out from the operator's own arguments.
+        values = [*kernel["launch"].values(), *(argument["value"] for argument in kernel["arguments"])]
+        assert {name for value in values for name in re.findall(r"[A-Za-z_]\w*", value)} - {"if", "else", "or", "and"} <= known
     if form == "opencl-src":
         assert "shuffle" not in text and "barrier" not in text and "__local" not in text
+    if form in {"opencl-src", "metal-src", "webgpu-src"}:
+        assert "tvm_gdn_" not in text
+
+
+def test_gpu_languages_name_algorithms_that_have_a_schedule():
+    for language, algorithms in gpu_source.ALGORITHMS.items():
+        for algorithm in algorithms:
+            assert schedule.find_space(algorithm, target.resolve(gpu_source.LANGUAGES[language][1]))
+
+
+def test_a_wrong_launch_description_fails(tmp_path):
+    """The description takes part in the verification: two strides in turn, half of the blocks, another order of pointers."""
+    wanted = request("rms_norm_gated", "D=33,dtype=float32")
+    build, verify = gpu_source.maker("cuda")
+    files = build(wanted)
+    fill(tmp_path, files)
+    assert all(check.passed for check in verify(wanted, tmp_path))
+    name = f"{wanted.symbol}.json"
+    for change in (
+        lambda kernel: kernel["launch"].update({"blockIdx.x": "0"}),
+        lambda kernel: kernel["arguments"][1].update(value="x"),
+        lambda kernel: kernel["arguments"][4].update(value="M"),
+    ):
+        found = json.loads(files[name])
+        change(found["kernels"][0])
+        (tmp_path / name).write_text(json.dumps(found))
+        assert verify(wanted, tmp_path)[1].passed is False
 
 
 def test_gpu_sources_refuse_by_name(tmp_path, capsys):
     assert run("--op", CHUNK, "--format", "metal-src", "--dims", "K=32,V=32", "-o", tmp_path / "x") == 2
     text = capsys.readouterr().err
     assert f"metal-src has no {CHUNK}; {CHUNK} has: onnx" in text and "metal-src has: fused_gdn_gating, " in text
+    assert "cuda-src: float32, bfloat16" in text
+    assert run("--op", UPDATE, "--format", "opencl-src", "--dims", "K=32,V=16,dtype=float32", "-o", tmp_path / "x") == 2
+    assert "V = 16; allowed: multiples of 32" in capsys.readouterr().err
     words = ("--op", "fused_gdn_gating", "--format", "webgpu-src", "--dims", "dtype=bfloat16", "-o", tmp_path / "x")
     assert run(*words) == 2
     assert "a bfloat16" in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -45,6 +45,9 @@ FUNCTIONS = "device_functions.h"
 #: What runs device code on a CPU.
 EMULATION = "device_emulation.h"
 _CXX = ("c++", "g++", "clang++")
+#: Barriers are the schedules' own: inserted ones would stand inside conditions too. And arrays have the size that they were
+#: given: compaction cuts them down to the elements that it sees being used, which are not those behind an address.
+DISABLED_PASSES = ["s_tir.ThreadSync", "s_tir.CompactBufferAllocation"]
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,7 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
     options = dict(target.codegen)
     goal = tvm_target(options)
     objects = _capture_objects(target)
-    # Barriers are the schedules' own: inserted ones would stand inside conditions too. And arrays have the size that they were
-    # given: compaction cuts them down to the elements that it sees being used, which are not those behind an address.
-    own = ["s_tir.ThreadSync", "s_tir.CompactBufferAllocation"]
-    with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config), disabled_pass=own):
+    with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config), disabled_pass=DISABLED_PASSES):
         module = tvm.tirx.transform.BindTarget(goal)(tvm.IRModule.from_expr(function))
         pipeline, finalize_host, finalize_device = tvm.tirx.get_default_tir_pipeline(goal)
         host, devices = builder.split_host_device_mods(pipeline(module))
@@ -114,14 +114,14 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
         source = builder.codegen_build(device, device_target).inspect_source("cuda" if options["kind"] == "cuda" else "asm")
         library = folder / f"{symbol}.so"
         builder.codegen_build(finalize_host()(host), goal.host).export_library(str(library))
-        launcher = _launcher_source(function, target) if subset.has_subset(target) and target.image == "source" else ""
+        launcher = launcher_source(function, target) if subset.has_subset(target) and target.image == "source" else ""
     image = folder / f"{symbol}.{target.image}"
     if "linker" in dict(target.compiler):
         _check_shared_memory(source, table, target)
         _link(objects, target, image)
         image.with_suffix(".s").write_text(source, encoding="utf-8")
     else:
-        text = _with_functions(source)
+        text = with_functions(source)
         if launcher:
             text = subset.translated(text, launcher, target, symbol)
         _compile_source(text, [line.split()[0] for line in table], target, image)
@@ -139,7 +139,7 @@ def _check_shared_memory(text: str, table: tuple[str, ...], target: TargetSpec) 
         )
 
 
-def _launcher_source(function: Any, target: TargetSpec) -> str:
+def launcher_source(function: Any, target: TargetSpec) -> str:
     """C++ of the functions that launch the kernels; exported through tvm_ffi, compiled together with the kernels."""
     import tvm
 
@@ -249,7 +249,7 @@ def _compile_source(source: str, kernels: list[str], target: TargetSpec, image: 
     _run(command, f"device code for {target.name}")
 
 
-def _with_functions(source: str) -> str:
+def with_functions(source: str) -> str:
     """Generated source behind the functions that it calls by name."""
     return (resources.files("tvm_gdn") / "csrc" / FUNCTIONS).read_text(encoding="utf-8") + source
 
@@ -267,10 +267,11 @@ def _emulate(source: str, kernels: list[str], target: TargetSpec, image: Path) -
     """Compile CUDA C for the CPU, with the emulation header in front and a launcher per kernel behind."""
     path = image.with_suffix(".cc")
     path.write_text(emulated_source(source, kernels), encoding="utf-8")
-    _compile_emulated(path, target, image)
+    compile_emulated(path, target, image)
 
 
-def _compile_emulated(path: Path, target: TargetSpec, image: Path) -> None:
+def compile_emulated(path: Path, target: TargetSpec, image: Path) -> None:
+    """Compile a file of `emulated_source` for this CPU."""
     compiler = _tool(target)
     warp = dict(target.codegen).get("thread_warp_size", 32)
     folder = resources.files("tvm_gdn") / "csrc"

@@ -60,13 +60,15 @@ static void TVMFFIErrorSetRaisedFromCStrParts(const char* kind, const char** par
   for (int32_t i = 0; i < count && used < sizeof last_error; ++i)
     used += (size_t)snprintf(last_error + used, sizeof last_error - used, "%s", parts[i]);
 }
-static inline float bits_as_float(const void* p) { float x; memcpy(&x, p, sizeof x); return x; }
-static inline int32_t bits_as_int32_t(const void* p) { int32_t x; memcpy(&x, p, sizeof x); return x; }
-static inline uint32_t bits_as_uint32_t(const void* p) { uint32_t x; memcpy(&x, p, sizeof x); return x; }
-static inline uint16_t bits_as_uint16_t(const void* p) { uint16_t x; memcpy(&x, p, sizeof x); return x; }
 """
 # C11's anonymous union is an extension in C99; naming it keeps strict compilers quiet.
 PREAMBLE = PREAMBLE.replace("void* v_ptr; };", "void* v_ptr; } u;")
+_BITS = "static inline {type} bits_as_{type}(const void* p) {{ {type} x; memcpy(&x, p, sizeof x); return x; }}"
+
+
+def _helpers(code: str) -> list[str]:
+    """Functions that the code calls, and no others: clang warns of those that nobody calls."""
+    return [_BITS.format(type=name) for name in ("float", "int32_t", "uint32_t", "uint16_t") if f"bits_as_{name}(" in code]
 
 
 def _workspace() -> str:
@@ -107,7 +109,7 @@ def generate(request: Request, timeout: float = 600.0) -> str:
     if done.returncode:
         raise ExportError(f"{request.spec.name}: TVM's C generator failed:\n{done.stderr[-1500:]}")
     code = plain(json.loads(done.stdout.splitlines()[-1])["source"], request.symbol)
-    return "\n".join((PREAMBLE, *([_workspace()] if "TVMBackendAllocWorkspace" in code else []), code))
+    return "\n".join((PREAMBLE, *_helpers(code), *([_workspace()] if "TVMBackendAllocWorkspace" in code else []), code))
 
 
 def plain(source: str, symbol: str) -> str:

@@ -19,25 +19,34 @@ from pathlib import Path
 from typing import Any
 
 from tvm_gdn import build as builder
+from tvm_gdn.export import gpu_launch
 from tvm_gdn.export.artifact import Check, ExportError, Request, compared, draw
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, resolve
 
 #: Language -> suffix of its files, target that supplies the schedule, and dtypes that its source was generated for.
 LANGUAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "cuda": (".cu", "cuda-sm80", ("float32", "bfloat16", "float16", "int32", "int64")),
-    "musa": (".mu", "musa-mp31", ("float32", "bfloat16", "float16", "int32", "int64")),
-    "opencl": (".cl", "cuda-sm80", ("float32", "bfloat16", "int32", "int64")),
-    "metal": (".metal", "cuda-sm80", ("float32", "int32", "int64")),
+    "cuda": (".cu", "cuda-sm80", ("float32", "bfloat16", "float16", "int32", "int64", "bool")),
+    "musa": (".mu", "musa-mp31", ("float32", "bfloat16", "float16", "int32", "int64", "bool")),
+    "opencl": (".cl", "cuda-sm80", ("float32", "bfloat16", "int32", "int64", "bool")),
+    "metal": (".metal", "cuda-sm80", ("float32", "int32", "int64", "bool")),
     "webgpu": (".wgsl", "cuda-sm80", ("float32", "int32")),
 }
 _NATIVE = ("cuda", "musa")
-ALGORITHMS = ("recurrent", "gating")
+_PORTABLE = ("recurrent", "gating", "norm", "moe_sort", "moe_stats")
+#: Algorithms that a language has a mapping for.
+ALGORITHMS = {
+    "cuda": (*_PORTABLE, "moe_route", "conv", "chunk"),
+    "musa": (*_PORTABLE, "moe_route", "conv", "chunk"),
+    "opencl": (*_PORTABLE, "moe_route", "conv"),
+    "metal": (*_PORTABLE, "moe_route", "conv"),
+    "webgpu": _PORTABLE,
+}
 
 
 def serves(spec: OpSpec, language: str) -> tuple[str, ...]:
     """Dtypes of an operator in a language's source."""
-    return LANGUAGES[language][2] if spec.algorithm in ALGORITHMS else ()
+    return LANGUAGES[language][2] if spec.algorithm in ALGORITHMS[language] else ()
 
 
 def maker(language: str) -> tuple[Callable[[Request], dict[str, bytes]], Callable[[Request, Path], list[Check]]]:
@@ -60,8 +69,12 @@ def maker(language: str) -> tuple[Callable[[Request], dict[str, bytes]], Callabl
         launch = json.loads((folder / f"{request.symbol}.json").read_text(encoding="utf-8"))
         named = all(kernel["name"] in source for kernel in launch["kernels"])
         checks = [Check("kernels named in the launch description", "text search", named)]
-        made = _process({"do": "verify", "language": language, **_text(request)})
-        what = "the same TIR as CUDA C, numbers against float64 reference"
+        if language not in _NATIVE:
+            left = sorted(set(re.findall(r"\btvm_gdn_\w+", source)))
+            checks.append(Check("calls no function of another language", "text search", not left, ", ".join(left)))
+        made = _process({"do": "verify", "language": language, **_text(request), "launch": launch, "text": source})
+        ran = "this source" if language == "cuda" else "the same TIR as CUDA C"
+        what = f"{ran}, launched by the description, numbers against float64 reference"
         checks.append(Check(what, "device emulation on the CPU", made["passed"], made["detail"]))
         if language not in _NATIVE:
             checks.append(Check(f"{language} text", f"{language} compiler", None, "none is used here"))
@@ -71,8 +84,12 @@ def maker(language: str) -> tuple[Callable[[Request], dict[str, bytes]], Callabl
 
 
 def _supported(request: Request, language: str) -> None:
-    if request.spec.algorithm not in ALGORITHMS:
-        raise ExportError(f"{request.spec.name}: no portable GPU mapping; operators of {', '.join(ALGORITHMS)} kernels have one")
+    if request.spec.algorithm not in ALGORITHMS[language]:
+        have = ", ".join(ALGORITHMS[language])
+        raise ExportError(f"{request.spec.name}: no mapping for {language}; operators of {have} kernels have one")
+    if language not in _NATIVE and request.geometry.axis.get("V", 32) % 32:
+        V = request.geometry.axis["V"]
+        raise ExportError(f"{request.spec.name} in {language}: V = {V}; allowed: multiples of 32 (fewer columns need shuffles)")
     allowed = LANGUAGES[language][2]
     wrong = [f"{name} {dtype}" for name, dtype in request.geometry.dtype.items() if dtype not in allowed]
     if wrong:
@@ -98,81 +115,70 @@ def _knobs(spec: OpSpec, geometry: Geometry, target: TargetSpec, language: str) 
 
     if language in _NATIVE or spec.algorithm != "recurrent":
         return schedule.choose(spec, geometry, target).knobs
-    # All threads along the value columns: no sum crosses threads, so no shuffles.
-    return {"column_lanes": math.gcd(geometry.axis["V"], 32), "columns": 1, "group": 1}
+    # All threads along the value columns: no sum crosses threads, so no shuffles. And no vectors: whether an address is aligned
+    # for one is asked of a function in CUDA C.
+    return {"column_lanes": math.gcd(geometry.axis["V"], 32), "columns": 1, "group": 1, "widest": 1}
 
 
-def _source(spec: OpSpec, geometry: Geometry, language: str) -> dict[str, Any]:
+def _source(spec: OpSpec, geometry: Geometry, language: str, *, as_cuda: bool = False) -> dict[str, Any]:
+    """Source and launch description; `as_cuda` gives the same TIR as CUDA C for the emulation."""
     import tvm
 
     from tvm_gdn import images, schedule, subset
+    from tvm_gdn.target import concrete, emulation_of
 
     target = resolve(LANGUAGES[language][1])
     space, _ = schedule.find_space(spec.algorithm, target)
     function = builder.prim_func(spec, geometry, space.tiles(geometry, **_knobs(spec, geometry, target, language)))
-    goal = images.tvm_target(dict(target.codegen) if language in _NATIVE else {"kind": language})
+    native = as_cuda or language in _NATIVE
+    goal = images.tvm_target(
+        dict((emulation_of(concrete(target)) if as_cuda else target).codegen) if native else {"kind": language}
+    )
     tool: Any = import_module("tvm.tirx.build")
-    with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config)):
+    with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config), disabled_pass=images.DISABLED_PASSES):
         module = tvm.tirx.transform.BindTarget(goal)(tvm.IRModule.from_expr(function))
         pipeline, _, finalize = tvm.tirx.get_default_tir_pipeline(goal)
         host, devices = tool.split_host_device_mods(pipeline(module))
         ((device_target, device),) = devices.items()
-        launch = {"kernels": _launches(host.script(), device)}
-        source = tool.codegen_build(finalize()(device), device_target).inspect_source("cuda" if language in _NATIVE else "")
-    if language in _NATIVE:
-        source = images._with_functions(source)
-    if subset.has_subset(target):
-        source = subset.translated(source, images._launcher_source(function, target), target, builder.symbol_of(spec, geometry))
+        launch = gpu_launch.description(host.script(), device)
+        source = tool.codegen_build(finalize()(device), device_target).inspect_source("cuda" if native else "")
+        translate = subset.has_subset(target) and not as_cuda
+        host_source = images.launcher_source(function, target) if translate else ""
+    if native:
+        source = images.with_functions(source)
+    if translate:
+        source = subset.translated(source, host_source, target, builder.symbol_of(spec, geometry))
     return {"source": source, "launch": launch}
 
 
-def _launches(host: str, device: Any) -> list[dict[str, Any]]:
-    """What the host part passes to each kernel: expressions over the operator's arguments, in the order of the parameters."""
-    found = []
-    for function in device.functions.values():
-        name = str(function.attrs["global_symbol"])
-        call = re.search(rf'call_ffi_kernel\("{name}", (.*), launch_params', host)
-        if call is None:
-            raise ExportError(f"no launch of {name} in the generated host code")
-        values = [re.sub(r"T\.\w+\((-?\d+)\)", r"\1", text) for text in _split(call[1])]
-        tags = [str(tag) for tag in function.attrs["tirx.kernel_launch_params"]]
-        arguments = [
-            {"name": parameter.name, "type": str(parameter.ty).removeprefix("T."), "value": value}
-            for parameter, value in zip(function.params, values[: len(function.params)], strict=True)
-        ]
-        grid = dict(zip(tags, values[len(function.params) :], strict=True))
-        found.append({"name": name, "arguments": arguments, "launch": grid})
-    return found
-
-
-def _split(text: str) -> list[str]:
-    """Arguments of a call, at its commas outside parentheses."""
-    parts, depth, start = [], 0, 0
-    for i, letter in enumerate(text):
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and not depth:
-            parts.append(text[start:i].strip())
-            start = i + 1
-    return [*parts, text[start:].strip()]
-
-
-def _verify(spec: OpSpec, geometry: Geometry, language: str) -> dict[str, Any]:
-    from tvm_gdn import load, pack, parity, torch_ops
+def _verify(spec: OpSpec, geometry: Geometry, language: str, launch: dict[str, Any], text: str) -> dict[str, Any]:
+    """Run the source, or for other languages the same TIR as CUDA C, in emulation, launched by the description alone."""
+    from tvm_gdn import images, parity, torch_ops
     from tvm_gdn.target import concrete, emulation_of
 
-    target = resolve(LANGUAGES[language][1])
-    emulated, request = emulation_of(concrete(target)), Request(spec, geometry)
+    target, request = resolve(LANGUAGES[language][1]), Request(spec, geometry)
+    if language != "cuda":
+        text = _source(spec, geometry, language, as_cuda=True)["source"]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        wanted = builder.Request(spec, geometry, _knobs(spec, geometry, target, language))
-        built = builder.compile_kernel(wanted, emulated, folder)
-        launcher = builder.build_launcher(folder, emulated)
-        pack.write(folder / "pack", emulated, builder.required_features(emulated), [built], launcher)
-        made = pack.read(folder / "pack")
+        path = Path(name) / "kernel.cc"
+        path.write_text(images.emulated_source(text, [kernel["name"] for kernel in launch["kernels"]]), encoding="utf-8")
+        images.compile_emulated(path, emulation_of(concrete(target)), path.with_suffix(".so"))
         present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
-        kernel = load.load_kernel(made, made.manifest.kernels[0])
+        kernel = gpu_launch.launcher(path.with_suffix(".so"), launch)
         function = torch_ops.call_function(spec, present, geometry.axis, kernel)
-        arguments, want = draw(request, B=2, T=5, H=1, HV=2, S=4, M=5)
+        sizes = {
+            "B": 2,
+            "T": 65 if spec.algorithm == "chunk" else 5,
+            "H": 1,
+            "HV": 2,
+            "S": 4,
+            "M": 5,
+            "D": 6,
+            "G": 3,
+            "E": 8,
+            "k": 2,
+        }
+        arguments, want = draw(request, **sizes)
         check = compared(request.spec, "", "", parity.run(spec, arguments, function), want)
     return {"passed": bool(check.passed), "detail": check.detail}
 
@@ -181,8 +187,8 @@ def _main() -> None:
     from tvm_gdn.ops import OPS
 
     job = json.load(sys.stdin)
-    make = {"source": _source, "verify": _verify}[job["do"]]
-    result = make(OPS[job["op"]], Geometry.from_json(job["geometry"]), job["language"])
+    make: Any = {"source": _source, "verify": _verify}[job.pop("do")]
+    result = make(OPS[job.pop("op")], Geometry.from_json(job.pop("geometry")), **job)
     sys.stdout.write("\n" + json.dumps(result) + "\n")
 
 

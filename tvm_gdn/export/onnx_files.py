@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tvm_gdn.export import onnx_layer, onnx_moe, onnx_run
+from tvm_gdn.export import onnx_delta, onnx_layer, onnx_moe, onnx_run
 from tvm_gdn.export import onnx_parts as parts
 from tvm_gdn.export.artifact import Check, ExportError, Request, draw
 from tvm_gdn.export.onnx_graph import Graph
-from tvm_gdn.export.onnx_rules import delta_rule
+from tvm_gdn.export.onnx_pools import Pool
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import FLOATS, OpSpec
 
@@ -58,8 +57,8 @@ def build(request: Request) -> dict[str, bytes]:
     Parameters
     ----------
     request : Request
-        An operator that returns its states (not one on a pool), without `cu_seqlens`; gates, gated norm, convolution, routing,
-        experts; or `onnx_layer.SPEC`.
+        A delta rule or convolution without `cu_seqlens`, with states or pools; gates, gated norm, routing, experts; or
+        `onnx_layer.SPEC`.
 
     Returns
     -------
@@ -96,66 +95,36 @@ def serves(spec: OpSpec) -> tuple[str, ...]:
 
 def exported() -> list[str]:
     """Names of the operators, and of the layer, that have a form in ONNX."""
-    return [spec.name for spec in OPS.values() if spec.algorithm in BUILDERS and _refused(spec.tensors) is None] + [
-        onnx_layer.SPEC.name
-    ]
-
-
-def _refused(tensors: Any) -> str | None:
-    """A tensor that an operator cannot do without and that has no form in ONNX."""
-    return next((t.name for t in tensors if not t.optional and t.name in {"initial_state_source", "mixed_qkv"}), None)
-
-
-def rule(graph: Graph, request: Request) -> None:
-    """A delta-rule operator."""
-    dtypes, H = request.geometry.dtype, request.sizes["H"]
-    K, V, HV = request.geometry.axis["K"], request.geometry.axis["V"], request.sizes["HV"]
-    _only(request, {"q", "k", "v", "g", "beta", "initial_state"}, "take initial_state and return the final state")
-    lead = ("batch", request.tokens or "time")
-    v_first = bool(request.geometry.attr.get("state_v_first"))
-    state_shape = ("batch", HV, V, K) if v_first else ("batch", HV, K, V)
-    g_shape = (*lead, HV, K) if request.geometry.attr.get("channel_gate") else (*lead, HV)
-    shapes = {
-        "q": (*lead, H, K), "k": (*lead, H, K), "v": (*lead, HV, V), "g": g_shape, "beta": (*lead, HV),
-        "initial_state": state_shape,
-    }  # fmt: skip
-    x = parts.inputs(graph, dtypes, shapes)
-    if "initial_state" in x:
-        state = graph.Transpose(x["initial_state"], perm=[0, 1, 3, 2]) if v_first else x["initial_state"]
-    else:
-        batch = graph.Slice(graph.Shape(x["q"]), graph.ints(0), graph.ints(1))
-        state = graph.ConstantOfShape(graph.Concat(batch, graph.ints(HV, K, V), axis=0))
-    o, final = delta_rule(graph, request, (x["q"], x["k"], x["v"], x.get("g"), x["beta"], state), H)
-    graph.add_output("o", graph.cast(o, "float32", dtypes["v"]), dtypes["v"], (*lead, HV, V))
-    if request.geometry.attr.get("output_final_state"):
-        kind = dtypes.get("initial_state", "float32")
-        final = graph.Transpose(final, perm=[0, 1, 3, 2]) if v_first else final
-        graph.add_output("final_state", graph.cast(final, "float32", kind), kind, state_shape)
+    return [*(spec.name for spec in OPS.values() if spec.algorithm in BUILDERS), onnx_layer.SPEC.name]
 
 
 def conv(graph: Graph, request: Request) -> None:
-    """`causal_conv1d_fn` and `causal_conv1d_update` with batch item n in state n."""
+    """`causal_conv1d_fn` and `causal_conv1d_update`: batch item n in state n, or in the slot given."""
+    onnx_delta.refuse(request)
     dtypes, axis, D = request.geometry.dtype, request.geometry.axis, request.sizes["D"]
     update = bool(request.geometry.attr.get("update"))
-    _only(request, {"x", "weight", "bias", "conv_states", "conv_state", "has_initial_state"}, "take one state per batch item")
-    name, lead = "conv_state" if update else "conv_states", ("batch", D, request.tokens or "time")
-    states = ("batch", D, axis["L"])
-    x = parts.inputs(graph, dtypes, {"x": lead, "weight": (D, axis["W"]), "bias": (D,), name: states})
-    past = x.get(name)
-    if past is not None and not update:
-        zero = graph.ConstantOfShape(graph.Shape(past))
-        if "has_initial_state" in dtypes:
-            flags = graph.Unsqueeze(graph.add_input("has_initial_state", "bool", ("batch",)), graph.ints(1, 2))
-            past = graph.Where(flags, past, zero)
-        else:
-            past = zero
+    name, slots = ("conv_state", "conv_state_indices") if update else ("conv_states", "cache_indices")
+    lead = ("batch", D, request.tokens or "time")
+    x = parts.inputs(graph, dtypes, {"x": lead, "weight": (D, axis["W"]), "bias": (D,)})
+    pool, past = None, None
+    if name in dtypes:
+        ids = (slots, dtypes[slots]) if slots in dtypes else None
+        pool = Pool(graph, name, dtypes[name], (D, axis["L"]), ids, x["x"])
+        past = pool.read()
+        if not update:
+            zero = graph.ConstantOfShape(graph.Shape(past))
+            if "has_initial_state" in dtypes:
+                flags = graph.Unsqueeze(graph.add_input("has_initial_state", "bool", ("batch",)), graph.ints(1, 2))
+                past = graph.Where(flags, past, zero)
+            else:
+                past = zero
     o, new = parts.convolution(
         graph, request.profile, x["x"], x["weight"], x.get("bias"), past, W=axis["W"], L=axis["L"], channels=D,
         act=request.geometry.attr["activation"] == "silu",
     )  # fmt: skip
     graph.add_output("o", graph.cast(o, "float32", dtypes["x"]), dtypes["x"], lead)
-    if new is not None:
-        graph.add_output(onnx_run.next_name(name), graph.cast(new, "float32", dtypes[name]), dtypes[name], states)
+    if pool is not None:
+        pool.write(new)
 
 
 def gating(graph: Graph, request: Request) -> None:
@@ -176,24 +145,20 @@ def norm(graph: Graph, request: Request) -> None:
     graph.add_output("o", graph.cast(o, "float32", dtypes["x"]), dtypes["x"], rows)
 
 
-def _only(request: Request, known: set[str], allowed: str) -> None:
-    for name in request.geometry.dtype:
-        if name not in known:
-            raise ExportError(
-                f"{request.spec.name}: {name} has no ONNX form; allowed: calls that {allowed}, without pools of slots and "
-                f"cu_seqlens. Operators with an ONNX form: {', '.join(exported())}"
-            )
-
-
 def _draw(request: Request, tokens: int) -> tuple[Numbers, Numbers]:
-    arguments, want = draw(request, B=2, S=2, T=tokens, M=tokens, G=3, **request.sizes)
+    """Inputs at a number of tokens (of sequences, for operators of one token each), padding among the slots, and outputs."""
+    axes = {name for tensor in request.spec.tensors for name in tensor.axes.split()}
+    batch = 3 if "T" in axes else tokens
+    sizes = {"B": batch, "S": batch + 2, "T": tokens, "M": tokens, "G": 3, "padding": True}
+    arguments, want = draw(request, **{**sizes, **request.sizes})
     return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}, want
 
 
 #: Algorithm of a SPEC -> how it goes to ONNX.
 BUILDERS = {
-    "chunk": Builder(rule, _draw),
-    "recurrent": Builder(rule, _draw),
+    "chunk": Builder(onnx_delta.rule, _draw),
+    "recurrent": Builder(onnx_delta.rule, _draw),
+    "fused_decode": Builder(onnx_delta.rule, _draw),
     "conv": Builder(conv, _draw, ("standard", "decomposed", "ort")),
     "gating": Builder(gating, _draw),
     "norm": Builder(norm, _draw),

@@ -42,11 +42,11 @@ def forms(profile: str) -> dict[Any, Form]:
     if profile not in parts.DOMAIN:
         raise ArgumentError(f"profile {profile!r}; allowed: {', '.join(sorted(parts.DOMAIN))}")
     by_algorithm: dict[str, Callable[..., Any]] = {
-        "chunk": _rule, "recurrent": _rule, "conv": _conv, "gating": _gating, "norm": _norm, "moe_route": _route,
-        "moe_experts": _experts,
+        "chunk": _rule, "recurrent": _rule, "fused_decode": _rule, "conv": _conv, "gating": _gating, "norm": _norm,
+        "moe_route": _route, "moe_experts": _experts,
     }  # fmt: skip
-    # Operators on pools of slots, and on packed weights, have none.
-    refused = {"initial_state_source", "mixed_qkv", "w13_scale", "scheme"}
+    # Operators on packed weights have none.
+    refused = {"w13_scale", "scheme"}
     return {
         overload(spec): _bound(spec, partial(by_algorithm[spec.algorithm], spec, parts.DOMAIN[profile]))
         for spec in OPS.values()
@@ -83,8 +83,11 @@ def _without(spec: OpSpec, a: dict[str, Any], *names: str) -> None:
             raise ExportError(f"{spec.name}: {name} has no ONNX form; allowed: calls without it")
 
 
-def _rule(spec: OpSpec, domain: str, a: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    _without(spec, a, "cu_seqlens")
+def _rule(spec: OpSpec, domain: str, a: dict[str, Any]) -> Any:
+    _without(spec, a, "cu_seqlens", "intermediate_states_buffer", "retrieve_parent_token", "final_state")
+    a, v_first = _unpacked(spec, domain, a), a["state_v_first"]
+    if "A_log" in a:
+        a["g"], a["beta"] = _gating(spec, domain, a)
     B, T, H, K = a["q"].shape
     HV, V = a["v"].shape[2:]
     q, k = a["q"].float(), a["k"].float()
@@ -92,7 +95,10 @@ def _rule(spec: OpSpec, domain: str, a: dict[str, Any]) -> tuple[torch.Tensor, t
         q, k = (x / torch.sqrt((x * x).sum(-1, keepdim=True) + parts.NORM_EPS) for x in (q, k))
     q = q * (K**-0.5 if a["scale"] is None else a["scale"])
     q, k = (x.repeat_interleave(HV // H, dim=2) for x in (q, k))
-    state, v_first, g = a["initial_state"], a["state_v_first"], a.get("g")
+    pool, state, g = a.get("initial_state_source"), a.get("initial_state"), a.get("g")
+    if pool is not None:
+        rows = _slots(pool, a["initial_state_indices"], B)
+        state = _read(pool, rows)
     kind = torch.float32 if state is None else state.dtype
     start = q.new_zeros(B, HV, K, V) if state is None else (state.transpose(-1, -2) if v_first else state).float()
     inputs = [q.flatten(2), k.flatten(2), a["v"].float().flatten(2), start]
@@ -100,17 +106,59 @@ def _rule(spec: OpSpec, domain: str, a: dict[str, Any]) -> tuple[torch.Tensor, t
     attributes = {"q_num_heads": HV, "kv_num_heads": HV, "scale": 1.0, "update_rule": "delta" if g is None else "gated_delta"}
     o, final = _fused(domain, "LinearAttention", inputs, attributes, (B, T, HV * V), (B, HV, K, V))
     final = final.transpose(-1, -2) if v_first else final
-    return o.unflatten(2, (HV, V)).to(a["v"].dtype), final.to(kind) if a["output_final_state"] else final.new_empty(0)
+    o = o.unflatten(2, (HV, V)).to(a["v"].dtype)
+    if pool is not None and not a.get("disable_state_update"):
+        _write(pool, rows, final)
+    if "output_final_state" not in a:
+        return o
+    return o, final.to(kind) if a["output_final_state"] else final.new_empty(0)
+
+
+def _unpacked(spec: OpSpec, domain: str, a: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with q, k, v, a, b ``[B, 1, heads, ...]`` of a packed projection, convolved where the operator does."""
+    mixed = a.get("mixed_qkv")
+    if mixed is None:
+        return dict(a)
+    _, HV, K, V = a["initial_state_source"].shape
+    K, V = (V, K) if a["state_v_first"] else (K, V)
+    H = (mixed.shape[1] - HV * V) // (2 * K)
+    if "conv_state" in a:
+        step = {"x": mixed.unsqueeze(2), "weight": a["conv_weight"], "bias": a["conv_bias"]}
+        mixed = _conv(spec, domain, {**a, **step}).squeeze(2)
+    q, k, v = mixed.unsqueeze(1).split([H * K, H * K, HV * V], -1)
+    heads = {"q": q.unflatten(-1, (H, K)), "k": k.unflatten(-1, (H, K)), "v": v.unflatten(-1, (HV, V))}
+    return {**a, **heads, "a": a["a"].unsqueeze(1), "b": a["b"].unsqueeze(1)}
+
+
+def _slots(pool: torch.Tensor, ids: torch.Tensor | None, sequences: Any) -> torch.Tensor:
+    """Rows of the pool with one more, which padding reads and writes."""
+    if ids is None:
+        return torch.arange(sequences)
+    return torch.where(ids < 0, pool.shape[0], ids.long())
+
+
+def _wide(pool: torch.Tensor) -> torch.Tensor:
+    # fp32 first: onnxruntime makes no constants of half precision.
+    return torch.cat([pool, torch.zeros(1, *pool.shape[1:]).to(pool.dtype)])
+
+
+def _read(pool: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return _wide(pool)[rows]
+
+
+def _write(pool: torch.Tensor, rows: torch.Tensor, states: torch.Tensor) -> None:
+    pool.copy_(_wide(pool).index_put((rows,), states.to(pool.dtype))[:-1])
 
 
 def _conv(spec: OpSpec, domain: str, a: dict[str, Any]) -> torch.Tensor:
-    _without(spec, a, "query_start_loc", "cache_indices", "conv_state_indices")
+    _without(spec, a, "query_start_loc")
     x, weight, bias = a["x"].float(), a["weight"].float(), a["bias"]
     states = a["conv_state"] if "conv_state" in a else a["conv_states"]
     width, act = weight.shape[1], a["activation"] in {"silu", "swish"}
     past = None
     if states is not None:
-        past = states.float()
+        rows = _slots(states, a.get("conv_state_indices", a.get("cache_indices")), x.shape[0])
+        past = _read(states, rows).float()
         if "conv_state" not in a:
             flags = a["has_initial_state"]
             past = torch.zeros_like(past) if flags is None else past.where(flags[:, None, None], 0.0)
@@ -121,7 +169,7 @@ def _conv(spec: OpSpec, domain: str, a: dict[str, Any]) -> torch.Tensor:
         {"activation": "silu" if act else "none"}, x.shape, carried,
     )  # fmt: skip
     if past is not None:
-        states.copy_(torch.cat([past, x], 2)[..., x.shape[2] :])
+        _write(states, rows, torch.cat([past, x], 2)[..., x.shape[2] :])
     return o.to(a["x"].dtype)
 
 
