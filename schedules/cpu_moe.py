@@ -102,7 +102,7 @@ class ExpertTiles(CpuTiles):
     @staticmethod
     def to_int8(x: Any) -> Any:
         """Nearest integer of [-127, 127]; of NaN any."""
-        return T.Cast("int8", T.nearbyint(T.max(T.min(x, T.float32(127)), T.float32(-127))))
+        return T.Cast("int8", T.Cast("int32", T.nearbyint(T.max(T.min(x, T.float32(127)), T.float32(-127)))))
 
     def _blocks(self, micro: Any, top: int) -> Any:
         """Macro that gives rows to the micro-kernel of the least height that holds them."""

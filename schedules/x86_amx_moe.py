@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import local_array
+from tvm_gdn.schedules.cpu import local_array, prefetch
 from tvm_gdn.schedules.cpu_moe import ExpertTiles
 from tvm_gdn.schedules.moe_weights import LANES, signed_nibbles
 from tvm_gdn.schedules.x86_matrix import ROWS, EmulatedMatrixUnit, MatrixUnit
+
+#: Cache lines of a step of packed weights.
+STEP_LINES = 32
 
 
 class AmxExpertTiles(ExpertTiles):
@@ -56,7 +59,7 @@ class AmxExpertTiles(ExpertTiles):
         return product
 
     def _fetch(self, W: Any, e: Any, n: Any, s: Any) -> None:
-        """What the first block of rows does with a step of weights: ask for a later one, and widen nibbles for all blocks."""
+        """What the first block of rows does with a step of weights: ask for a later one, or widen nibbles for all blocks."""
         self.ask(W, e, n, s)
         if self.widened:
             with T.serial(2 * LANES) as line:
@@ -65,47 +68,81 @@ class AmxExpertTiles(ExpertTiles):
                     at = T.ramp((half * 2 * LANES + line) * LANES, 1, LANES)
                     T.buffer_store(self.panel, signed_nibbles(words, half), [0, 0, s, at])
 
+    def _ask_next(self, W: Any, e: Any, n: Any, s: Any, turn: Any, turns: Any, steps: int) -> None:
+        """Pass `turn` of `turns` over a group of weights, at step s: ask memory for its share of the group after it."""
+        if self.hints and not self.raw:
+            share = (STEP_LINES + turns - 1) // turns
+            with T.serial(share) as line:
+                prefetch(W[e, n, steps, ((turn * steps + s) * share + line) * LANES], 2)
+
     def _clear(self, height: int) -> None:
         for tile in range(2 * height):
             self.unit.clear(tile)
 
-    def _multiply(self, A: Any, first: Any, W: Any, e: Any, n: Any, s: Any, start: Any, count: int, height: int) -> None:
-        """Registers += `count` words, from `start` on, of step s of 16 `height` rows and of the weights."""
+    def _multiply(self, A: Any, first: Any, W: Any, e: Any, n: Any, s: Any, height: int) -> None:
+        """Registers += step s of 16 `height` rows times step s of the weights."""
         unit, lines = self.unit, self.weights.lines
-        for line in range(0, count, self.depth):
+        for line in range(0, lines, self.depth):
             for x in range(height):
-                row = lambda r, x=x, line=line: [first + x * ROWS + r, s * lines + start + line]  # noqa: E731
+                row = lambda r, x=x, line=line: [first + x * ROWS + r, s * lines + line]  # noqa: E731
                 unit.load(4 + x, A, row, int(A.shape[1]))
             for y in range(2):
-                column = lambda r, y=y, line=line: [e, n, s, (y * lines + start + line + r) * LANES]  # noqa: E731
+                column = lambda r, y=y, line=line: [e, n, s, (y * lines + line + r) * LANES]  # noqa: E731
                 unit.load(6 + y, W, column, LANES)
             for x in range(height):
                 for y in range(2):
                     unit.dot(2 * x + y, 4 + x, 6 + y, self.weights.matrix)
 
-    def _store(self, C: Any, part: Any, height: int) -> None:
+    def _store(self, C: Any, height: int) -> None:
         for x in range(height):
             for y in range(2):
-                row = lambda r, x=x, y=y: [(part * 2 + x) * ROWS + r, y * LANES]  # noqa: E731
+                row = lambda r, x=x, y=y: [x * ROWS + r, y * LANES]  # noqa: E731
                 self.unit.store(2 * x + y, C, row, 2 * LANES)
 
+    def _group_sums(self, C: Any, A: Any, first: Any, s: Any, y: Any, groups: int) -> None:
+        """C[s % 2, g] = the sums of every group g of step s: 16 rows times half y of the panel's columns."""
+        unit, lines = self.unit, self.weights.lines
+        for g in range(groups):
+            unit.clear(g)
+            for line in range(g * (lines // groups), (g + 1) * (lines // groups), self.depth):
+                a, b = 4 + line // self.depth % 2, 6 + line // self.depth % 2
+                unit.load(a, A, lambda r, line=line: [first + r, s * lines + line], int(A.shape[1]))
+                unit.load(b, self.panel, lambda r, line=line: [0, 0, s, (y * lines + line + r) * LANES], LANES)
+                unit.dot(g, a, b, self.weights.matrix)
+            unit.store(g, C, lambda r, g=g: [s % 2 * groups + g, r, 0], LANES)
+
     def _many(self) -> Any:
-        """Blocks of 32 rows, two by two tiles, or of the last 16, one by two."""
-        weights, lines, widened = self.weights, self.weights.lines, self.widened
-        fetch, clear, multiply, store = self._fetch, self._clear, self._multiply, self._store
+        """Products of many rows; of weights with a scale per group, in another order."""
+        whole, grouped, groups = self._whole(), self._grouped(), self.groups
 
         @T.inline
-        def whole(C, A, first, b, W, e, n, steps, height):
+        def product(A, sums, first, m, W, scale, e, n, steps, sink):
+            if groups(scale, steps) > 0:
+                grouped(A, first, m, W, scale, e, n, steps, groups(scale, steps), sink)
+            else:
+                whole(A, sums, first, m, W, scale, e, n, steps, sink)
+
+        return product
+
+    def _whole(self) -> Any:
+        """Blocks of 32 rows, two by two tiles, or of the last 16, one by two."""
+        weights, widened = self.weights, self.widened
+        fetch, ask_next, clear, multiply, store = self._fetch, self._ask_next, self._clear, self._multiply, self._store
+
+        @T.inline
+        def block(C, A, first, b, blocks, W, e, n, steps, height):
             """C = rows times weights."""
             clear(height)
             for s in T.serial(steps):
                 if b == 0:
                     fetch(W, e, n, s)
+                if blocks > 1:
+                    ask_next(W, e, n, s, b, blocks, steps)
                 if widened:
-                    multiply(A, first, self.panel, 0, 0, s, 0, lines, height)
+                    multiply(A, first, self.panel, 0, 0, s, height)
                 else:
-                    multiply(A, first, W, e, n, s, 0, lines, height)
-            store(C, 0, height)
+                    multiply(A, first, W, e, n, s, height)
+            store(C, height)
 
         @T.inline
         def scaled(Y, C, sums, first, scale, e, n, height):
@@ -122,57 +159,67 @@ class AmxExpertTiles(ExpertTiles):
                         ) * T.Cast("float32x16", scale[e, n, 0, T.ramp(c * LANES, 1, LANES)])
 
         @T.inline
-        def add_group(Y, C, scale, e, n, group, height):
-            """Y += the sums of a group times its scales; even and odd groups have their own sums."""
-            factor = local_array(2 * LANES)
-            for c in T.unroll(2):
-                factor[T.ramp(c * LANES, 1, LANES)] = T.Cast("float32x16", scale[e, n, group, T.ramp(c * LANES, 1, LANES)])
-            for r in T.serial(height * ROWS):
-                for c in T.unroll(2):
-                    Y[r, T.ramp(c * LANES, 1, LANES)] = (
-                        Y[r, T.ramp(c * LANES, 1, LANES)]
-                        + T.Cast("float32x16", C[group % 2 * (2 * ROWS) + r, T.ramp(c * LANES, 1, LANES)])
-                        * factor[T.ramp(c * LANES, 1, LANES)]
-                    )
-
-        @T.inline
-        def grouped(Y, C, A, first, b, W, scale, e, n, steps, groups, height):
-            """Y = rows times weights; the vector unit scales a group while the matrix unit multiplies the next one."""
-            for r in T.serial(height * ROWS):
-                for c in T.unroll(2):
-                    Y[r, T.ramp(c * LANES, 1, LANES)] = T.broadcast(T.float32(0), LANES)
-            for s in T.serial(steps):
-                if b == 0:
-                    fetch(W, e, n, s)
-                for g in T.serial(groups):
-                    clear(height)
-                    multiply(A, first, self.panel, 0, 0, s, g * (lines // groups), lines // groups, height)
-                    store(C, (s * groups + g) % 2, height)
-                    if s * groups + g > 0:
-                        add_group(Y, C, scale, e, n, s * groups + g - 1, height)
-            add_group(Y, C, scale, e, n, steps * groups - 1, height)
-
-        @T.inline
-        def block(C, Y, A, sums, first, b, W, scale, e, n, steps, height):
-            if self.groups(scale, steps) > 0:
-                grouped(Y, C, A, first, b, W, scale, e, n, steps, self.groups(scale, steps), height)
-            else:
-                whole(C, A, first, b, W, e, n, steps, height)
-                if weights.quantized:
-                    scaled(Y, C, sums, first, scale, e, n, height)
+        def rows(C, Y, A, sums, first, b, blocks, W, scale, e, n, steps, height):
+            block(C, A, first, b, blocks, W, e, n, steps, height)
+            if weights.quantized:
+                scaled(Y, C, sums, first, scale, e, n, height)
 
         @T.inline
         def product(A, sums, first, m, W, scale, e, n, steps, sink):
-            C = local_array(4 * ROWS if widened else 2 * ROWS, 2 * LANES, dtype=weights.sum)
+            C = local_array(2 * ROWS, 2 * LANES, dtype=weights.sum)
             Y = local_array(2 * ROWS, 2 * LANES)
-            for b in T.serial((m + 2 * ROWS - 1) // (2 * ROWS)):
+            blocks = (m + 2 * ROWS - 1) // (2 * ROWS)
+            for b in T.serial(blocks):
                 if m - b * (2 * ROWS) > ROWS:
-                    block(C, Y, self.words(A), sums, first + b * (2 * ROWS), b, W, scale, e, n, steps, 2)
+                    rows(C, Y, self.words(A), sums, first + b * (2 * ROWS), b, blocks, W, scale, e, n, steps, 2)
                 else:
-                    block(C, Y, self.words(A), sums, first + b * (2 * ROWS), b, W, scale, e, n, steps, 1)
+                    rows(C, Y, self.words(A), sums, first + b * (2 * ROWS), b, blocks, W, scale, e, n, steps, 1)
                 if weights.quantized:
                     sink(Y, b * (2 * ROWS), T.min(m - b * (2 * ROWS), 2 * ROWS))
                 else:
                     sink(C, b * (2 * ROWS), T.min(m - b * (2 * ROWS), 2 * ROWS))
+
+        return product
+
+    def _grouped(self) -> Any:
+        """Blocks of 16 rows by 16 columns, whose scaled sums stay in vector registers.
+
+        The vector unit scales the groups of a step while the matrix unit multiplies those of the next one. Scaled sums of more
+        tiles would not fit the registers, and loading and storing them would take three times as long as the products.
+        """
+        fetch, ask_next, group_sums = self._fetch, self._ask_next, self._group_sums
+
+        @T.inline
+        def add_scaled(acc, C, scale, e, n, s, y, groups):
+            for g in T.unroll(groups):
+                factor = local_array(LANES)
+                factor[T.ramp(0, 1, LANES)] = T.Cast("float32x16", scale[e, n, s * groups + g, T.ramp(y * LANES, 1, LANES)])
+                for r in T.unroll(ROWS):
+                    acc[r, T.ramp(0, 1, LANES)] = (
+                        acc[r, T.ramp(0, 1, LANES)]
+                        + T.Cast("float32x16", C[s % 2 * groups + g, r, T.ramp(0, 1, LANES)]) * factor[T.ramp(0, 1, LANES)]
+                    )
+
+        @T.inline
+        def product(A, first, m, W, scale, e, n, steps, groups, sink):
+            C = local_array(2 * groups, ROWS, LANES, dtype="int32")
+            Y = local_array(ROWS, 2 * LANES)
+            blocks = (m + ROWS - 1) // ROWS
+            for s in T.serial(steps):
+                fetch(W, e, n, s)
+            for b in T.serial(blocks):
+                for y in T.serial(2):
+                    acc = local_array(ROWS, LANES)
+                    for r in T.unroll(ROWS):
+                        acc[r, T.ramp(0, 1, LANES)] = T.broadcast(T.float32(0), LANES)
+                    group_sums(C, self.words(A), first + b * ROWS, 0, y, groups)
+                    for s in T.serial(steps - 1):
+                        ask_next(W, e, n, s, b * 2 + y, blocks * 2, steps)
+                        group_sums(C, self.words(A), first + b * ROWS, s + 1, y, groups)
+                        add_scaled(acc, C, scale, e, n, s, y, groups)
+                    add_scaled(acc, C, scale, e, n, steps - 1, y, groups)
+                    for r in T.unroll(ROWS):
+                        Y[r, T.ramp(y * LANES, 1, LANES)] = acc[r, T.ramp(0, 1, LANES)]
+                sink(Y, b * ROWS, T.min(m - b * ROWS, ROWS))
 
         return product

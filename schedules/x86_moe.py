@@ -99,8 +99,8 @@ class ExpertsAmx(ExpertsX86):
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """Up to 4 rows reading the weights takes longer than their products."""
-        # Widening int4 for the tiles takes longer than the products of some more rows.
-        few = 8 if geometry.attr.get("scheme") == "int4" else 4
+        # Widening int4 for the tiles takes longer than the products of some more rows, and so does scaling groups of 32.
+        few = 4 if geometry.attr.get("scheme") not in {"int4", "int4_kgroup"} else 16 if _words_per_scale(geometry) == 8 else 8
         more = {"few": few, "floor": 6} if cls._has_tiles(geometry) else {}
         return {**super().default(geometry), **more}
 

@@ -30,8 +30,14 @@ def make(tokens, dtype=torch.float32, seed=0, experts=E, hidden=D, inner=INNER, 
     return x, w13, w2, torch.rand(tokens, k, generator=rng), ids.long()
 
 
-def loop(x, w13, w2, weights, ids):
-    """Token by token, choice by choice."""
+def as_int8(row):
+    """A row in steps of its largest element / 127, as integer products take it."""
+    step = row.abs().max().clamp(min=1e-30) / 127
+    return (row / step).round() * step
+
+
+def loop(x, w13, w2, weights, ids, rounded=lambda row: row):
+    """Token by token, choice by choice; `rounded`: what becomes of the left rows of both products."""
     x, w13, w2, weights = (t.double() for t in (x, w13, w2, weights))
     inner = w2.shape[2]
     out = torch.zeros_like(x)
@@ -39,8 +45,9 @@ def loop(x, w13, w2, weights, ids):
         for j in range(ids.shape[1]):
             e = int(ids[t, j])
             if 0 <= e < w13.shape[0]:
-                gate, up = w13[e, :inner] @ x[t], w13[e, inner:] @ x[t]
-                out[t] += weights[t, j] * (w2[e] @ (gate * torch.sigmoid(gate) * up))
+                row = rounded(x[t])
+                gate, up = w13[e, :inner] @ row, w13[e, inner:] @ row
+                out[t] += weights[t, j] * (w2[e] @ rounded(gate * torch.sigmoid(gate) * up))
     return out
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tvm_gdn import large_pages
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError, PackError
 from tvm_gdn.packed_experts import STEP, PackedExperts, pack_experts, unpack
 
@@ -149,6 +150,25 @@ def test_bad_files_say_what_is_wrong(tmp_path):
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(PackError, match="not a file of packed experts"):
         PackedExperts.load(path)
+
+
+def test_a_loaded_pack_outlives_its_file(tmp_path):
+    """Weights are copied out of the file: pages of a file that is cut short would end the process that reads them."""
+    path = tmp_path / "pack.safetensors"
+    pack = pack_experts(*weights(), "int8")
+    pack.save(path)
+    loaded = PackedExperts.load(path)
+    with path.open("r+b") as file:
+        file.truncate(64)
+    assert all(torch.equal(tensor, loaded.tensors()[name]) for name, tensor in pack.tensors().items())
+
+
+@pytest.mark.parametrize("count", [0, 1, large_pages.PAGE // 4, 3 * large_pages.PAGE // 4 + 5])
+def test_memory_in_large_pages_is_memory(count):
+    tensor = large_pages.empty((count,), torch.int32)
+    assert tensor.shape == (count,)
+    assert tensor.dtype == torch.int32
+    assert tensor.fill_(7).sum() == 7 * count
 
 
 def test_unpack_is_what_the_text_says():

@@ -4,7 +4,7 @@
     python tools/bench_peers.py --quick                    # fewer shapes and rounds
     python tools/bench_peers.py --work experts --experts 128 --tokens 1 16 128 1024 4096 --threads 16 --json e.json --png e.png
     python tools/bench_peers.py --scaling 1 2 4 8 16 --work experts prefill decode
-    python tools/bench_peers.py --suite                    # the model suite: 10 warm-ups, 100 runs, latency and tokens/s
+    python tools/bench_peers.py --suite                    # the model suite: 10 warm-ups, 100 runs, latency, tokens/s, loads
 
 Contenders take turns; beside each time stand its spread, its error against float64, its ratio to this package's time in the
 same group (scheme), and its share of the floor: a copy's bandwidth or a matrix product's rate, of the same rounds. Peers:
@@ -103,8 +103,8 @@ def rows_of(options: argparse.Namespace, report: Report, peers: bool) -> Iterato
             yield from sequences.measure(work, op, case, report, **timing)
 
 
-def show(rows: Iterator[dict[str, Any]], report: Report) -> None:
-    """Print rows as they come."""
+def show(rows: Iterator[dict[str, Any]], report: Report, *, every_load: bool = False) -> None:
+    """Print rows as they come; `every_load`: with the number of rows of every expert."""
     place = None
     for row in rows:
         report.rows.append(row)
@@ -115,6 +115,9 @@ def show(rows: Iterator[dict[str, Any]], report: Report) -> None:
                 loads = row["tokens_per_expert"]
                 print(f"; {row['touched_experts']:.0f} experts touched, {min(loads)} to {max(loads)} rows each, imbalance "
                       f"{row['imbalance']:.2f}, entropy {row['entropy']:.2f}", end="")  # fmt: skip
+                print(f"; peak memory {row['peak_memory_mb']:.0f} MB", end="")
+                if every_load:
+                    print("\n  rows of each expert: " + " ".join(map(str, loads)), end="")
             print(f"\n  {'contender':30s} {'ms':>9s} {'quartiles':>17s} {'least':>8s} {'error':>8s} {'x ours':>7s} of floor")
         ms, ratio = row["ms"], row["ratio"]
         line = (
@@ -157,7 +160,7 @@ def main() -> None:
         else:
             if not options.no_peers:
                 report.missing["fla-core"] = "its kernels are Triton: nothing runs on a CPU"
-            show(rows_of(options, report, not options.no_peers), report)
+            show(rows_of(options, report, not options.no_peers), report, every_load=options.suite)
     print("\ndoes not take part:" if report.missing else "")
     for name, reason in report.missing.items():
         print(f"  {name}: {reason}")

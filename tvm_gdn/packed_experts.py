@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from tvm_gdn import large_pages
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 
 LAYOUT_VERSION = 1
@@ -302,7 +303,7 @@ def pack_experts(
 
 def _destination(source: torch.Tensor, shape: tuple[int, ...], name: str, in_place: bool) -> torch.Tensor:
     if not in_place:
-        return torch.empty(shape, dtype=torch.int32)
+        return large_pages.empty(shape, torch.int32)
     count = torch.Size(shape).numel()
     if not source.is_contiguous() or count * 4 > source.nbytes:
         raise ArgumentError(
@@ -319,9 +320,7 @@ def _pack(
     wanted = shapes(scheme, group, experts, hidden, inner)
     words13 = _destination(w13, wanted["w13"][0], "w13", in_place)
     words2 = _destination(w2, wanted["w2"][0], "w2", in_place)
-    scale13, scale2 = (
-        torch.empty(wanted[name][0], dtype=wanted[name][1]) if name in wanted else None for name in ("w13_scale", "w2_scale")
-    )
+    scale13, scale2 = (large_pages.empty(*wanted[name]) if name in wanted else None for name in ("w13_scale", "w2_scale"))
 
     def pack_one(expert: int) -> None:
         first, first_scale, second, second_scale = _pack_expert(w13[expert], w2[expert], scheme, group)

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tvm_gdn import large_pages
 from tvm_gdn.errors import PackError
 from tvm_gdn.packed_experts import LAYOUT_VERSION, STEP, PackedExperts, shapes
 
@@ -23,6 +24,11 @@ _NUMBERS = ("group", "experts", "hidden", "intermediate")
 
 def _sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def _in_memory(mapped: torch.Tensor) -> torch.Tensor:
+    """A copy of what the file holds: a file that is cut short later must not end the process that reads its pages."""
+    return large_pages.empty(tuple(mapped.shape), mapped.dtype).copy_(mapped)
 
 
 def _checksums(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -83,7 +89,7 @@ def load(path: str | os.PathLike[str], *, verify: bool = True) -> PackedExperts:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
             scheme, numbers = _read_metadata(path, metadata)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: _in_memory(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118 - no mapping
     except FileNotFoundError as error:
         raise PackError(f"{path}: no such file") from error
     except (SafetensorError, OSError) as error:

@@ -187,9 +187,14 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
             for c in T.serial(padded - used):
                 dst[r, used + c] = T.int8(0)
             for g in T.serial(groups):
+                for lane in T.vectorized(LANES):
+                    part[lane] = 0
+                for c in T.serial(padded // groups // LANES):
+                    for lane in T.vectorized(LANES):
+                        part[lane] = part[lane] + T.Cast("int32", dst[r, g * (padded // groups) + c * LANES + lane])
                 count[0] = 0
-                for c in T.serial(padded // groups):
-                    count[0] = count[0] + T.Cast("int32", dst[r, g * (padded // groups) + c])
+                for lane in T.serial(LANES):
+                    count[0] = count[0] + part[lane]
                 sums[r, g] = count[0] * tiles.zero
 
         @T.inline
