@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ _CLIPS = tuple(1.12 - 0.06 * i for i in range(10))
 _REFINED = 2
 #: Elements that are quantized at once: they stay in a core's cache while the candidates are tried.
 _CHUNK = 1 << 16
+#: Groups of 32 rows that are laid out at once: what that takes beside the weights stays far below one expert.
+_GROUPS = 4
 
 
 @dataclass(frozen=True)
@@ -210,24 +213,28 @@ def unpack(words: torch.Tensor, scale: torch.Tensor | None, scheme: str) -> torc
 
 
 def _pack_rows(rows: torch.Tensor, scheme: str, group: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Words and scales ``[groups, S, 32]`` of padded rows ``[groups * 32, K]``."""
+    """Words, and scales ``[groups, S, 32]`` if any, of padded rows ``[groups * 32, K]``."""
     if scheme in _FLOAT:
         return _words(rows.to(_FLOAT[scheme]), scheme), None
     stored, scale = _quantize(rows, scheme, group)
     return _words(stored, scheme), scale.view(rows.shape[0] // 32, 32, -1).transpose(1, 2).contiguous()
 
 
-def _pack_expert(w13: torch.Tensor, w2: torch.Tensor, scheme: str, group: int) -> tuple[torch.Tensor | None, ...]:
-    inner, hidden = w2.shape[1], w2.shape[0]
-    step = STEP[scheme]
-    padded_inner, padded_hidden = _ceil(inner, step), _ceil(hidden, step)
-    first = w13.new_zeros(2, padded_inner, padded_hidden)
-    first[:, :inner, :hidden] = w13.view(2, inner, hidden)
-    # Groups of 16 gate and 16 up columns.
-    first = first.view(2, padded_inner // 16, 16, padded_hidden).transpose(0, 1).reshape(2 * padded_inner, padded_hidden)
-    second = w2.new_zeros(_ceil(hidden, 32), padded_inner)
-    second[:hidden, :inner] = w2
-    return *_pack_rows(first, scheme, group), *_pack_rows(second, scheme, group)
+def _gate_up_rows(gate: torch.Tensor, up: torch.Tensor, first: int, last: int, padded: int) -> torch.Tensor:
+    """Padded rows of groups `first` to `last` of one expert's first product: 16 rows of each ``[I, D]`` in turn."""
+    rows = gate.new_zeros(2, (last - first) * 16, padded)
+    for half, weights in zip(rows, (gate, up), strict=True):
+        part = weights[first * 16 : last * 16]
+        half[: part.shape[0], : part.shape[1]] = part
+    return rows.view(2, last - first, 16, padded).transpose(0, 1).reshape(-1, padded)
+
+
+def _down_rows(w2: torch.Tensor, first: int, last: int, padded: int) -> torch.Tensor:
+    """Padded rows of groups `first` to `last` of one expert's ``[D, I]``: 32 each."""
+    part = w2[first * 32 : last * 32]
+    rows = w2.new_zeros((last - first) * 32, padded)
+    rows[: part.shape[0], : part.shape[1]] = part
+    return rows
 
 
 def _check(w13: torch.Tensor, w2: torch.Tensor, scheme: str, group: int) -> None:
@@ -323,11 +330,19 @@ def _pack(
     scale13, scale2 = (large_pages.empty(*wanted[name]) if name in wanted else None for name in ("w13_scale", "w2_scale"))
 
     def pack_one(expert: int) -> None:
-        first, first_scale, second, second_scale = _pack_expert(w13[expert], w2[expert], scheme, group)
-        # In place, expert e's words end before expert e + 1's weights begin.
-        for destination, value in ((words13, first), (words2, second), (scale13, first_scale), (scale2, second_scale)):
-            if destination is not None and value is not None:
-                destination[expert] = value
+        gate, up = w13[expert].view(2, inner, hidden)
+        # In place, words overwrite weights that were read for groups before; but gate rows stand before all up rows.
+        gate = gate.clone() if in_place else gate
+        for rows, words, scale, padded in (
+            (partial(_gate_up_rows, gate, up), words13, scale13, _ceil(hidden, STEP[scheme])),
+            (partial(_down_rows, w2[expert]), words2, scale2, _ceil(inner, STEP[scheme])),
+        ):
+            for start in range(0, words.shape[1], _GROUPS):
+                stop = min(start + _GROUPS, words.shape[1])
+                part, factors = _pack_rows(rows(start, stop, padded), scheme, group)
+                words[expert, start:stop] = part
+                if scale is not None:
+                    scale[expert, start:stop] = factors
 
     bar: Callable[..., Any] = lambda it: tqdm(it, total=experts, desc=f"pack {scheme}", disable=None if progress else True)  # noqa: E731
     if in_place or jobs == 1:

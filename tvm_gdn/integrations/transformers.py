@@ -188,10 +188,10 @@ def patch(model: nn.Module, *, operators: Iterable[str] | None = None, pack: str
     """Serve a model's Gated DeltaNet layers, routers and experts with tvm_gdn, for good or inside a ``with`` block.
 
     Convolution, gates, delta rule and gated norm run compiled, for prompts and decode steps; a decode step of one sequence on a
-    CPU runs from the convolution to the norm as one operator, where all of these are chosen. A decode step updates the recurrent
-    state in the cache's own tensor where the cache is one of transformers' classes (those copy the new state into that tensor
-    anyway, so beam search, reordering and reset behave as before); with any other cache class a new state tensor is returned. A
-    step that would need gradients runs transformers' own functions, with one log line that says so.
+    CPU runs from the convolution to the recurrence as one operator, where all of these are chosen. A decode step updates the
+    recurrent state in the cache's own tensor where the cache is one of transformers' classes (those copy the new state into that
+    tensor anyway, so beam search, reordering and reset behave as before); with any other cache class a new state tensor is
+    returned. A step that would need gradients runs transformers' own functions, with one log line that says so.
 
     Packed sequences work: several in one row ``input_ids [1, tokens]``, with their bounds in ``cu_seq_lens_q [N + 1]`` or the
     number of each token's sequence in ``seq_idx [1, tokens]``. Position ids that start again in each sequence are added where
