@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from compilers import needs_cxx
 
 from tvm_gdn import build, code_object, dispatch, images, kernel_cache, pack, parity, torch_modules
 from tvm_gdn.commands.arguments import geometry_of_case
@@ -122,6 +123,7 @@ class _Loader:
         return types.SimpleNamespace(func=handle)
 
 
+@needs_cxx
 def test_the_pack_goes_through_torchs_module_loader(tmp_path, monkeypatch):
     monkeypatch.setenv("TVM_GDN_TARGET", "emulated:rocm-gfx942")
     target = resolve("emulated:rocm-gfx942")

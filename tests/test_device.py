@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from compilers import needs_cxx
 
 from tvm_gdn import build, cases, check, device, dispatch, env, images, kernel_cache, load, pack, parity, schedule
 from tvm_gdn.commands.arguments import geometry_of_case
@@ -84,6 +85,7 @@ def emulated(monkeypatch):
     dispatch.reset()
 
 
+@needs_cxx
 @pytest.mark.parametrize(
     ("op", "case"),
     [
@@ -103,6 +105,7 @@ def test_emulated_device_code_meets_the_reference(emulated, op, case):
         assert parity.rms_ratio(torch.zeros_like(value), value) > 0.5, name
 
 
+@needs_cxx
 @pytest.mark.parametrize(
     ("op", "case"),
     [
@@ -123,6 +126,7 @@ def test_emulated_matrix_units_of_wide_waves_meet_the_reference(monkeypatch, op,
         dispatch.reset()
 
 
+@needs_cxx
 def test_a_pool_at_an_odd_address_is_no_misaligned_access(emulated):
     arguments = cases.draw(OPS[DECODE], {**SMALL, "dtype": "float32"})
     want = parity.expected(OPS[DECODE], arguments)
@@ -133,6 +137,7 @@ def test_a_pool_at_an_odd_address_is_no_misaligned_access(emulated):
     assert all(errors[name] <= limits[name] for name in limits)
 
 
+@needs_cxx
 def test_an_empty_batch_launches_nothing(emulated):
     arguments = cases.draw(OPS[GATING], {"M": 4, "HV": 3, "dtype": "float32"})
     empty = {**arguments, "a": arguments["a"][:0], "b": arguments["b"][:0]}
@@ -168,6 +173,7 @@ def test_source_in_place_of_machine_code_is_refused(tmp_path):
         images.check(tmp_path / "other.cubin", "cubin")
 
 
+@needs_cxx
 def test_pack_for_another_architecture_is_refused_with_what_differs(emulated, tmp_path, monkeypatch):
     geometry = geometry_of_case(OPS[GATING], OPS[GATING].cases[0])
     kernel_cache.compile_pack(tmp_path / "pack", [build.Request(OPS[GATING], geometry)], emulated)
@@ -186,6 +192,7 @@ def test_pack_for_another_architecture_is_refused_with_what_differs(emulated, tm
     pack.check_device(found)
 
 
+@needs_cxx
 def test_a_driver_that_is_not_there_is_an_error(emulated, tmp_path):
     geometry = geometry_of_case(OPS[GATING], OPS[GATING].cases[0])
     kernel_cache.compile_pack(tmp_path / "pack", [build.Request(OPS[GATING], geometry)], emulated)

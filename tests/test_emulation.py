@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compilers import needs_cxx
 
 from tvm_gdn import build, images, load, pack, parity, torch_ops
 from tvm_gdn.cases import draw
@@ -71,6 +72,7 @@ def launched(image, name, seed, monkeypatch):
     return x, y
 
 
+@needs_cxx
 @pytest.mark.parametrize("target", ["cuda-sm80", "rocm-gfx942", "musa-mp22"])
 def test_warps_have_the_size_of_the_target(tmp_path, monkeypatch, target):
     warp = WARPS[target]
@@ -86,6 +88,7 @@ def test_warp_sizes_of_targets():
         assert dict(resolve(f"emulated:{target}").codegen)["thread_warp_size"] == warp
 
 
+@needs_cxx
 def test_a_deleted_barrier_shows(tmp_path, monkeypatch):
     image = compiled(tmp_path, REVERSE, "reverse", "cuda-sm80")
     broken = compiled(tmp_path, REVERSE.replace("  __syncthreads();\n", ""), "reverse", "cuda-sm80")
@@ -96,6 +99,7 @@ def test_a_deleted_barrier_shows(tmp_path, monkeypatch):
         assert not torch.equal(y.nan_to_num(-1), x.flip(0))
 
 
+@needs_cxx
 def test_a_barrier_that_not_all_threads_reach_ends_the_process(tmp_path):
     image = compiled(tmp_path, DIVERGENT, "reverse", "cuda-sm80")
     program = (
@@ -141,6 +145,7 @@ def test_a_barrier_deleted_from_a_real_kernel_shows(tmp_path):
     assert not all(holds(source[:start] + source[end:]) for start, end in taken)
 
 
+@needs_cxx
 @pytest.mark.parametrize("size", [8, 5])
 def test_a_fragment_outside_of_its_registers_ends_the_process(tmp_path, size):
     """On devices what is written behind an array's end is dropped; alignment hides it here unless it is looked for."""

@@ -10,6 +10,7 @@ import subprocess
 
 import pytest
 import torch
+from compilers import needs_cxx
 
 import tvm_gdn
 from tvm_gdn import cli, dispatch, parity, reference, reference_moe, schedule, target
@@ -629,6 +630,7 @@ GPU_MORE = [
 ]
 
 
+@needs_cxx
 @pytest.mark.parametrize(
     ("form", "suffix", "op", "dims"), [*GPU_KERNELS, *(pytest.param(*kernel, marks=pytest.mark.slow) for kernel in GPU_MORE)]
 )
@@ -661,6 +663,7 @@ def test_gpu_languages_name_algorithms_that_have_a_schedule():
             assert schedule.find_space(algorithm, target.resolve(gpu_source.LANGUAGES[language][1]))
 
 
+@needs_cxx
 def test_a_wrong_launch_description_fails(tmp_path):
     """The description takes part in the verification: two strides in turn, half of the blocks, another order of pointers."""
     wanted = request("rms_norm_gated", "D=33,dtype=float32")

@@ -11,6 +11,7 @@ import subprocess
 
 import pytest
 import torch
+from compilers import needs_cxx
 from test_moe_experts import LIMIT, E, error, loop, make
 
 import tvm_gdn
@@ -54,12 +55,14 @@ def check_numbers(dtype, packed, hidden, inner, counts):
     assert "emulated" in dispatch.served_by("fused_experts_packed" if packed else "fused_experts")
 
 
+@needs_cxx
 def test_numbers(on):
     """Few rows per expert and many, D and I no multiples of a tile; rows in pieces of 16 bytes."""
     on("cuda-sm80")
     check_numbers(torch.bfloat16, False, 104, 40, (1, 5, 63))
 
 
+@needs_cxx
 def test_routing_at_its_extremes(on):
     """No tokens, nobody routed, padding inside, all tokens to one expert, one expert twice: the same kernel for all."""
     on("cuda-sm80")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, call, draw, every_case, function, same_bits
+from compilers import needs_cxx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tvm_gdn
@@ -94,6 +95,7 @@ def test_compile_fullgraph_equals_eager(kernel):
             assert same_bits(a[tensor.name], before[tensor.name])
 
 
+@needs_cxx
 @pytest.mark.parametrize("kernel", [CALLS["update"], CALLS["recurrent"]], ids=["update", "recurrent"])
 def test_inductor_with_symbolic_sizes(kernel):
     op, case = kernel
