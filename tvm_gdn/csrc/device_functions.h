@@ -208,8 +208,20 @@ static __device__ __forceinline__ float tvm_gdn_half_of(unsigned pair, int which
   both.bits = which ? pair & 0xffff0000u : pair << 16;
   return both.value;
 }
+// Without the vendor's fp16 header, which kernels of other dtypes do not include.
 static __device__ __forceinline__ float tvm_gdn_fp16_of(unsigned pair, int which) {
-  return __half2float(__ushort_as_half((unsigned short)(which ? pair >> 16 : pair & 0xffffu)));
+  const unsigned half = which ? pair >> 16 : pair & 0xffffu, exponent = half >> 10 & 31, digits = half & 0x3ff;
+  union {
+    unsigned bits;
+    float value;
+  } both;
+  if (exponent) {
+    both.bits = (exponent == 31 ? 255 : exponent + 112) << 23 | digits << 13;
+  } else {
+    both.value = digits * 5.9604644775390625e-8f;  // 2^-24
+  }
+  both.bits |= (half & 0x8000u) << 16;
+  return both.value;
 }
 template <float (*NUMBER)(unsigned, int), int NC, int NA, int NB>
 static __device__ __forceinline__ int tvm_gdn_products(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
