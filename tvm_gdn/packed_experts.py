@@ -341,7 +341,7 @@ def _pack(
                 stop = min(start + _GROUPS, words.shape[1])
                 part, factors = _pack_rows(rows(start, stop, padded), scheme, group)
                 words[expert, start:stop] = part
-                if scale is not None:
+                if scale is not None and factors is not None:
                     scale[expert, start:stop] = factors
 
     bar: Callable[..., Any] = lambda it: tqdm(it, total=experts, desc=f"pack {scheme}", disable=None if progress else True)  # noqa: E731
