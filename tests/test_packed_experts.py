@@ -59,9 +59,12 @@ def test_quantization_error(scheme, group, limit):
         assert limit / 3 < rms(got, want) < limit
 
 
-@pytest.mark.parametrize("scheme", STEP)
-def test_in_place_and_threads_change_nothing(scheme):
-    w13, w2 = weights(5, 256, 128, torch.float32)
+@pytest.mark.parametrize(
+    ("scheme", "hidden", "inner"),
+    [*((scheme, 256, 128) for scheme in STEP), *((scheme, 65, 129) for scheme in ("int8", "int4", "int4_kgroup"))],
+)
+def test_in_place_and_threads_change_nothing(scheme, hidden, inner):
+    w13, w2 = weights(5, hidden, inner, torch.float32)
     want = pack_experts(w13, w2, scheme, jobs=1)
     threaded = pack_experts(w13, w2, scheme, jobs=3)
     first, second = w13.clone(), w2.clone()
