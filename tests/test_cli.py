@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import environment
 
 import tvm_gdn
 from tvm_gdn import cli, dispatch, env, pack, parity
@@ -382,7 +383,7 @@ def test_parity_passes_and_fails_loudly(capsys, monkeypatch, tmp_path):
 
     table = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "op_table.py"), str(file)],
-        capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True, env=environment(),
     ).stdout  # fmt: skip
     row = next(line for line in table.splitlines() if line.startswith(f"| `{GATING}`"))
     assert "works (4 cases" in row

@@ -1,12 +1,12 @@
 """On a CUDA device: streams, graphs, no waiting, errors. Skipped where there is none; parity is `test_device.py`'s."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import environment
 
 from tvm_gdn import cases, device, dispatch, parity
 from tvm_gdn.ops import OPS
@@ -56,7 +56,7 @@ def cuda_target(monkeypatch):
 
 def test_graph_capture_of_the_very_first_call():
     parity.check_case(DECODE, CASE, device="cuda")  # compiled and in the cache; the module is not loaded in the new process
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), "TVM_GDN_DISABLE_JIT": "1"}
+    env = environment(TVM_GDN_DISABLE_JIT="1")
     done = subprocess.run([sys.executable, "-c", COLD.format(case=CASE)], env=env, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["replayed"], done.stderr
 

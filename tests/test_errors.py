@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, bits, call, draw, function
+from processes import environment
 from torch import tensor
 
 from tvm_gdn import cases, dispatch, parity
@@ -349,7 +349,7 @@ def test_a_read_only_pool_is_refused(warm):
     code = textwrap.dedent(READ_ONLY).format(tests=str(Path(__file__).parent), case=POOLED, warm=warm)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env=environment(),
     )  # fmt: skip
     assert done.stdout.split() == ["refused", "written"], (done.returncode, done.stderr[-2000:])
 

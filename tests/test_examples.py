@@ -1,12 +1,12 @@
 """Every example runs as its docstring says, and its printed numbers are within the limits that it prints beside them."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECK = re.compile(
@@ -27,10 +27,9 @@ CHECKS = {
 def test_example_checks_its_own_numbers(name):
     if name == "transformers_patch":
         pytest.importorskip("transformers.models.qwen3_next")
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, f"examples/{name}.py"],
-        capture_output=True, text=True, cwd=ROOT, check=False, env={**os.environ, "PYTHONPATH": path},
+        capture_output=True, text=True, cwd=ROOT, check=False, env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = {match["what"]: (float(match["number"]), float(match["limit"])) for match in CHECK.finditer(done.stdout)}

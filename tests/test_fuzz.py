@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import environment
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.append(str(TOOLS))
@@ -24,14 +24,13 @@ KERNELS = [(kernel.spec, kernel.geometry) for kernel in DRAWN]
 
 
 def run(*options):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     return subprocess.run(
         [sys.executable, TOOLS / "fuzz.py", "--kernels", "1", *map(str, options)],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
-        env=environment,
+        env=environment(),
     )
 
 
@@ -91,14 +90,13 @@ def test_the_fuzzer_sees(kind, tmp_path):
     )
     script.write_text(source)
     (tmp_path / "child.py").write_text(wrapper)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TOOLS), *filter(None, sys.path)])}
     done = subprocess.run(
         [sys.executable, script, "--kernels", "1", "--calls", "8", "--seed", "0", "--timeout", "2"],
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
-        env=environment,
+        env=environment(TOOLS),
     )
     assert done.returncode == 1, done.stdout + done.stderr
     # Every child is sabotaged at its sixth call: the first at call 5; the second makes calls 6 and 7.

@@ -13,6 +13,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from filelock import FileLock
@@ -44,7 +45,7 @@ def small_pack(tmp_path_factory):
 
 
 def call(cache: Path, *, packs: Path | None = None, disable_jit: bool = False, op: str = SPEC.name, case=CASE, **environment):
-    env = {**os.environ, "TVM_GDN_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "TVM_GDN_TARGET": "auto", **environment}
+    env = processes.environment(**{"TVM_GDN_CACHE_DIR": str(cache), "TVM_GDN_TARGET": "auto", **environment})
     if packs:
         env["TVM_GDN_PACK_PATH"] = str(packs)
     if disable_jit:
@@ -319,7 +320,7 @@ def test_other_sources_are_not_loaded(small_pack, tmp_path):
 
 def test_two_first_calls_compile_once(tmp_path):
     cache = tmp_path / "cache"
-    env = {**os.environ, "TVM_GDN_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "TVM_GDN_TARGET": "auto"}
+    env = processes.environment(TVM_GDN_CACHE_DIR=str(cache), TVM_GDN_TARGET="auto")
     source = CALL.format(op="fused_gdn_gating", case={"M": 3, "HV": 4, "dtype": "bfloat16"})
     running = [
         subprocess.Popen([sys.executable, "-c", source], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -22,7 +22,9 @@ def test_every_file_is_a_target():
     for name in target_names():
         spec = named(name)
         assert (spec.name, spec.lineage[0], spec.text) == (name, name, name)
-        assert hash(spec) == hash(resolve(name))
+        found = resolve(name)  # a family's name, such as cuda, stands for its member that is present
+        assert name in found.lineage
+        hash(found)
 
 
 def test_json_targets_are_named_after_what_they_generate():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from calls import POOL, RECURRENT, SIGMOID, UPDATE, call, check, draw, same_bits
@@ -62,7 +62,7 @@ def run(code, timeout=240, **environment):
     """Run code in a fresh process; what it prints."""
     done = subprocess.run(
         [sys.executable, "-c", TOOLS + textwrap.dedent(code)], capture_output=True, text=True, timeout=timeout, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment},
+        env=processes.environment(**environment),
     )  # fmt: skip
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-3000:])
     return done.stdout.split()
