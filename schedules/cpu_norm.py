@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tvm_gdn.schedules.cpu import CpuTiles, sum_lanes
+from tvm_gdn.schedules.whole_rows import WholeRows
 
 
-class NormTiles(CpuTiles):
+class NormTiles(WholeRows, CpuTiles):
     """Row blocks of the gated norm.
 
     Parameters

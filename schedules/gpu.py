@@ -31,6 +31,9 @@ class WarpTiles:
     #: Workers of a block that run side by side, each on a warp of its own.
     group = 1
 
+    #: Whether device code may call C functions; vectors are the code generator's own otherwise.
+    functions = True
+
     def __init__(self, warp: int) -> None:
         self.warp = warp
         self.lane: Any = None
@@ -80,13 +83,58 @@ class WarpTiles:
         """fp32 scratch scalars, one set per thread."""
         return T.alloc_buffer((count,), "float32", scope="local")
 
+    def _take(self, buffer: Any, index: tuple[Any, ...], count: int, vector: bool, put: Any) -> None:
+        """Call ``put(lane, value)`` for `count` neighbouring elements of memory in fp32: a vector, or element by element."""
+        raw, (*outer, first) = buffer, index
+        if vector and self.functions:
+            raw, outer, first = T.alloc_buffer((count,), buffer.dtype, scope="local"), [], 0
+            move(T.address_of(raw[0]), T.address_of(buffer[index]), count * itemsize(buffer))
+        with (T.vectorized if vector and not self.functions else T.unroll)(count) as lane:
+            put(lane, T.Cast("float32", raw[(*outer, first + lane)]))
+
+    def _give(self, buffer: Any, index: tuple[Any, ...], count: int, vector: bool, get: Any) -> None:
+        """Write ``get(lane)``, fp32 numbers, to `count` neighbouring elements of memory."""
+        raw, (*outer, first) = buffer, index
+        if vector and self.functions:
+            raw, outer, first = T.alloc_buffer((count,), buffer.dtype, scope="local"), [], 0
+        with (T.vectorized if vector and not self.functions else T.unroll)(count) as lane:
+            T.buffer_store(raw, T.Cast(buffer.dtype, get(lane)), [*outer, first + lane])
+        if raw is not buffer:
+            move(T.address_of(buffer[index]), T.address_of(raw[0]), count * itemsize(buffer))
+
+
+def itemsize(buffer: Any) -> int:
+    """Bytes of a buffer's element."""
+    return 4 if str(buffer.dtype).endswith("32") else 2
+
 
 def aligned(buffer: Any, *index: Any, elements: int) -> Any:
     """Whether a vector of so many elements may be read or written at an element of a buffer; of single ones False, known now."""
     if elements == 1:
         return False
-    size = elements * (4 if str(buffer.dtype).endswith("32") else 2)
-    return T.call_extern("bool", "tvm_gdn_aligned", T.address_of(buffer[index]), size)
+    return T.call_extern("bool", "tvm_gdn_aligned", T.address_of(buffer[index]), elements * itemsize(buffer))
+
+
+#: C functions that move so many aligned bytes. TVM's generator of CUDA C loads a vector where it can prove an index a multiple of the
+#: vector's length, as no slot's is, and reads element by element otherwise.
+MOVES = {4: "tvm_gdn_move_4", 8: "tvm_gdn_move_8", 16: "tvm_gdn_move"}
+
+
+def either(condition: Any, emit: Any) -> None:
+    """``emit(condition)``, for both outcomes where it is not known yet."""
+    if isinstance(condition, bool):
+        emit(condition)
+        return
+    with T.If(condition):
+        with T.Then():
+            emit(True)
+        with T.Else():
+            emit(False)
+
+
+def move(to: Any, source: Any, size: int) -> None:
+    """Move aligned bytes from one address to another."""
+    T.evaluate(T.call_extern("int32", MOVES[size], to, source))
 
 
 class RecurrentWarpTiles(WarpTiles):
@@ -104,22 +152,34 @@ class RecurrentWarpTiles(WarpTiles):
         Workers per block. Neighbours read neighbouring columns of the same rows, at the same time when they share a block.
     widest : int
         Elements that move at once at most; 1 for languages without vectors in memory.
+    functions : bool
+        Whether device code may call C functions; vectors are the code generator's own otherwise.
     """
 
     direct = False
 
     def __init__(
-        self, K: int, V: int, *, row_lanes: int, column_lanes: int, columns: int, v_first: bool, group: int = 1, widest: int = 4
+        self,
+        K: int,
+        V: int,
+        *,
+        row_lanes: int,
+        column_lanes: int,
+        columns: int,
+        v_first: bool,
+        group: int = 1,
+        widest: int = 4,
+        functions: bool = True,
     ) -> None:
         super().__init__(row_lanes * column_lanes)
-        self.widest = widest
+        self.widest, self.functions = widest, functions
         self.group = group
         self.K, self.V, self.v_first = K, V, v_first
         self.columns, self.column_lanes, self.row_lanes = columns, column_lanes, row_lanes
         self.v_tile = column_lanes * columns
         self.row_count = K // self.row_lanes
         self.row_group = math.gcd(widest, self.row_count)
-        self.load, self.store, self.zero = self._load(), self._store(), self._zero()
+        self.zero = self._zero()
         self.sum_rows = self._sum_rows()
         self.dot, self.gemv, self.ger_gemv = self._dot(), self._gemv(), self._ger_gemv()
 
@@ -146,20 +206,16 @@ class RecurrentWarpTiles(WarpTiles):
         *outer, first = index
         group = self.row_group
 
-        def copy(vector: Any) -> None:
+        def copy(vector: bool) -> None:
             with T.unroll(self.row_count // group) as io:
-                with vector(group) as ii:
-                    value = buffer[(*outer, first + self.row(io * group) + ii)]
-                    T.buffer_store(dst, T.Cast("float32", value), [io * group + ii])
+                self._take(
+                    buffer, (*outer, first + self.row(io * group)), group, vector, lambda lane, x: put(io * group + lane, x)
+                )
 
-        if group == 1:
-            copy(T.unroll)
-            return
-        with T.If(aligned(buffer, *outer, first + self.row(0), elements=group)):
-            with T.Then():
-                copy(T.vectorized)
-            with T.Else():
-                copy(T.unroll)
+        def put(at: Any, value: Any) -> None:
+            T.buffer_store(dst, value, [at])
+
+        either(aligned(buffer, *outer, first + self.row(0), elements=group), copy)
 
     def k_vector(self) -> Any:
         """This thread's share of an fp32 vector along K."""
@@ -180,62 +236,42 @@ class RecurrentWarpTiles(WarpTiles):
             (self.K, self.v_tile), buffer.dtype, data=buffer.data, elem_offset=offset + j0 * strides[1], strides=strides
         )
 
-    def _load(self) -> Any:
-        row, col, rows, columns, v_first = self.row, self.col, self.row_count, self.columns, self.v_first
-        group, width = self.row_group, self._width
+    def load(self, W: Any, view: Any) -> None:
+        """Read this thread's share of a state tile."""
 
-        @T.inline
-        def copy(W, view, lanes, vector):
-            if v_first:
-                for j in T.unroll(columns):
-                    for io in T.unroll(rows // lanes):
-                        for ii in vector(lanes):
-                            W[io * lanes + ii, j] = T.Cast("float32", view[row(io * lanes) + ii, col(j)])
-            else:
-                for i in T.unroll(rows):
-                    for jo in T.unroll(columns // lanes):
-                        for ji in vector(lanes):
-                            W[i, jo * lanes + ji] = T.Cast("float32", view[row(i), col(jo * lanes) + ji])
+        def copy(vector: bool) -> None:
+            for place, index, count in self._vectors(view):
+                self._take(view, index, count, vector, lambda lane, x, place=place: T.buffer_store(W, x, place(lane)))
 
-        @T.inline
-        def load(W, view):
-            if aligned(view, row(0), col(0), elements=width(view, group)):
-                copy(W, view, width(view, group), T.vectorized)
-            else:
-                copy(W, view, width(view, group), T.unroll)
+        either(self._fits(view), copy)
 
-        return load
+    def store(self, view: Any, W: Any) -> None:
+        """Write this thread's share of a state tile."""
 
-    def _width(self, view: Any, group: int) -> int:
-        """Elements that move at once: four (the CUDA generator has no longer vectors of 16 bits), or what a thread has."""
-        del view
-        return math.gcd(self.widest, group if self.v_first else self.columns)
+        def copy(vector: bool) -> None:
+            for place, index, count in self._vectors(view):
+                self._give(view, index, count, vector, lambda lane, place=place: W[tuple(place(lane))])
 
-    def _store(self) -> Any:
-        row, col, rows, columns, v_first = self.row, self.col, self.row_count, self.columns, self.v_first
-        group, width = self.row_group, self._width
+        either(self._fits(view), copy)
 
-        @T.inline
-        def copy(view, W, lanes, vector):
-            if v_first:
-                for j in T.unroll(columns):
-                    for io in T.unroll(rows // lanes):
-                        for ii in vector(lanes):
-                            view[row(io * lanes) + ii, col(j)] = T.Cast(view.dtype, W[io * lanes + ii, j])
-            else:
-                for i in T.unroll(rows):
-                    for jo in T.unroll(columns // lanes):
-                        for ji in vector(lanes):
-                            view[row(i), col(jo * lanes) + ji] = T.Cast(view.dtype, W[i, jo * lanes + ji])
+    def _fits(self, view: Any) -> Any:
+        return aligned(view, self.row(0), self.col(0), elements=self._width(view))
 
-        @T.inline
-        def store(view, W):
-            if aligned(view, row(0), col(0), elements=width(view, group)):
-                copy(view, W, width(view, group), T.vectorized)
-            else:
-                copy(view, W, width(view, group), T.unroll)
+    def _vectors(self, view: Any) -> Any:
+        """This thread's vectors of a tile: where lane i of it stands in registers, its indices in memory, and its length."""
+        width = self._width(view)
+        if self.v_first:
+            for j in range(self.columns):
+                for i in range(0, self.row_count, width):
+                    yield (lambda lane, i=i, j=j: [i + lane, j]), (self.row(i), self.col(j)), width
+        else:
+            for i in range(self.row_count):
+                for j in range(0, self.columns, width):
+                    yield (lambda lane, i=i, j=j: [i, j + lane]), (self.row(i), self.col(j)), width
 
-        return store
+    def _width(self, view: Any) -> int:
+        """Elements that move at once: 16 bytes, or what a thread has."""
+        return math.gcd(min(self.widest, 16 // itemsize(view)), self.row_group if self.v_first else self.columns)
 
     def _zero(self) -> Any:
         rows, columns = self.row_count, self.columns

@@ -10,6 +10,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 from tvm_gdn.schedules.gpu import WarpTiles
+from tvm_gdn.schedules.whole_rows import WholeRows
 
 from tvm_gdn.schedule import NoKnobs, schedule
 from tvm_gdn.spec import Geometry
@@ -31,7 +32,7 @@ class ThreadTiles(WarpTiles):
         return part[0]
 
 
-class NormThreadTiles(ThreadTiles):
+class NormThreadTiles(WholeRows, ThreadTiles):
     """One row per thread."""
 
     rows_per_worker = 1
@@ -59,6 +60,7 @@ class LoopTiles(ThreadTiles):
     """
 
     rows_per_worker = 1
+    #: Tokens and channels of a thread in the convolution.
     tokens, channels = 32, 1
 
     def __init__(self, threads: int = 128) -> None:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from tvm_gdn.schedules.gpu import RecurrentWarpTiles
+from tvm_gdn.schedules.gpu_staged import StagedWarpTiles
 
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
@@ -14,10 +15,11 @@ from tvm_gdn.spec import Geometry
 WARP = 32
 #: fp32 state elements that one thread may hold in registers.
 MAX_ELEMENTS = 128
+#: Where a one-token step has its state.
+PLACES = REGISTERS, SHARED = "registers", "shared"
 
 
 @schedule("recurrent", "cuda")
-@schedule("recurrent", "rocm")
 @schedule("recurrent", "musa")
 @schedule("recurrent", "generic-cuda")
 class RecurrentGpu:
@@ -27,27 +29,36 @@ class RecurrentGpu:
     1 / 8 / 32 / 256: 4.3 / 10.3 / 57.5 / 395 us with 8 x 4 columns; a device copy of the states takes 1.7 / 7.8 / 46.4 / 442.
     """
 
+    #: Whether states may pass through shared memory.
+    stages = True
+
     @staticmethod
     def _fits(geometry: Geometry, lanes: int, columns: int) -> bool:
         K, V = geometry.axis["K"], geometry.axis["V"]
         elements = K // math.gcd(K, WARP // lanes) * columns
         return V % (lanes * columns) == 0 and (elements <= MAX_ELEMENTS or columns == 1)
 
-    @staticmethod
-    def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Threads along V, columns per thread, and workers per block."""
+    @classmethod
+    def placed(cls, geometry: Geometry) -> bool:
+        """Whether there is a choice of where states are during a step."""
+        return cls.stages and "mixed_qkv" in geometry.dtype and "conv_state" not in geometry.dtype
+
+    @classmethod
+    def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
+        """Threads along V, columns per thread, workers per block, and for one-token steps where states are."""
         fits, columns = RecurrentGpu._fits, (1, 2, 4, 8, 16)
         lanes = tuple(n for n in (1, 2, 4, 8, 16, 32) if any(fits(geometry, n, c) for c in columns))
         return {
             "column_lanes": lanes,
             "columns": tuple(c for c in columns if any(fits(geometry, n, c) for n in lanes)),
             "group": (1, 2, 4, 8),
+            **({"place": PLACES} if cls.placed(geometry) else {}),
         }
 
-    @staticmethod
-    def default(geometry: Geometry) -> dict[str, Any]:
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
         """As many threads at work as the shape allows, then 16-byte vectors, then as many threads along V."""
-        knobs = RecurrentGpu.knobs(geometry)
+        knobs = cls.knobs(geometry)
         choices = [
             (n * math.gcd(geometry.axis["K"], WARP // n), -abs(c - 4), n, c)
             for c in knobs["columns"]
@@ -61,11 +72,21 @@ class RecurrentGpu:
             "column_lanes": lanes,
             "columns": columns,
             "group": math.gcd(2, geometry.axis["V"] // (lanes * columns)) if whole else 1,
+            **({"place": REGISTERS} if cls.placed(geometry) else {}),
         }
 
     @staticmethod
-    def tiles(geometry: Geometry, *, column_lanes: int, columns: int, group: int, widest: int = 4) -> RecurrentWarpTiles:
-        """Tile operations in registers; `widest` is no knob: exports to other languages than CUDA C set it to 1."""
+    def tiles(
+        geometry: Geometry,
+        *,
+        column_lanes: int,
+        columns: int,
+        group: int,
+        place: str = REGISTERS,
+        widest: int = 8,
+        functions: bool = True,
+    ) -> RecurrentWarpTiles:
+        """Tile operations; `widest` and `functions` are no knobs: other languages than CUDA C set them."""
         K, V = geometry.axis["K"], geometry.axis["V"]
         if V % (column_lanes * columns):
             raise ValueError(f"{column_lanes} threads of {columns} columns do not divide V = {V}")
@@ -74,13 +95,27 @@ class RecurrentGpu:
             raise ValueError(
                 f"{row_lanes} x {column_lanes} threads of {columns} columns cannot stand {group} to a block at V = {V}"
             )
-        return RecurrentWarpTiles(
-            K,
-            V,
-            group=group,
-            row_lanes=row_lanes,
-            column_lanes=column_lanes,
-            columns=columns,
-            v_first=bool(geometry.attr.get("state_v_first")),
-            widest=widest,
-        )
+        options = {
+            "group": group,
+            "row_lanes": row_lanes,
+            "column_lanes": column_lanes,
+            "columns": columns,
+            "v_first": bool(geometry.attr.get("state_v_first")),
+            "widest": widest,
+            "functions": functions,
+        }
+        if place == SHARED:
+            return StagedWarpTiles(K, V, pool=geometry.dtype["initial_state_source"], **options)
+        return RecurrentWarpTiles(K, V, **options)
+
+
+@schedule("recurrent", "rocm")
+class RecurrentRocm(RecurrentGpu):
+    """Vectors are the code generator's own: it takes no C functions, and has none longer than four of 16 bits."""
+
+    stages = False
+
+    @staticmethod
+    def tiles(geometry: Geometry, *, column_lanes: int, columns: int, group: int) -> RecurrentWarpTiles:
+        """Tile operations in registers."""
+        return RecurrentGpu.tiles(geometry, column_lanes=column_lanes, columns=columns, group=group, widest=4, functions=False)

@@ -17,7 +17,8 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
     geometry : Geometry
         Static axis D (row width), dtypes of x, weight and z, ``norm_before_gate`` and ``activation``.
     tiles : object
-        The target's loops: `workers` over blocks of `rows_per_worker` rows, `vector` elements at once, `sum` of a vector.
+        The target's loops: `workers` over blocks of `rows_per_worker` rows, `vector` elements at once, `sum` of a vector; which
+        pieces of a row a member of a worker has (`turns`, `piece`, `has`), `read` and `write` of one, `total` over all members.
 
     Returns
     -------
@@ -41,61 +42,68 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
         o = T.match_buffer(o_, (M, G, D), data, align=2)
 
         @T.inline
-        def multiply_gate(row, m, g, at, width, sigmoid):
-            """Multiply row[at:] by act(z)."""
+        def multiply_gate(row, m, g, to, at, width, sigmoid):
+            """Multiply row[to:] by act(z)."""
             gate, value = tiles.scalars(width), tiles.scalars(width)
-            for lane in T.vectorized(width):
-                value[lane] = T.Cast("float32", z[m, g, at + lane])
+            tiles.read(value, 0, z, (m, g, at), width)
             for lane in T.vectorized(width):
                 gate[lane] = value[lane]
             sigmoid(gate)
             for lane in T.vectorized(width):
-                row[at + lane] = row[at + lane] * gate[lane]
+                row[to + lane] = row[to + lane] * gate[lane]
             if silu:
                 for lane in T.vectorized(width):
-                    row[at + lane] = row[at + lane] * value[lane]
+                    row[to + lane] = row[to + lane] * value[lane]
 
         @T.inline
-        def load(row, squares, m, g, at, width):
-            """Row[at:] in fp32, gated if the gate comes first; its squares are added to `squares`."""
-            for lane in T.vectorized(width):
-                row[at + lane] = T.Cast("float32", x[m, g, at + lane])
+        def load(row, squares, m, g, to, at, width):
+            """Row[to:] in fp32, gated if the gate comes first; its squares are added to `squares`."""
+            tiles.read(row, to, x, (m, g, at), width)
             if gated and not norm_first:
-                multiply_gate(row, m, g, at, width, sigmoids[width])
+                multiply_gate(row, m, g, to, at, width, sigmoids[width])
             for lane in T.vectorized(width):
-                squares[lane] = squares[lane] + row[at + lane] * row[at + lane]
+                squares[lane] = squares[lane] + row[to + lane] * row[to + lane]
 
         @T.inline
-        def store(row, factor, m, g, at, width):
-            """Normalize, weigh, gate if the gate comes last, and store row[at:]."""
+        def store(row, factor, m, g, to, at, width):
+            """Normalize, weigh, gate if the gate comes last, and store row[to:]."""
+            weights = tiles.scalars(width)
+            tiles.read(weights, 0, weight, (at,), width)
             for lane in T.vectorized(width):
-                row[at + lane] = row[at + lane] * factor[0] * T.Cast("float32", weight[at + lane])
+                row[to + lane] = row[to + lane] * factor[0] * weights[lane]
             if gated and norm_first:
-                multiply_gate(row, m, g, at, width, sigmoids[width])
-            for lane in T.vectorized(width):
-                o[m, g, at + lane] = T.Cast(data, row[at + lane])
+                multiply_gate(row, m, g, to, at, width, sigmoids[width])
+            tiles.write(o, (m, g, at), row, to, width)
 
         pieces: T.let[T.int64] = (M * G + block - 1) // block
         for unit in tiles.workers(pieces):
             for member in tiles.lanes():
+                tiles.enter(member)
                 w: T.let[T.int64] = T.Cast("int64", tiles.worker(unit, member))
                 if tiles.inside(w, pieces):
                     for r in T.serial(T.min(T.int64(block), M * G - w * block)):
                         m: T.let[T.int64] = (w * block + r) // G
                         g: T.let[T.int64] = (w * block + r) % G
-                        row, squares, tail, factor = tiles.scalars(D), tiles.scalars(lanes), tiles.scalars(1), tiles.scalars(1)
+                        row, squares = tiles.scalars(tiles.turns(full) * lanes + tiles.turns(rest)), tiles.scalars(lanes)
+                        tail, factor = tiles.scalars(1), tiles.scalars(1)
                         for lane in T.vectorized(lanes):
                             squares[lane] = T.float32(0)
                         tail[0] = T.float32(0)
-                        for i in T.serial(full):
-                            load(row, squares, m, g, i * lanes, lanes)
-                        for i in T.serial(rest):
-                            load(row, tail, m, g, full * lanes + i, 1)
+                        for i in tiles.every(tiles.turns(full)):
+                            if tiles.has(i, full):
+                                load(row, squares, m, g, i * lanes, tiles.piece(i) * lanes, lanes)
+                        for i in tiles.every(tiles.turns(rest)):
+                            if tiles.has(i, rest):
+                                load(row, tail, m, g, tiles.turns(full) * lanes + i, full * lanes + tiles.piece(i), 1)
                         factor[0] = tiles.sum(squares, lanes)
-                        factor[0] = T.float32(1) / T.sqrt((factor[0] + tail[0]) * T.float32(1 / D) + eps)
-                        for i in T.serial(full):
-                            store(row, factor, m, g, i * lanes, lanes)
-                        for i in T.serial(rest):
-                            store(row, factor, m, g, full * lanes + i, 1)
+                        factor[0] = factor[0] + tail[0]
+                        tiles.total(factor)
+                        factor[0] = T.float32(1) / T.sqrt(factor[0] * T.float32(1 / D) + eps)
+                        for i in tiles.every(tiles.turns(full)):
+                            if tiles.has(i, full):
+                                store(row, factor, m, g, i * lanes, tiles.piece(i) * lanes, lanes)
+                        for i in tiles.every(tiles.turns(rest)):
+                            if tiles.has(i, rest):
+                                store(row, factor, m, g, tiles.turns(full) * lanes + i, full * lanes + tiles.piece(i), 1)
 
     return kernel
