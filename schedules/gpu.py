@@ -115,8 +115,8 @@ def aligned(buffer: Any, *index: Any, elements: int) -> Any:
     return T.call_extern("bool", "tvm_gdn_aligned", T.address_of(buffer[index]), elements * itemsize(buffer))
 
 
-#: C functions that move so many aligned bytes. TVM's generator of CUDA C loads a vector where it can prove an index a multiple of the
-#: vector's length, as no slot's is, and reads element by element otherwise.
+#: C functions that move so many aligned bytes. TVM's generator of CUDA C loads a vector where it can prove an index a multiple
+#: of the vector's length, as no slot's is, and reads element by element otherwise.
 MOVES = {4: "tvm_gdn_move_4", 8: "tvm_gdn_move_8", 16: "tvm_gdn_move"}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tvm_gdn import direct
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.ops import draws
 from tvm_gdn.ops.arguments import (
@@ -276,10 +277,8 @@ def fused_recurrent_gated_delta_rule_update(
         final_state,
     )
     if is_one_token_batch(q, cu_seqlens):
-        return tokens_first(
-            torch.ops.tvm_gdn.fused_recurrent_gated_delta_rule_update(*map(tokens_first, (q, k, v, g, beta)), *args)
-        )
-    return torch.ops.tvm_gdn.fused_recurrent_gated_delta_rule_update(q, k, v, g, beta, *args)
+        return tokens_first(direct.call.fused_recurrent_gated_delta_rule_update(*map(tokens_first, (q, k, v, g, beta)), *args))
+    return direct.call.fused_recurrent_gated_delta_rule_update(q, k, v, g, beta, *args)
 
 
 @forward_only
@@ -344,7 +343,7 @@ intermediate_states_buffer, intermediate_state_indices, cache_steps, retrieve_pa
         a = a.unsqueeze(0)
     if isinstance(b, torch.Tensor) and b.ndim == 2:
         b = b.unsqueeze(0)
-    o = torch.ops.tvm_gdn.fused_sigmoid_gating_delta_rule_update(
+    o = direct.call.fused_sigmoid_gating_delta_rule_update(
         A_log,
         a,
         dt_bias,
@@ -418,7 +417,7 @@ def packed_decode_gated_delta_rule(
     -----
     Source: Gated Delta Networks (arXiv:2412.06464), in the packed form of SGLang's decode path.
     """
-    return torch.ops.tvm_gdn.packed_decode_gated_delta_rule(
+    return direct.call.packed_decode_gated_delta_rule(
         mixed_qkv,
         a,
         b,

@@ -1,0 +1,92 @@
+"""Calls past torch's dispatcher, where it has nothing to do: eager calls on plain tensors that no gradient is asked of.
+
+The dispatcher takes a call's arguments apart and puts them together again, which costs a decode step on a GPU a quarter of its
+time. Whatever it is needed for goes through it: compilation, tracing, modes, transforms, the profiler, subclasses of tensors,
+gradients, and arguments of other types than the schema's, which it converts or refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from tvm_gdn.spec import OpSpec, Tensor
+
+#: Per operator the function to call, with the operator's own arguments.
+call = SimpleNamespace()
+
+_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_SCALARS = {"float": (float,), "int": (int,), "bool": (bool,), "str": (str,)}
+
+
+def _questions() -> dict[str, Callable[[], Any]]:
+    """What is asked of torch before every call; nothing where this version of torch lacks one of them."""
+    functorch = getattr(torch._C, "_functorch", None)
+    found = {
+        "compiling": getattr(torch.compiler, "is_compiling", None),
+        "tracing": getattr(torch._C, "_get_tracing_state", None),
+        "transforms": getattr(functorch, "peek_interpreter_stack", None),
+        "modes": getattr(torch._C, "_len_torch_dispatch_stack", None),
+        "functions": getattr(torch._C, "_is_torch_function_mode_enabled", None),
+        "profiling": getattr(torch.autograd, "_profiler_enabled", None),
+    }
+    return {} if None in found.values() else found  # type: ignore[return-value]
+
+
+def _plain(spec: OpSpec) -> str:
+    """Condition that all arguments have the schema's own types."""
+    parts = []
+    for arg in spec.inputs:
+        test = f"type({arg.name}) in {'tensor' if isinstance(arg, Tensor) else arg.type}s"
+        optional = arg.optional if isinstance(arg, Tensor) else arg.default is None
+        parts.append(f"({arg.name} is None or {test})" if optional else test)
+    return " and ".join(parts)
+
+
+def register(spec: OpSpec, parameters: str, implementations: Mapping[str, Callable[..., Any]]) -> None:
+    """Write out an operator's function from its SPEC.
+
+    Parameters
+    ----------
+    spec : OpSpec
+        The operator, which torch knows already.
+    parameters : str
+        Its Python parameters with their defaults.
+    implementations : mapping
+        Functions of the operator's arguments by torch device type.
+    """
+    operator = getattr(torch.ops.tvm_gdn, spec.name)
+    questions = _questions()
+    if not questions:
+        setattr(call, spec.name, operator)
+        return
+    names = ", ".join(arg.name for arg in spec.inputs)
+    first = next(tensor.name for tensor in spec.tensors if not tensor.optional)
+    gradients = " or ".join(
+        f"({tensor.name} is not None and {tensor.name}.requires_grad)" if tensor.optional else f"{tensor.name}.requires_grad"
+        for tensor in spec.tensors
+    )
+    source = (
+        f"def direct({parameters}):\n"
+        f"    if compiling() or modes() or functions() or profiling() or tracing() is not None or transforms() is not None:\n"
+        f"        return operator({names})\n"
+        f"    if {_plain(spec)}:\n"
+        f"        implementation = implementations.get({first}.device.type)\n"
+        f"        if implementation is None or (grad_enabled() and ({gradients})):\n"
+        f"            return operator({names})\n"
+        f"        return implementation({names})\n"
+        f"    return operator({names})\n"
+    )
+    namespace: dict[str, Any] = {
+        **questions,
+        "operator": operator,
+        "implementations": dict(implementations),
+        "tensors": _TENSORS,
+        "grad_enabled": torch.is_grad_enabled,
+        **{f"{name}s": kinds for name, kinds in _SCALARS.items()},
+    }
+    exec(compile(source, f"<tvm_gdn direct {spec.name}>", "exec"), namespace)  # noqa: S102 - written from SPEC above
+    setattr(call, spec.name, namespace["direct"])
