@@ -204,18 +204,17 @@ class RecurrentWarpTiles(WarpTiles):
     def read(self, dst: Any, buffer: Any, *index: Any) -> None:
         """This thread's share of K elements of a tensor from `index` on, in vectors where the address allows it."""
         *outer, first = index
-        group = self.row_group
+        width = math.gcd(self.row_group, 16 // itemsize(buffer))
 
         def copy(vector: bool) -> None:
-            with T.unroll(self.row_count // group) as io:
-                self._take(
-                    buffer, (*outer, first + self.row(io * group)), group, vector, lambda lane, x: put(io * group + lane, x)
-                )
+            with T.unroll(self.row_count // width) as i:
+                at, value = (*outer, first + self.row(i * width)), lambda lane, x: put(i * width + lane, x)
+                self._take(buffer, at, width, vector, value)
 
         def put(at: Any, value: Any) -> None:
             T.buffer_store(dst, value, [at])
 
-        either(aligned(buffer, *outer, first + self.row(0), elements=group), copy)
+        either(aligned(buffer, *outer, first + self.row(0), elements=width), copy)
 
     def k_vector(self) -> Any:
         """This thread's share of an fp32 vector along K."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from compilers import needs_cxx
 
-from tvm_gdn import build, cases, check, device, dispatch, env, images, kernel_cache, load, pack, parity, schedule
+from tvm_gdn import build, cases, check, device, dispatch, env, images, kernel_cache, load, pack, parity, schedule, torch_ops
 from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.errors import BuildError, PackError, TargetError
 from tvm_gdn.ops import OPS
@@ -124,6 +124,43 @@ def test_emulated_matrix_units_of_wide_waves_meet_the_reference(monkeypatch, op,
     finally:
         monkeypatch.undo()
         dispatch.reset()
+
+
+def with_knobs(target, folder, op, arguments, **knobs):
+    """The operator's function with a kernel of explicit knobs."""
+    spec = OPS[op]
+    geometry = check.geometry_of(spec, arguments)
+    (built,) = build.run_builder([build.Request(spec, geometry, knobs)], target, folder)
+    assert not isinstance(built, BuildError), built
+    pack.write(folder / "pack", target, [], [built], build.build_launcher(folder, target))
+    found = pack.read(folder / "pack")
+    present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
+    kernel = load.load_kernel(found, found.manifest.kernels[0])
+    return torch_ops.call_function(spec, present, geometry.axis, kernel)
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("case", "knobs"),
+    [
+        ({"dtype": "bfloat16", "state_dtype": "float32"}, {"column_lanes": 8, "columns": 4, "group": 2}),
+        ({"dtype": "float32", "state_dtype": "bfloat16"}, {"column_lanes": 4, "columns": 8, "group": 2}),
+        ({"dtype": "bfloat16", "state_dtype": "bfloat16", "state_v_first": True}, {"column_lanes": 8, "columns": 2, "group": 4}),
+    ],
+    ids=lambda value: str(value.get("state_dtype", "")),
+)
+def test_states_that_pass_through_shared_memory(emulated, tmp_path, case, knobs):
+    arguments = cases.draw(OPS[DECODE], {**SMALL, "K": 64, "V": 64, **case})
+    function = with_knobs(emulated, tmp_path, DECODE, arguments, **knobs, place="shared")
+    want = parity.expected(OPS[DECODE], arguments)
+    pool = arguments["initial_state_source"]
+    for odd in (False, True):
+        given = cases.clone(arguments)
+        if odd:
+            given["initial_state_source"] = torch.empty(pool.numel() + 1, dtype=pool.dtype)[1:].view(pool.shape).copy_(pool)
+        errors, limits = parity.compare(OPS[DECODE], parity.run(OPS[DECODE], given, function), want)
+        assert all(errors[name] <= limits[name] for name in limits), (odd, errors)
+    assert all(parity.rms_ratio(torch.zeros_like(value), value) > 0.5 for value in want.values())
 
 
 @needs_cxx
