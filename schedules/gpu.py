@@ -83,24 +83,24 @@ class WarpTiles:
         """fp32 scratch scalars, one set per thread."""
         return T.alloc_buffer((count,), "float32", scope="local")
 
-    def _take(self, buffer: Any, index: tuple[Any, ...], count: int, vector: bool, put: Any) -> None:
-        """Call ``put(lane, value)`` for `count` neighbouring elements of memory in fp32: a vector, or element by element."""
-        raw, (*outer, first) = buffer, index
+    def _take(self, buffer: Any, at: Any, count: int, vector: bool, put: Any) -> None:
+        """Call ``put(lane, value)`` for neighbours ``buffer[at(lane)]`` in fp32: `count` as a vector, or element by element."""
+        raw, place = buffer, at
         if vector and self.functions:
-            raw, outer, first = T.alloc_buffer((count,), buffer.dtype, scope="local"), [], 0
-            move(T.address_of(raw[0]), T.address_of(buffer[index]), count * itemsize(buffer))
+            raw, place = T.alloc_buffer((count,), buffer.dtype, scope="local"), lambda lane: (lane,)
+            move(T.address_of(raw[0]), T.address_of(buffer[at(0)]), count * itemsize(buffer))
         with (T.vectorized if vector and not self.functions else T.unroll)(count) as lane:
-            put(lane, T.Cast("float32", raw[(*outer, first + lane)]))
+            put(lane, T.Cast("float32", raw[place(lane)]))
 
-    def _give(self, buffer: Any, index: tuple[Any, ...], count: int, vector: bool, get: Any) -> None:
-        """Write ``get(lane)``, fp32 numbers, to `count` neighbouring elements of memory."""
-        raw, (*outer, first) = buffer, index
+    def _give(self, buffer: Any, at: Any, count: int, vector: bool, get: Any) -> None:
+        """Write ``get(lane)``, fp32 numbers, to neighbours ``buffer[at(lane)]``."""
+        raw, place = buffer, at
         if vector and self.functions:
-            raw, outer, first = T.alloc_buffer((count,), buffer.dtype, scope="local"), [], 0
+            raw, place = T.alloc_buffer((count,), buffer.dtype, scope="local"), lambda lane: (lane,)
         with (T.vectorized if vector and not self.functions else T.unroll)(count) as lane:
-            T.buffer_store(raw, T.Cast(buffer.dtype, get(lane)), [*outer, first + lane])
+            T.buffer_store(raw, T.Cast(buffer.dtype, get(lane)), list(place(lane)))
         if raw is not buffer:
-            move(T.address_of(buffer[index]), T.address_of(raw[0]), count * itemsize(buffer))
+            move(T.address_of(buffer[at(0)]), T.address_of(raw[0]), count * itemsize(buffer))
 
 
 def itemsize(buffer: Any) -> int:
@@ -208,11 +208,9 @@ class RecurrentWarpTiles(WarpTiles):
 
         def copy(vector: bool) -> None:
             with T.unroll(self.row_count // width) as i:
-                at, value = (*outer, first + self.row(i * width)), lambda lane, x: put(i * width + lane, x)
-                self._take(buffer, at, width, vector, value)
-
-        def put(at: Any, value: Any) -> None:
-            T.buffer_store(dst, value, [at])
+                start, base = first + self.row(i * width), i * width
+                at, put = lambda lane: (*outer, start + lane), lambda lane, x: T.buffer_store(dst, x, [base + lane])
+                self._take(buffer, at, width, vector, put)
 
         either(aligned(buffer, *outer, first + self.row(0), elements=width), copy)
 
@@ -239,8 +237,8 @@ class RecurrentWarpTiles(WarpTiles):
         """Read this thread's share of a state tile."""
 
         def copy(vector: bool) -> None:
-            for place, index, count in self._vectors(view):
-                self._take(view, index, count, vector, lambda lane, x, place=place: T.buffer_store(W, x, place(lane)))
+            for place, at, count in self._vectors(view):
+                self._take(view, at, count, vector, lambda lane, x, place=place: T.buffer_store(W, x, list(place(lane))))
 
         either(self._fits(view), copy)
 
@@ -248,8 +246,8 @@ class RecurrentWarpTiles(WarpTiles):
         """Write this thread's share of a state tile."""
 
         def copy(vector: bool) -> None:
-            for place, index, count in self._vectors(view):
-                self._give(view, index, count, vector, lambda lane, place=place: W[tuple(place(lane))])
+            for place, at, count in self._vectors(view):
+                self._give(view, at, count, vector, lambda lane, place=place: W[place(lane)])
 
         either(self._fits(view), copy)
 
@@ -257,16 +255,16 @@ class RecurrentWarpTiles(WarpTiles):
         return aligned(view, self.row(0), self.col(0), elements=self._width(view))
 
     def _vectors(self, view: Any) -> Any:
-        """This thread's vectors of a tile: where lane i of it stands in registers, its indices in memory, and its length."""
-        width = self._width(view)
+        """This thread's vectors of a tile: where lane n of one stands in registers and in memory, and its length."""
+        width, row, col = self._width(view), self.row, self.col
         if self.v_first:
             for j in range(self.columns):
                 for i in range(0, self.row_count, width):
-                    yield (lambda lane, i=i, j=j: [i + lane, j]), (self.row(i), self.col(j)), width
+                    yield (lambda n, i=i, j=j: (i + n, j)), (lambda n, i=i, j=j: (row(i) + n, col(j))), width
         else:
             for i in range(self.row_count):
                 for j in range(0, self.columns, width):
-                    yield (lambda lane, i=i, j=j: [i, j + lane]), (self.row(i), self.col(j)), width
+                    yield (lambda n, i=i, j=j: (i, j + n)), (lambda n, i=i, j=j: (row(i), col(j) + n)), width
 
     def _width(self, view: Any) -> int:
         """Elements that move at once: 16 bytes, or what a thread has."""

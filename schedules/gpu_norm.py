@@ -13,6 +13,12 @@ from tvm_gdn.spec import Geometry
 WARP = 32
 
 
+def _along(index: tuple[Any, ...]) -> Any:
+    """Indices of the elements that follow one on the last axis."""
+    *outer, first = index
+    return lambda lane: (*outer, first + lane)
+
+
 class NormWarpTiles(WarpTiles):
     """Rows of the gated norm.
 
@@ -66,7 +72,8 @@ class NormWarpTiles(WarpTiles):
         def put(lane: Any, value: Any) -> None:
             T.buffer_store(dst, value, [to + lane])
 
-        either(aligned(source, *index, elements=count), lambda vector: self._take(source, index, count, vector, put))
+        along = _along(index)
+        either(aligned(source, *index, elements=count), lambda vector: self._take(source, along, count, vector, put))
 
     def write(self, dst: Any, index: tuple[Any, ...], source: Any, at: Any, count: int) -> None:
         """Write `count` neighbouring elements, rounded."""
@@ -74,7 +81,8 @@ class NormWarpTiles(WarpTiles):
         def get(lane: Any) -> Any:
             return source[at + lane]
 
-        either(aligned(dst, *index, elements=count), lambda vector: self._give(dst, index, count, vector, get))
+        along = _along(index)
+        either(aligned(dst, *index, elements=count), lambda vector: self._give(dst, along, count, vector, get))
 
 
 @schedule("norm", "cuda")

@@ -51,14 +51,13 @@ class StagedWarpTiles(RecurrentWarpTiles):
         """Ask for this thread's share of a state tile."""
 
         def copy(vector: bool) -> None:
-            for number, (_, index, count) in enumerate(self._vectors(view)):
+            for number, (_, at, count) in enumerate(self._vectors(view)):
                 if vector:
                     to = T.address_of(W[number, self.thread, 0])
-                    T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, T.address_of(view[index]), 1))
+                    T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, T.address_of(view[at(0)]), 1))
                     continue
-                *outer, first = index
                 with T.serial(count) as lane:
-                    T.buffer_store(W, view[(*outer, first + lane)], [number, self.thread, lane])
+                    T.buffer_store(W, view[at(lane)], [number, self.thread, lane])
 
         either(self._fits(view), copy)
 
@@ -66,13 +65,12 @@ class StagedWarpTiles(RecurrentWarpTiles):
         """Write this thread's share of a state tile."""
 
         def copy(vector: bool) -> None:
-            for number, (_, index, count) in enumerate(self._vectors(view)):
+            for number, (_, at, count) in enumerate(self._vectors(view)):
                 if vector:
-                    move(T.address_of(view[index]), T.address_of(W[number, self.thread, 0]), count * itemsize(view))
+                    move(T.address_of(view[at(0)]), T.address_of(W[number, self.thread, 0]), count * itemsize(view))
                     continue
-                *outer, first = index
                 with T.serial(count) as lane:
-                    T.buffer_store(view, W[number, self.thread, lane], [*outer, first + lane])
+                    T.buffer_store(view, W[number, self.thread, lane], list(at(lane)))
 
         either(self._fits(view), copy)
 
