@@ -157,6 +157,8 @@ class RecurrentWarpTiles(WarpTiles):
     """
 
     direct = False
+    #: Whether a one-token step asks for its state before the token's data.
+    state_first = False
 
     def __init__(
         self,

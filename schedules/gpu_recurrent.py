@@ -17,16 +17,18 @@ WARP = 32
 MAX_ELEMENTS = 128
 #: Where a one-token step has its state.
 PLACES = REGISTERS, SHARED = "registers", "shared"
+#: Threads along V, columns of each and workers per block that did best with states in shared memory; by whether the pool is fp32.
+STAGED = {True: (8, 4, 2), False: (4, 8, 4)}
 
 
 @schedule("recurrent", "cuda")
-@schedule("recurrent", "musa")
 @schedule("recurrent", "generic-cuda")
 class RecurrentGpu:
-    """Token recurrence: one warp per tile of value columns, the state in registers for the whole sequence.
+    """Token recurrence: one warp per tile of value columns, the state in registers or, for one token, in shared memory.
 
-    Measured on an H100 SXM (2026-11-21, CUDA graphs, packed decode, bf16 data, fp32 state, H 16, HV 32, K = V = 128), batch
-    1 / 8 / 32 / 256: 4.3 / 10.3 / 57.5 / 395 us with 8 x 4 columns; a device copy of the states takes 1.7 / 7.8 / 46.4 / 442.
+    Measured on an H200 (2026-11-21, CUDA graphs, packed decode, bf16 data, H 16, HV 32, K = V = 128), batch 1 / 32 / 256, fp32
+    pool: 5.1 / 41.3 / 286 us with 8 x 4 columns in shared memory, 4.5 / 41.9 / 293 in registers; bf16 pool: 5.2 / 17.7 / 174 us
+    with 4 x 8 columns in shared memory, 4.0 / 20.1 / 200 in registers.
     """
 
     #: Whether states may pass through shared memory.
@@ -57,7 +59,10 @@ class RecurrentGpu:
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
-        """As many threads at work as the shape allows, then 16-byte vectors, then as many threads along V."""
+        """A step's state in shared memory; otherwise as many threads as the shape allows, 16-byte vectors, threads along V."""
+        staged = cls._staged(geometry) if cls.placed(geometry) else None
+        if staged is not None:
+            return staged
         knobs = cls.knobs(geometry)
         choices = [
             (n * math.gcd(geometry.axis["K"], WARP // n), -abs(c - 4), n, c)
@@ -75,6 +80,15 @@ class RecurrentGpu:
             **({"place": REGISTERS} if cls.placed(geometry) else {}),
         }
 
+    @classmethod
+    def _staged(cls, geometry: Geometry) -> dict[str, Any] | None:
+        """Knobs of a step with its state in shared memory; of K-first states, since none of V-first ones was measured so."""
+        K, V = geometry.axis["K"], geometry.axis["V"]
+        lanes, columns, group = STAGED[geometry.dtype["initial_state_source"] == "float32"]
+        if geometry.attr.get("state_v_first") or K % (WARP // lanes) or K * lanes > WARP * WARP or V % (lanes * columns):
+            return None
+        return {"column_lanes": lanes, "columns": columns, "group": math.gcd(group, V // (lanes * columns)), "place": SHARED}
+
     @staticmethod
     def tiles(
         geometry: Geometry,
@@ -83,11 +97,13 @@ class RecurrentGpu:
         columns: int,
         group: int,
         place: str = REGISTERS,
-        widest: int = 8,
+        widest: int | None = None,
         functions: bool = True,
     ) -> RecurrentWarpTiles:
         """Tile operations; `widest` and `functions` are no knobs: other languages than CUDA C set them."""
-        K, V = geometry.axis["K"], geometry.axis["V"]
+        K, V, v_first = geometry.axis["K"], geometry.axis["V"], bool(geometry.attr.get("state_v_first"))
+        # Rows of V-first states are side by side: neighbouring threads then read neighbouring pieces.
+        widest = widest or (4 if v_first and geometry.dtype.get("initial_state_source", "float32") == "float32" else 8)
         if V % (column_lanes * columns):
             raise ValueError(f"{column_lanes} threads of {columns} columns do not divide V = {V}")
         row_lanes = math.gcd(K, WARP // column_lanes)
@@ -100,13 +116,20 @@ class RecurrentGpu:
             "row_lanes": row_lanes,
             "column_lanes": column_lanes,
             "columns": columns,
-            "v_first": bool(geometry.attr.get("state_v_first")),
+            "v_first": v_first,
             "widest": widest,
             "functions": functions,
         }
         if place == SHARED:
             return StagedWarpTiles(K, V, pool=geometry.dtype["initial_state_source"], **options)
         return RecurrentWarpTiles(K, V, **options)
+
+
+@schedule("recurrent", "musa")
+class RecurrentMusa(RecurrentGpu):
+    """Copies are waited for there, so that states gain nothing in shared memory."""
+
+    stages = False
 
 
 @schedule("recurrent", "rocm")

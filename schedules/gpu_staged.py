@@ -28,6 +28,9 @@ class StagedWarpTiles(RecurrentWarpTiles):
         Those of `RecurrentWarpTiles`.
     """
 
+    #: Copies that nobody waits for go first.
+    state_first = True
+
     def __init__(self, K: int, V: int, *, pool: str, **options: Any) -> None:
         super().__init__(K, V, **options)
         self.pool = pool

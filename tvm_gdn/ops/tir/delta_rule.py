@@ -13,7 +13,8 @@ so that a step passes over the state twice and writes it once. Source of the mat
 What differs between the operators (gates given or computed, separate or packed q/k/v, convolved before or here, pool or separate
 states, verification) is decided here, while the function is parsed, from the geometry. What differs between targets comes from
 `tiles` (see `schedules/cpu.py`): how workers map to threads or blocks, where the state tile lives, and the two matrix-vector
-operations. `tiles.direct` says that a state may be updated in the pool's own memory instead of in a local copy.
+operations. `tiles.direct` says that a state may be updated in the pool's own memory instead of in a local copy, and
+`tiles.state_first` that a one-token step asks for its state before the token's data.
 """
 
 from __future__ import annotations
