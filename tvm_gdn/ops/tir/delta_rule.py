@@ -519,8 +519,11 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                     local = tiles.state()
                     if packed:
                         # One token, whose loads need not wait for the slot's number as the state's do.
+                        if tiles.state_first:
+                            load_initial(local, hv, j0)
                         fetch(0, hv, j0)
-                        load_initial(local, hv, j0)
+                        if not tiles.state_first:
+                            load_initial(local, hv, j0)
                         apply(local, 0, hv, j0)
                     else:
                         load_initial(local, hv, j0)
