@@ -6,6 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 from tvm_gdn.schedules.gpu import WarpTiles, aligned, either
+from tvm_gdn.schedules.gpu_portable import NormThreadTiles
 
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
@@ -102,7 +103,9 @@ class NormGpu:
         return {"rows_per_worker": 1, "group": 4, "vector": max(n for n in (1, 2, 4) if n == 1 or geometry.axis["D"] >= n * WARP)}
 
     @staticmethod
-    def tiles(geometry: Geometry, *, rows_per_worker: int, group: int, vector: int) -> NormWarpTiles:
-        """Threads along rows."""
+    def tiles(geometry: Geometry, *, rows_per_worker: int = 1, group: int = 1, vector: int = 1, alone: bool = False) -> WarpTiles:
+        """Threads along rows; `alone`, no knob, gives each thread a row: other languages than CUDA C have no shuffles."""
+        if alone:
+            return NormThreadTiles()
         # A row shorter than a vector is all there is.
         return NormWarpTiles(rows_per_worker, group, min(vector, 1 << (geometry.axis["D"].bit_length() - 1)))

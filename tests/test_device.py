@@ -24,6 +24,7 @@ UPDATE = "fused_recurrent_gated_delta_rule_update"
 GATING = "fused_gdn_gating"
 CHUNK = "chunk_gated_delta_rule"
 CONV = "causal_conv1d_fn"
+NORM = "rms_norm_gated"
 ACCELERATORS = [name for name in target_names() if named(name).device != "cpu" and named(name).concrete]
 SMALL = {
     "B": 2,
@@ -94,6 +95,8 @@ def emulated(monkeypatch):
         # Two chunks, both passes, several fragments per warp.
         (CHUNK, {"B": 1, "T": 65, "H": 1, "HV": 2, "K": 32, "V": 48, "with": ("initial_state",), "dtype": "bfloat16"}),
         (CONV, {"B": 2, "D": 70, "T": 65, "with": ("conv_states",), "dtype": "bfloat16", "weight_dtype": "bfloat16"}),
+        # Vectors, a last one that not every thread has, and elements behind it.
+        (NORM, {"M": 7, "G": 3, "D": 130, "with": ("z",), "dtype": "float16"}),
     ],
 )
 def test_emulated_device_code_meets_the_reference(emulated, op, case):

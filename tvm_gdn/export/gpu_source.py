@@ -113,8 +113,10 @@ def _process(job: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
 def _knobs(spec: OpSpec, geometry: Geometry, target: TargetSpec, language: str) -> dict[str, Any]:
     from tvm_gdn import schedule
 
-    if language in _NATIVE or spec.algorithm != "recurrent":
+    if language in _NATIVE or spec.algorithm not in {"recurrent", "norm"}:
         return schedule.choose(spec, geometry, target).knobs
+    if spec.algorithm == "norm":
+        return {"alone": True}
     # All threads along the value columns: no sum crosses threads, so no shuffles. And no vectors: whether an address is aligned
     # for one is asked of a function in CUDA C.
     return {"column_lanes": math.gcd(geometry.axis["V"], 32), "columns": 1, "group": 1, "widest": 1}
