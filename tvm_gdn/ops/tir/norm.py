@@ -34,7 +34,7 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
     def quotient(number: Any, by: Any, limit: Any) -> Any:
         """Division in 32 bits where the numbers have no more: in 64 it would cost a GPU as much as the rest of a row."""
         short = T.Cast("int64", T.truncdiv(T.Cast("int32", number), T.Cast("int32", by)))
-        return T.if_then_else(limit < T.int64(2**31), short, number // by)
+        return T.if_then_else(limit <= T.int64(2**31 - 1), short, number // by)
 
     @T.prim_func(s_tir=True)
     def kernel(x_: T.handle, weight_: T.handle, z_: T.handle, o_: T.handle, eps: T.float32):
