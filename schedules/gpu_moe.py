@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tvm_gdn.schedules.gpu_moe_integers import IntegerGridTiles
 from tvm_gdn.schedules.gpu_moe_tiles import ExpertGridTiles, Plan
 
 from tvm_gdn.errors import TargetError
@@ -22,9 +23,7 @@ class ExpertsGpu:
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
         """Rows per expert where the plans meet; columns and stages of both; rows of the second."""
-        if geometry.attr.get("scheme") in ZERO:
-            scheme = geometry.attr["scheme"]
-            raise TargetError(f"no schedule of {scheme} experts for GPUs yet; use raw weights, or pack bf16 or fp16")
+        del geometry
         return {
             "most": (2, 5, 10, 16, 24),
             "few_columns": (32, 64),
@@ -37,7 +36,6 @@ class ExpertsGpu:
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """As many stages as fit."""
-        cls.knobs(geometry)
         found = {"most": 10, "few_columns": 32, "few_stages": 4, "rows": 64, "columns": 64, "stages": 4}
         for name in ("few_stages", "stages"):
             for count in (4, 3, 2):
@@ -48,14 +46,15 @@ class ExpertsGpu:
 
     @classmethod
     def _bytes(cls, geometry: Geometry, plan: Plan) -> int:
-        return plan.bytes(geometry.dtype["x"], geometry.attr.get("scheme", ""))
+        scheme = geometry.attr.get("scheme", "")
+        return plan.bytes("int8" if scheme in ZERO else geometry.dtype["x"], scheme)
 
     @classmethod
     def plans(
         cls, geometry: Geometry, *, most: int, few_columns: int, few_stages: int, rows: int, columns: int, stages: int
     ) -> tuple[Plan, Plan]:
         """The plans that knobs stand for."""
-        deep = 1 if geometry.dtype["x"] == "float32" else 2
+        deep = 4 if geometry.attr.get("scheme") in ZERO else 1 if geometry.dtype["x"] == "float32" else 2
         few = Plan(16, few_columns, 64 * deep, few_stages, 4, most)
         return few, Plan(rows, columns, 32 * deep, stages, 8)
 
@@ -68,7 +67,8 @@ class ExpertsGpu:
                 raise TargetError(f"{plan}: warps and fragments do not come out even")
             if cls._bytes(geometry, plan) > cls.shared:
                 raise TargetError(f"{plan} needs {cls._bytes(geometry, plan)} bytes of shared memory, a block has {cls.shared}")
-        return ExpertGridTiles(geometry, plans)
+        integers = geometry.attr.get("scheme") in ZERO
+        return IntegerGridTiles(geometry, plans) if integers else ExpertGridTiles(geometry, plans)
 
 
 @schedule("moe_experts", "cuda-sm90")

@@ -1,7 +1,7 @@
 """A ring of stages in shared memory through which the operands of the experts' products pass on GPUs.
 
-Rows come in pieces of 16 bytes without waiting (cp.async where there is PTX), as long as tensors begin and rows follow one
-another at multiples of 16 bytes; element by element otherwise. What lies outside of a tensor is zero.
+Rows come in pieces of 16 bytes without waiting (cp.async where there is PTX), where tensors and their rows begin at multiples
+of 16 bytes; element by element otherwise. What lies outside of a tensor is zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 from tvm_gdn.schedules.gpu_fragments import ITEMSIZE, ceil_div, when
 
 Expr = Any
-SIZES = {**ITEMSIZE, "int32": 4}
+SIZES = {**ITEMSIZE, "int32": 4, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class Ring:
 
             when(True if total % self.threads == 0 else index < total, element)
 
-    def run(self, steps: int, compute: Callable[[Expr], None]) -> None:
-        """Call ``compute(slot)`` for every step, the operands of the next `stages` - 1 being under way."""
+    def run(self, steps: int, compute: Callable[[Expr, Expr], None]) -> None:
+        """Call ``compute(step, slot)`` for every step, the operands of the next `stages` - 1 being under way."""
         ahead = self.stages - 1
         for step in range(ahead):
             if step < steps:
@@ -144,4 +144,4 @@ class Ring:
             with T.If(step + ahead < steps), T.Then():
                 self.fetch(step + ahead, T.Bind((step + ahead) % self.stages))
             T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
-            compute(T.Bind(T.Cast("int32", step % self.stages)))
+            compute(T.Cast("int32", step), T.Bind(T.Cast("int32", step % self.stages)))

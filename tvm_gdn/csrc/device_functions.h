@@ -113,6 +113,16 @@ static __device__ __forceinline__ int tvm_gdn_mma_half(float (&sums)[NC], int at
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   return 0;
 }
+// m16n8k32 on bytes, signed times unsigned: four to a register.
+template <int NC, int NA, int NB>
+static __device__ __forceinline__ int tvm_gdn_mma_bytes(int (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
+  int* c = sums + at_c;
+  const unsigned *a = left + at_a, *b = right + at_b;
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  return 0;
+}
 // Copies in groups: `tvm_gdn_group` ends one, `tvm_gdn_arrived` waits for all but this thread's last `left`.
 static __device__ __forceinline__ int tvm_gdn_group() {
   asm volatile("cp.async.commit_group;" : : : "memory");
@@ -255,6 +265,32 @@ static __device__ __forceinline__ int tvm_gdn_mma(float (&sums)[NC], int at_c, c
 template <int NC, int NA, int NB>
 static __device__ __forceinline__ int tvm_gdn_mma_half(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
   return tvm_gdn_products<tvm_gdn_fp16_of>(sums, at_c, left, at_a, right, at_b);
+}
+template <int NC, int NA, int NB>
+static __device__ __forceinline__ int tvm_gdn_mma_bytes(int (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
+  TVM_GDN_INSIDE(NC, at_c, 4);
+  TVM_GDN_INSIDE(NA, at_a, 4);
+  TVM_GDN_INSIDE(NB, at_b, 2);
+  int* c = sums + at_c;
+  const unsigned *a = left + at_a, *b = right + at_b;
+  int lane = threadIdx.x & 31;
+  for (int quad = 0; quad < 4; ++quad) {
+    for (int n = 0; n < 2; ++n) {
+      unsigned upper = __shfl_sync(0xffffffffu, a[n * 2], lane / 4 * 4 + quad, 32);
+      unsigned below = __shfl_sync(0xffffffffu, a[n * 2 + 1], lane / 4 * 4 + quad, 32);
+      unsigned first = __shfl_sync(0xffffffffu, b[n], lane % 4 * 2 * 4 + quad, 32);
+      unsigned second = __shfl_sync(0xffffffffu, b[n], (lane % 4 * 2 + 1) * 4 + quad, 32);
+      for (int k = 0; k < 32; k += 8) {
+        int x = (int)(upper << (24 - k)) >> 24, y = (int)(below << (24 - k)) >> 24;
+        int u = (int)(first >> k & 255u), v = (int)(second >> k & 255u);
+        c[0] += x * u;
+        c[1] += x * v;
+        c[2] += y * u;
+        c[3] += y * v;
+      }
+    }
+  }
+  return 0;
 }
 static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
 static __device__ __forceinline__ int tvm_gdn_copied() { return TVM_GDN_ARRIVE(0, true); }
