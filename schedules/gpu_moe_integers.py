@@ -28,8 +28,8 @@ class IntegerGridTiles(ExpertGridTiles):
     quantized = True
     slice = 32
 
-    def __init__(self, geometry: Geometry, plans: tuple[Plan, ...]) -> None:
-        super().__init__(geometry, plans)
+    def __init__(self, geometry: Geometry, plans: tuple[Plan, ...], partial: str = "float32") -> None:
+        super().__init__(geometry, plans, partial)
         self.k_step, self.zero, self.unit = STEP[self.scheme], ZERO[self.scheme], "tvm_gdn_mma_bytes"
 
     @staticmethod

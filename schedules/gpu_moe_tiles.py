@@ -44,6 +44,8 @@ class Plan:
         Stages in shared memory, and warps of a block.
     most : int
         Mean number of rows per expert up to which the plan is taken; of the last plan of no meaning.
+    grouped : bool
+        Whether four warps multiply together: 64 rows, and all columns; a stage has 128 bytes of each.
     """
 
     rows: int
@@ -52,6 +54,7 @@ class Plan:
     stages: int
     warps: int
     most: int = 0
+    grouped: bool = False
 
     @property
     def threads(self) -> int:
@@ -69,12 +72,16 @@ class Plan:
 
     def fits(self) -> bool:
         """Whether warps and fragments come out even."""
+        if self.grouped:
+            return self.rows == 16 * self.warps and self.rows % 64 == 0 and self.columns in (32, 64, 128) and self.depth == 64
         tall, wide, along, across = self.grid
         return tall * along * BLOCK == self.rows and across * along == self.warps and wide * across * 8 == self.columns > 0
 
     def bytes(self, dtype: str, scheme: str) -> int:
         """Shared memory of a block."""
         size = SIZES[dtype]
+        if self.grouped:
+            return self.stages * (self.rows + 2 * self.columns) * self.depth * size + 1023
         raw = 2 * self.columns * (self.depth * size + 16)
         weights = self.columns // BLOCK * (self.depth // STEP[scheme]) * WORDS * 4 if scheme else raw
         return self.stages * (self.rows * (self.depth * size + 16) + weights)
@@ -89,15 +96,18 @@ class ExpertGridTiles(WarpTiles):
         Dtypes, and scheme of packed weights.
     plans : tuple of Plan
         By rising number of rows per expert.
+    partial : str
+        Dtype of rows before their sum.
     """
 
     grid, quantized = True, False
-    sorters, adders = 512, 256
+    sorters, adders = 1024, 256
     #: Elements of the reduction axis in a fragment.
     slice = BLOCK
 
-    def __init__(self, geometry: Geometry, plans: tuple[Plan, ...]) -> None:
+    def __init__(self, geometry: Geometry, plans: tuple[Plan, ...], partial: str = "float32") -> None:
         super().__init__(WARP)
+        self.partial = partial
         self.plans, self.scheme, self.data = plans, geometry.attr.get("scheme", ""), geometry.dtype["x"]
         self.unit = MMA.get(self.data) if SCHEMES.get(self.scheme, self.data) == self.data else None
 
@@ -118,6 +128,16 @@ class ExpertGridTiles(WarpTiles):
     def next(buffer: Any, index: Expr) -> Any:
         """The number that stands there, which becomes one more."""
         return T.call_extern("int32", "tvm_gdn_next", T.address_of(buffer[index]))
+
+    @staticmethod
+    def store_pair(buffer: Any, index: list[Expr], values: list[Expr]) -> None:
+        """Two neighbours from an even column on, at once."""
+        pair = T.alloc_buffer((2,), "float32", scope="local")
+        for i in range(2):
+            T.buffer_store(pair, values[i], [i])
+        *outer, column = index
+        with T.vectorized(2) as i:
+            T.buffer_store(buffer, T.Cast(buffer.dtype, pair[i]), [*outer, column + i])
 
     def product(
         self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr, W: Any, e: Expr, n: Expr, shift: int,

@@ -10,14 +10,14 @@ tiles.
 2. gate and up: a block per tile and `plan.columns` columns of h. A thread holds the same columns of both products, so the SiLU
    product is the epilogue. Blocks of one tile are neighbours, then come the other tiles of that expert: a weight comes from
    memory once, and from the L2 cache for further tiles.
-3. down: the same over h, into one fp32 row per pair.
+3. down: the same over h, into one row per pair, in the target's `partial` dtype.
 4. sum: a thread per four columns of a token adds up its choices in order, in fp32.
 
 No two blocks write to one place and every sum has a fixed order: results are deterministic.
 
 How a target plugs in. Its tiles object states `plans` (the last one for all that is more), `sorters` and `adders` (threads of
 those blocks, powers of two) and supplies `blocks(count)`, `lanes(threads)`, `enter(lane)`, `sync()`, `next(buffer, index)` (the
-number there, which becomes one more), and
+number there, which becomes one more), `store_pair(buffer, index, values)` (two neighbours from an even column on), and
 
 - `product(plan, A, row_of, m, W, e, n, shift, sink)`: rows row_of(0) to row_of(m - 1) of A times `plan.columns` columns of W[e]
   and as many others (raw: rows from n on, and those `shift` further on; packed: both halves of groups from n on), given to
@@ -38,6 +38,14 @@ from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.moe_elements import magnitude, per_step, silu_product, step_of, to_int8
 from tvm_gdn.spec import Geometry
+
+#: Experts that a sort has room to count, in the 48 KiB of shared memory that every kernel may have.
+MOST_EXPERTS = 8192
+#: Pairs whose experts a thread of the sort asks for at once.
+BATCH = 4
+
+#: Choices of a token that are read before the first of them is added.
+AT_ONCE = 4
 
 #: Elements to whose multiple rows of scratch memory are rounded up, so that they begin where vectors may begin.
 ALIGNED = 16
@@ -102,32 +110,47 @@ def sort_macro(tiles: Any) -> Any:
         tiles.sync()
 
     @T.inline
+    def look(ids, k, pairs, E, first, chosen):
+        """Experts of BATCH pairs, S apart: all are asked for before one is needed. -1: padding, or no pair."""
+        for b in T.unroll(BATCH):
+            pair = T.min(first + b * S, T.Cast("int32", pairs) - 1)
+            e = T.Cast("int64", ids[T.truncdiv(pair, k), T.truncmod(pair, k)])
+            there = T.And(T.Cast("int64", first + b * S) < pairs, T.And(e >= 0, e < E))
+            chosen[b] = T.Select(there, T.Cast("int32", e), T.int32(-1))
+
+    @T.inline
     def sort(ids, k, pairs, E, limit, rows, offsets, order, place, owner, start):
         for _ in tiles.blocks(T.int64(1)):
             for lane in tiles.lanes(S):
                 tiles.enter(lane)
+                counts = T.alloc_buffer((MOST_EXPERTS,), "int32", scope="shared")
                 sums = T.alloc_buffer((2 * S,), "int32", scope="shared")
                 both = T.alloc_buffer((2,), "int32", scope="local")
-                for i in T.serial((E + S) // S):
-                    if i * S + lane <= E:
-                        offsets[i * S + lane] = 0
+                chosen = T.alloc_buffer((BATCH,), "int32", scope="local")
+                ranks = T.alloc_buffer((BATCH,), "int32", scope="local")
+                for i in T.serial((E + S - 1) // S):
+                    if i * S + lane < E:
+                        counts[i * S + lane] = 0
                 tiles.sync()
-                for i in T.serial((pairs + S - 1) // S):
-                    pair = T.Cast("int32", i) * S + lane
-                    if T.Cast("int64", pair) < pairs:
-                        e = T.Cast("int64", ids[T.truncdiv(pair, k), T.truncmod(pair, k)])
-                        place[pair] = -1
-                        if e >= 0 and e < E:
-                            place[pair] = tiles.next(offsets, e)
+                for i in T.serial((pairs + S * BATCH - 1) // (S * BATCH)):
+                    first = T.Cast("int32", i) * (S * BATCH) + lane
+                    look(ids, k, pairs, E, first, chosen)
+                    for b in T.unroll(BATCH):
+                        ranks[b] = -1
+                        if chosen[b] >= 0:
+                            ranks[b] = tiles.next(counts, chosen[b])
+                    for b in T.unroll(BATCH):
+                        if T.Cast("int64", first + b * S) < pairs:
+                            place[first + b * S] = ranks[b]
                 tiles.sync()
-                # Every thread has a run of experts; offsets hold their counts.
+                # Every thread has a run of experts.
                 both[0] = 0
                 both[1] = 0
                 for i in T.serial((E + S - 1) // S):
                     e = lane * ((E + S - 1) // S) + i
                     if e < E:
-                        both[0] = both[0] + offsets[e]
-                        both[1] = both[1] + T.truncdiv(offsets[e] + (rows - 1), rows)
+                        both[0] = both[0] + counts[e]
+                        both[1] = both[1] + T.truncdiv(counts[e] + (rows - 1), rows)
                 scan(sums, both, lane)
                 both[0] = 0
                 both[1] = 0
@@ -137,26 +160,29 @@ def sort_macro(tiles: Any) -> Any:
                 for i in T.serial((E + S - 1) // S):
                     e = lane * ((E + S - 1) // S) + i
                     if e < E:
-                        count = T.alloc_buffer((1,), "int32", scope="local")
-                        count[0] = offsets[e]
+                        ranks[0] = counts[e]
+                        counts[e] = both[0]
                         offsets[e] = both[0]
-                        for tile in T.serial(T.truncdiv(count[0] + (rows - 1), rows)):
+                        for tile in T.serial(T.truncdiv(ranks[0] + (rows - 1), rows)):
                             owner[both[1] + tile] = T.Cast("int32", e)
                             start[both[1] + tile] = both[0] + tile * rows
-                        both[0] = both[0] + count[0]
-                        both[1] = both[1] + T.truncdiv(count[0] + (rows - 1), rows)
+                        both[0] = both[0] + ranks[0]
+                        both[1] = both[1] + T.truncdiv(ranks[0] + (rows - 1), rows)
                 if lane == 0:
                     offsets[E] = sums[S - 1]
                 for i in T.serial((limit + S - 1) // S):
                     if i * S + lane < limit and i * S + lane >= T.Cast("int64", sums[2 * S - 1]):
                         owner[i * S + lane] = -1
                 tiles.sync()
-                for i in T.serial((pairs + S - 1) // S):
-                    pair = T.Cast("int32", i) * S + lane
-                    if T.Cast("int64", pair) < pairs:
-                        if place[pair] >= 0:
-                            place[pair] = place[pair] + offsets[T.Cast("int64", ids[T.truncdiv(pair, k), T.truncmod(pair, k)])]
-                            order[place[pair]] = pair
+                for i in T.serial((pairs + S * BATCH - 1) // (S * BATCH)):
+                    first = T.Cast("int32", i) * (S * BATCH) + lane
+                    look(ids, k, pairs, E, first, chosen)
+                    for b in T.unroll(BATCH):
+                        ranks[b] = place[T.min(first + b * S, T.Cast("int32", pairs) - 1)]
+                    for b in T.unroll(BATCH):
+                        if chosen[b] >= 0:
+                            place[first + b * S] = ranks[b] + counts[chosen[b]]
+                            order[ranks[b] + counts[chosen[b]]] = first + b * S
 
     return sort
 
@@ -213,7 +239,7 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
         owner = T.alloc_buffer((tokens * top_k,), "int32")
         start = T.alloc_buffer((tokens * top_k,), "int32")
         hidden = T.alloc_buffer((tokens * top_k, IP), data)
-        partial = T.alloc_buffer((tokens * top_k, DP), "float32")
+        partial = T.alloc_buffer((tokens * top_k, DP), tiles.partial)
 
         if quantized:
             x_q = T.alloc_buffer((tokens, XP), "int8")
@@ -243,6 +269,7 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
             else:
                 down(plan, tiles, sizes, hidden, w2, partial, Routing(offsets, order, owner, start, top_k, tokens * top_k, E))
 
+        assert E <= MOST_EXPERTS, ("ValueError", [f"w13: at most {MOST_EXPERTS} experts on devices"])
         # No names for what is passed on: a variable of the host is memory that the device does not see.
         sort(
             topk_ids, T.Cast("int32", top_k), tokens * top_k, E, _most_tiles(tiles.plans, tokens * top_k, E),
@@ -317,9 +344,8 @@ def gate_up(plan: Any, tiles: Any, sizes: Sizes, x: Any, W: Any, hidden: Any, ro
             column = T.Bind(n * plan.columns + c)
             # Weights beyond the last column are zeros, and so is what is stored in the columns that pad a row.
             with T.If(column < hidden.shape[1]), T.Then():
-                for i in range(2):
-                    value = silu_product(T.Bind(gate[i]), up[i], tiles.exp)
-                    T.buffer_store(hidden, T.Cast(hidden.dtype, value), [T.Cast("int64", first + r), column + i])
+                values = [silu_product(T.Bind(gate[i]), up[i], tiles.exp) for i in range(2)]
+                tiles.store_pair(hidden, [T.Cast("int64", first + r), column], values)
 
         def token(r: Any) -> Any:
             return T.Cast("int64", T.truncdiv(routing.order[first + r], T.Cast("int32", routing.top_k)))
@@ -338,8 +364,7 @@ def down(plan: Any, tiles: Any, sizes: Sizes, hidden: Any, W: Any, partial: Any,
             for half, values in enumerate(halves):
                 column = T.Bind(sizes.columns(n, half, c, plan.columns))
                 with T.If(column < partial.shape[1]), T.Then():
-                    for i in range(2):
-                        T.buffer_store(partial, values[i], [T.Cast("int64", first + r), column + i])
+                    tiles.store_pair(partial, [T.Cast("int64", first + r), column], values)
 
         base = n * (plan.columns // 16 if sizes.packed else 2 * plan.columns)
         tiles.product(plan, hidden, lambda r: T.Cast("int64", first + r), m, W, e, base, plan.columns, sink, **more)
@@ -386,18 +411,25 @@ def add_up(tiles: Any, hidden: int, place: Any, weights: Any, partial: Any, out:
     count, A = tokens * (hidden // lanes), tiles.adders
     with tiles.blocks((count + A - 1) // A) as block, tiles.lanes(A) as lane:
         index = T.Bind(T.Cast("int64", block) * A + lane)
-        total, part = (T.alloc_buffer((lanes,), "float32", scope="local") for _ in range(2))
+        total, part, shares = (T.alloc_buffer((n,), "float32", scope="local") for n in (lanes, AT_ONCE * lanes, AT_ONCE))
+        rows = T.alloc_buffer((AT_ONCE,), "int32", scope="local")
         with T.If(index < count), T.Then():
             t, c = T.Bind(index // (hidden // lanes)), T.Bind(index % (hidden // lanes) * lanes)
             for i in range(lanes):
                 T.buffer_store(total, T.float32(0), [i])
-            with T.serial(top_k) as j:
-                row = T.Bind(T.Cast("int64", place[t * top_k + j]))
-                with T.If(row >= 0), T.Then():
+            with T.serial((top_k + AT_ONCE - 1) // AT_ONCE) as group:
+                # Rows that are not there, or padding, are read as row 0: a load waits for no branch.
+                for u in range(AT_ONCE):
+                    j = T.Bind(group * AT_ONCE + u)
+                    row = T.Bind(T.Select(j < top_k, place[t * top_k + T.min(j, top_k - 1)], T.int32(-1)))
+                    T.buffer_store(rows, row, [u])
                     with T.vectorized(lanes) as i:
-                        T.buffer_store(part, partial[row, c + i], [i])
-                    weight = T.Bind(T.Cast("float32", weights[t, j]))
-                    for i in range(lanes):
-                        T.buffer_store(total, total[i] + weight * part[i], [i])
+                        value = partial[T.Cast("int64", T.max(row, 0)), c + i]
+                        T.buffer_store(part, T.Cast("float32", value), [u * lanes + i])
+                    T.buffer_store(shares, T.Cast("float32", weights[t, T.min(j, top_k - 1)]), [u])
+                for u in range(AT_ONCE):
+                    with T.If(rows[u] >= 0), T.Then():
+                        for i in range(lanes):
+                            T.buffer_store(total, total[i] + shares[u] * part[u * lanes + i], [i])
             for i in range(lanes):
                 T.buffer_store(out, T.Cast(out.dtype, total[i]), [t, c + i])
