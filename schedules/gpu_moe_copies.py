@@ -82,7 +82,9 @@ class Ring:
         self.lane, self.threads, self.stages, self.operands = lane, threads, stages, operands
         self.stage = sum(rows.size for rows in operands)
         total = self.stage * stages + align - 1
-        memory = T.alloc_buffer((total,), "uint8", scope="shared.dyn")
+        # TVM 0.27 asks the driver for as many elements of the first view's dtype as the memory has of its own.
+        dtype = operands[0].buffer.dtype
+        memory = T.alloc_buffer((ceil_div(total, SIZES[dtype]),), dtype, scope="shared.dyn")
         self.views, before = [], 0
         self.skip: Expr = 0
         if align > 1:
