@@ -40,6 +40,11 @@ class RouteTiles(CpuTiles):
         return T.vectorized(count)
 
     @staticmethod
+    def each(count: int) -> Any:
+        """Loop over pieces of work."""
+        return T.serial(count)
+
+    @staticmethod
     def sync() -> None:
         """One thread sees what it wrote."""
 

@@ -96,7 +96,9 @@ class ExpertsHopper(ExpertsGpu):
         return {
             "most": (2, 5, 8, 10, 12, 16, 24),
             "few_columns": (32, 64),
-            "few_stages": (3, 4, 5, 6),
+            "few_depth": (64, 128, 256, 512),
+            "few_stages": (2, 3, 4, 5, 6, 8),
+            "ahead": (False, True),
             "more": (0, 24, 32, 48, 64, 80, 96, 128, 192, 1 << 20),
             "middle_columns": (32, 64, 128),
             "middle_stages": (3, 4, 5, 6),
@@ -111,8 +113,8 @@ class ExpertsHopper(ExpertsGpu):
         if not cls._grouped(geometry):
             return super().default(geometry)
         return {
-            "most": 10, "few_columns": 32, "few_stages": 4, "more": 96, "middle_columns": 64, "middle_stages": 4,
-            "columns": 128, "stages": 4, "partial": cls._partial(geometry)[0],
+            "most": 10, "few_columns": 32, "few_depth": 128, "few_stages": 4, "more": 96, "middle_columns": 64, "middle_stages": 4,
+            "columns": 128, "stages": 4, "ahead": False, "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 
     @classmethod
@@ -121,9 +123,9 @@ class ExpertsHopper(ExpertsGpu):
         if not cls._grouped(geometry):
             return super().plans(geometry, **knobs)
         return (
-            Plan(16, knobs["few_columns"], 128, knobs["few_stages"], 4, knobs["most"]),
-            Plan(64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], grouped=True),
-            Plan(128, knobs["columns"], 64, knobs["stages"], 8, grouped=True),
+            Plan(16, knobs["few_columns"], knobs["few_depth"], knobs["few_stages"], 4, knobs["most"], knobs["ahead"]),
+            Plan(64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], knobs["ahead"], grouped=True),
+            Plan(128, knobs["columns"], 64, knobs["stages"], 8, 0, knobs["ahead"], grouped=True),
         )
 
 

@@ -40,6 +40,8 @@ class Rows:
         Whether all rows begin at multiples of 16 bytes.
     swizzled : bool
         Whether the 16-byte pieces of a row, 128 bytes of a stage, change places by the row's number.
+    ahead : bool
+        Whether the cache is asked for 256 bytes where a piece is: the next stage's are there then.
     """
 
     buffer: Any
@@ -51,6 +53,7 @@ class Rows:
     there: Callable[[Expr], Expr]
     aligned: Expr
     swizzled: bool = False
+    ahead: bool = False
 
     def place(self, i: Expr, k: Expr) -> Expr:
         """Where element k of row i stands in a stage."""
@@ -130,7 +133,8 @@ class Ring:
                 inside = T.Bind(T.And(rows.there(i), first + k < rows.limit))
                 source = T.address_of(rows.buffer[rows.index(i, T.Select(first + k < rows.limit, first + k, 0), step)])
                 to = T.address_of(view[base + rows.place(i, k)])
-                T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, T.Cast("int32", inside)))
+                copy = "tvm_gdn_copy_ahead" if rows.ahead else "tvm_gdn_copy"
+                T.evaluate(T.call_extern("int32", copy, to, source, T.Cast("int32", inside)))
 
             when(True if (step + 1) * self.threads <= total else index < total, piece)
 

@@ -44,6 +44,8 @@ class Plan:
         Stages in shared memory, and warps of a block.
     most : int
         Mean number of rows per expert up to which the plan is taken; of the last plan of no meaning.
+    ahead : bool
+        Whether weights are asked for in 256 bytes by the cache.
     grouped : bool
         Whether four warps multiply together: 64 rows, and all columns; a stage has 128 bytes of each.
     """
@@ -54,6 +56,7 @@ class Plan:
     stages: int
     warps: int
     most: int = 0
+    ahead: bool = False
     grouped: bool = False
 
     @property
@@ -218,7 +221,17 @@ class ExpertGridTiles(WarpTiles):
 
             fitting = T.Bind(aligned(W, 0, 0, 0, 0, elements=4))
             limit = int(W.shape[2]) * WORDS
-            return Rows(W, plan.columns // BLOCK, steps * WORDS, steps * WORDS, limit, word, lambda i: n + i < groups, fitting)
+            return Rows(
+                W,
+                plan.columns // BLOCK,
+                steps * WORDS,
+                steps * WORDS,
+                limit,
+                word,
+                lambda i: n + i < groups,
+                fitting,
+                ahead=plan.ahead,
+            )
         lanes, last, C = 16 // SIZES[W.dtype], int(W.shape[1]) - 1, plan.columns
 
         def row(i: Expr) -> Expr:
@@ -234,7 +247,7 @@ class ExpertGridTiles(WarpTiles):
         fitting = int(W.shape[2]) % lanes == 0
         if fitting:
             fitting = T.Bind(aligned(W, 0, 0, 0, elements=lanes))
-        return Rows(W, 2 * C, plan.depth, plan.depth + lanes, int(W.shape[2]), index, there, fitting)
+        return Rows(W, 2 * C, plan.depth, plan.depth + lanes, int(W.shape[2]), index, there, fitting, ahead=plan.ahead)
 
     @staticmethod
     def _first_end(W: Any, shift: int, C: int) -> int:

@@ -6,6 +6,13 @@ static __device__ __forceinline__ bool tvm_gdn_aligned(const void* address, int 
   return ((unsigned long long)address & (unsigned long long)(bytes - 1)) == 0;
 }
 
+// What a warp's threads wrote to shared memory is there for the others of the warp.
+template <class T = int>
+static __device__ __forceinline__ T tvm_gdn_warp_sync() {
+  __syncwarp();
+  return 0;
+}
+
 // Bytes from an address to the next multiple of a power of two.
 static __device__ __forceinline__ int tvm_gdn_to_multiple(const void* address, int bytes) {
   return (int)(-(long long)(unsigned long long)address & (bytes - 1));
@@ -102,6 +109,11 @@ static __device__ __forceinline__ int tvm_gdn_mma(float (&sums)[NC], int at_c, c
 // Copies 16 aligned bytes to shared memory, or zeros, without waiting; `tvm_gdn_copied` waits for all that this thread copies.
 static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(TVM_GDN_SHARED(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
+  return 0;
+}
+// The same; the L2 cache fetches the 256 bytes around them.
+static __device__ __forceinline__ int tvm_gdn_copy_ahead(void* to, const void* from, int inside) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" : : "r"(TVM_GDN_SHARED(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
   return 0;
 }
 static __device__ __forceinline__ int tvm_gdn_copied() {
@@ -374,6 +386,7 @@ static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&)[N]) {
   return 0;
 }
 static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
+static __device__ __forceinline__ int tvm_gdn_copy_ahead(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
 static __device__ __forceinline__ int tvm_gdn_copied() { return TVM_GDN_ARRIVE(0, true); }
 static __device__ __forceinline__ int tvm_gdn_group() { return TVM_GDN_GROUP(); }
 static __device__ __forceinline__ int tvm_gdn_arrived(int left) { return TVM_GDN_ARRIVE(left, false); }

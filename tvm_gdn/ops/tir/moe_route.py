@@ -42,9 +42,9 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
         ``topk_group``.
     tiles : object
         The target's loops: `workers` over blocks of `rows_per_worker` rows; `across` over the `vector` lanes of a worker, which
-        are elements of a vector or threads; `every` over elements that lanes share out; `fold` and `best` of what lanes have;
-        `sync` before one lane reads what another wrote; `mine`, whether a lane writes element j of a row's results. Scratch:
-        `spread` of all lanes, `scalars` and `integers` of one.
+        are elements of a vector or threads; `every` over elements and `each` over pieces of work that lanes share out. `fold`
+        and `best` of what lanes have; `sync` before one lane reads what another wrote; `mine`, whether a lane writes choice j
+        of a row. Scratch: `spread` of all lanes, `scalars` and `integers` of one.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
         @T.inline
         def exclude_groups(score, choice, key, group_key, best, two):
             """Keys of all but the groups with the largest sums of their two largest scores (biased, if there is a bias)."""
-            for g in tiles.every(groups):
+            for g in tiles.each(groups):
                 best[0] = T.float32(-infinity)
                 best[1] = T.float32(-infinity)
                 # Keys of the two. The numbers themselves say nothing about NaN: TVM makes `b < a` of `not a <= b`.
