@@ -23,6 +23,8 @@ class RouteTiles(CpuTiles):
         Experts compared at once.
     """
 
+    grid = False
+
     def __init__(self, rows_per_worker: int = 1, vector: int = 1) -> None:
         self.rows_per_worker, self.vector = rows_per_worker, vector
 

@@ -32,13 +32,6 @@ class IntegerGridTiles(ExpertGridTiles):
         super().__init__(geometry, plans, partial)
         self.k_step, self.zero, self.unit = STEP[self.scheme], ZERO[self.scheme], "tvm_gdn_mma_bytes"
 
-    @staticmethod
-    def reduce(buffer: Any, function: Callable[[Expr, Expr], Expr]) -> None:
-        """The numbers of all threads of a warp as one."""
-        for bit in (1, 2, 4, 8, 16):
-            other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), buffer[0], bit, WARP, WARP)
-            T.buffer_store(buffer, function(buffer[0], other), [0])
-
     def product(
         self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr, W: Any, e: Expr, n: Expr, shift: int,
         sink: Callable[..., None], *, scales: tuple[Any, Any, Any],

@@ -1,4 +1,4 @@
-"""Design space of the routing on GPUs: a token per warp, its scores in shared memory."""
+"""Routing on GPUs: a token per warp, its scores in shared memory; sort and statistics in blocks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 from tvm_gdn.schedules.gpu_fragments import WARP
+from tvm_gdn.schedules.gpu_grid import GridTiles
 from tvm_gdn.schedules.gpu_portable import LoopTiles
 
 from tvm_gdn.errors import TargetError
@@ -87,3 +88,23 @@ class RouteGpu(NoKnobs):
         if geometry.axis["E"] > MOST_EXPERTS:
             raise TargetError(f"{geometry.axis['E']} experts: routing has shared memory for {MOST_EXPERTS}")
         return RouteWarpTiles()
+
+
+class _Grid(NoKnobs):
+    """Nothing to tune."""
+
+    @staticmethod
+    def tiles(geometry: Geometry) -> GridTiles:
+        """Blocks and threads."""
+        del geometry
+        return GridTiles()
+
+
+@schedule("moe_sort", "cuda")
+class SortGpu(_Grid):
+    """Counting sort, a block per expert."""
+
+
+@schedule("moe_stats", "cuda")
+class StatsGpu(_Grid):
+    """Load statistics, one block."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu import WarpTiles, aligned
+from tvm_gdn.schedules.gpu import aligned
 from tvm_gdn.schedules.gpu_fragments import BLOCK, WARP, fragment_elements, when
+from tvm_gdn.schedules.gpu_grid import GridTiles
 from tvm_gdn.schedules.gpu_moe_copies import SIZES, Expr, Ring, Rows
 
 from tvm_gdn.packed_experts import STEP
@@ -90,7 +91,7 @@ class Plan:
         return self.stages * (self.rows * (self.depth * size + 16) + weights)
 
 
-class ExpertGridTiles(WarpTiles):
+class ExpertGridTiles(GridTiles):
     """Tile operations of one geometry.
 
     Parameters
@@ -103,34 +104,16 @@ class ExpertGridTiles(WarpTiles):
         Dtype of rows before their sum.
     """
 
-    grid, quantized = True, False
+    quantized = False
     sorters, adders = 1024, 256
     #: Elements of the reduction axis in a fragment.
     slice = BLOCK
 
     def __init__(self, geometry: Geometry, plans: tuple[Plan, ...], partial: str = "float32") -> None:
-        super().__init__(WARP)
+        super().__init__()
         self.partial = partial
         self.plans, self.scheme, self.data = plans, geometry.attr.get("scheme", ""), geometry.dtype["x"]
         self.unit = MMA.get(self.data) if SCHEMES.get(self.scheme, self.data) == self.data else None
-
-    def blocks(self, count: Expr) -> Any:
-        """The blocks of a kernel."""
-        return T.thread_binding(count, thread="blockIdx.x")
-
-    def lanes(self, threads: int = WARP) -> Any:
-        """The threads of a block."""
-        return T.thread_binding(threads, thread="threadIdx.x")
-
-    @staticmethod
-    def sync() -> None:
-        """A barrier of the block."""
-        T.evaluate(T.tvm_storage_sync("shared"))
-
-    @staticmethod
-    def next(buffer: Any, index: Expr) -> Any:
-        """The number that stands there, which becomes one more."""
-        return T.call_extern("int32", "tvm_gdn_next", T.address_of(buffer[index]))
 
     @staticmethod
     def store_pair(buffer: Any, index: list[Expr], values: list[Expr]) -> None:

@@ -59,6 +59,7 @@ class LoopTiles(ThreadTiles):
         Iterations of a block.
     """
 
+    grid = False
     rows_per_worker = 1
     tokens, channels = 32, 1
 
