@@ -104,8 +104,8 @@ class Ring:
         return view, before + self.skip // SIZES[view.dtype] + slot * stage
 
     def fetch(self, step: Expr, slot: Expr) -> None:
-        """Ask for the operands of a step."""
-        for number, rows in enumerate(self.operands):
+        """Ask for the operands of a step: weights first, which take longest and whose place is known first."""
+        for number, rows in reversed(tuple(enumerate(self.operands))):
             view, base = self.at(number, slot)
             first = T.Bind(T.Cast("int32", step) * rows.length)
 

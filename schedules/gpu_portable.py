@@ -90,7 +90,7 @@ class LoopTiles(ThreadTiles):
     def sync() -> None:
         """One thread sees what it wrote."""
 
-    mine, fold, best = RouteTiles.mine, RouteTiles.fold, RouteTiles.best
+    mine, fold, best = staticmethod(RouteTiles.mine), staticmethod(RouteTiles.fold), staticmethod(RouteTiles.best)
 
     def spread(self, count: int, dtype: str = "float32") -> Any:
         """Scratch of a thread, which has all lanes."""
