@@ -51,3 +51,8 @@ class GridTiles(WarpTiles):
         for step in (1, 2, 4, 8, 16):
             other = T.Bind(T.tvm_warp_shuffle_up(T.uint32(0xFFFFFFFF), buffer[0], step, WARP, WARP))
             T.buffer_store(buffer, buffer[0] + T.Select(lane >= step, other, T.Cast(buffer.dtype, 0)), [0])
+
+    @staticmethod
+    def of(buffer: Any, lane: Expr) -> Any:
+        """The number of another thread of the warp."""
+        return T.tvm_warp_shuffle(T.uint32(0xFFFFFFFF), buffer[0], lane, WARP, WARP)

@@ -16,15 +16,17 @@ tiles.
 No two blocks write to one place and every sum has a fixed order: results are deterministic.
 
 How a target plugs in. Its tiles object states `plans` (the last one for all that is more), `sorters` and `adders` (threads of
-those blocks, powers of two) and supplies `blocks(count)`, `lanes(threads)`, `enter(lane)`, `sync()`, `next(buffer, index)` (the
-number there, which becomes one more), `store_pair(buffer, index, values)` (two neighbours from an even column on), and
+those blocks, multiples of `warp`, at most `warp` squared), `warp` and `partial` (dtype of rows to be summed), and supplies
+`blocks(count)`, `lanes(threads)`, `enter(lane)`, `sync()`, `before(buffer, lane)` (the sum of buffer[0] up to this thread of a
+warp), `of(buffer, lane)` (buffer[0] of another), `next(buffer, index)` (the number there, which becomes one more),
+`store_pair(buffer, index, values)` (two neighbours from an even column on), and
 
 - `product(plan, A, row_of, m, W, e, n, shift, sink)`: rows row_of(0) to row_of(m - 1) of A times `plan.columns` columns of W[e]
   and as many others (raw: rows from n on, and those `shift` further on; packed: both halves of groups from n on), given to
   ``sink(r, c, first, second)``: of row r and columns c and c + 1, the pair of values of either half.
 
 Quantized weights: rows of x, and of h, are made int8 by a kernel of their own before either product, which then takes
-``scales=(row scales, row sums, weight scales)``. The tiles object states `quantized`, `k_step`, `zero` and `warp`, and supplies
+``scales=(row scales, row sums, weight scales)``. The tiles object states `quantized`, `k_step` and `zero`, and supplies
 `reduce(buffer, function)`: buffer[0] of all threads of a warp as one.
 """
 
@@ -89,25 +91,25 @@ def sort_macro(tiles: Any) -> Any:
     Afterwards the pairs of expert e are ``order[offsets[e]:offsets[e + 1]]``; ``place[pair]`` is where a pair stands, -1 for
     padding; tile i of `limit` has rows from ``start[i]`` on, of expert ``owner[i]`` (-1: no tile).
     """
-    S = tiles.sorters
-    bits = S.bit_length() - 1
+    S, warp = tiles.sorters, tiles.warp
 
     @T.inline
-    def scan(sums, both, lane):
-        """Two inclusive sums over the block's threads, in sums[0:S] and sums[S:2S]."""
-        sums[lane] = both[0]
-        sums[S + lane] = both[1]
-        for bit in T.unroll(bits):
-            tiles.sync()
-            both[0] = sums[lane]
-            both[1] = sums[S + lane]
-            if lane >= T.shift_left(1, bit):
-                both[0] = both[0] + sums[lane - T.shift_left(1, bit)]
-                both[1] = both[1] + sums[S + lane - T.shift_left(1, bit)]
-            tiles.sync()
-            sums[lane] = both[0]
-            sums[S + lane] = both[1]
+    def scan(sums, both, totals, lane):
+        """Sums of two numbers over the threads before this one, in place, and over all of the block's."""
+        one = T.alloc_buffer((1,), "int32", scope="local")
+        for which in T.unroll(2):
+            one[0] = both[which]
+            tiles.before(one, lane % warp)
+            both[which] = one[0] - both[which]
+            if lane % warp == warp - 1:
+                sums[which * (S // warp) + lane // warp] = one[0]
         tiles.sync()
+        for which in T.unroll(2):
+            one[0] = T.Select(lane % warp < S // warp, sums[which * (S // warp) + T.min(lane % warp, S // warp - 1)], 0)
+            tiles.before(one, lane % warp)
+            totals[which] = tiles.of(one, warp - 1)
+            one[0] = tiles.of(one, T.max(lane // warp - 1, 0))
+            both[which] = both[which] + T.Select(lane >= warp, one[0], 0)
 
     @T.inline
     def look(ids, k, pairs, E, first, chosen):
@@ -124,8 +126,9 @@ def sort_macro(tiles: Any) -> Any:
             for lane in tiles.lanes(S):
                 tiles.enter(lane)
                 counts = T.alloc_buffer((MOST_EXPERTS,), "int32", scope="shared")
-                sums = T.alloc_buffer((2 * S,), "int32", scope="shared")
+                sums = T.alloc_buffer((2 * S // warp,), "int32", scope="shared")
                 both = T.alloc_buffer((2,), "int32", scope="local")
+                totals = T.alloc_buffer((2,), "int32", scope="local")
                 chosen = T.alloc_buffer((BATCH,), "int32", scope="local")
                 ranks = T.alloc_buffer((BATCH,), "int32", scope="local")
                 for i in T.serial((E + S - 1) // S):
@@ -151,12 +154,7 @@ def sort_macro(tiles: Any) -> Any:
                     if e < E:
                         both[0] = both[0] + counts[e]
                         both[1] = both[1] + T.truncdiv(counts[e] + (rows - 1), rows)
-                scan(sums, both, lane)
-                both[0] = 0
-                both[1] = 0
-                if lane > 0:
-                    both[0] = sums[lane - 1]
-                    both[1] = sums[S + lane - 1]
+                scan(sums, both, totals, lane)
                 for i in T.serial((E + S - 1) // S):
                     e = lane * ((E + S - 1) // S) + i
                     if e < E:
@@ -169,9 +167,9 @@ def sort_macro(tiles: Any) -> Any:
                         both[0] = both[0] + ranks[0]
                         both[1] = both[1] + T.truncdiv(ranks[0] + (rows - 1), rows)
                 if lane == 0:
-                    offsets[E] = sums[S - 1]
+                    offsets[E] = totals[0]
                 for i in T.serial((limit + S - 1) // S):
-                    if i * S + lane < limit and i * S + lane >= T.Cast("int64", sums[2 * S - 1]):
+                    if i * S + lane < limit and i * S + lane >= T.Cast("int64", totals[1]):
                         owner[i * S + lane] = -1
                 tiles.sync()
                 for i in T.serial((pairs + S * BATCH - 1) // (S * BATCH)):
