@@ -94,7 +94,7 @@ class ExpertsHopper(ExpertsGpu):
         if not cls._grouped(geometry):
             return super().knobs(geometry)
         return {
-            "most": (2, 5, 8, 10, 12, 16, 24),
+            "most": (0, 0.25, 1, 2, 5, 10, 16),
             "few_columns": (32, 64),
             "few_depth": (64, 128, 256, 512),
             "few_stages": (2, 3, 4, 5, 6, 8),
@@ -113,7 +113,7 @@ class ExpertsHopper(ExpertsGpu):
         if not cls._grouped(geometry):
             return super().default(geometry)
         return {
-            "most": 10, "few_columns": 32, "few_depth": 128, "few_stages": 4, "more": 96, "middle_columns": 64,
+            "most": 0.25, "few_columns": 32, "few_depth": 128, "few_stages": 4, "more": 96, "middle_columns": 64,
             "middle_stages": 4, "columns": 128, "stages": 4, "ahead": False, "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 

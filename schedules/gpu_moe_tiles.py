@@ -43,7 +43,7 @@ class Plan:
         Elements of the reduction axis in a stage: a multiple of 32.
     stages, warps : int
         Stages in shared memory, and warps of a block.
-    most : int
+    most : number
         Mean number of rows per expert up to which the plan is taken; of the last plan of no meaning.
     ahead : bool
         Whether weights are asked for in 256 bytes by the cache.
@@ -56,7 +56,7 @@ class Plan:
     depth: int
     stages: int
     warps: int
-    most: int = 0
+    most: float = 0
     ahead: bool = False
     grouped: bool = False
 

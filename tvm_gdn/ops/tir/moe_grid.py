@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from tvm.script import tirx as T
@@ -284,12 +285,18 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
     return kernel
 
 
+def _is_for(plan: Any, pairs: Any, E: Any) -> Any:
+    """Whether experts have no more rows, on average, than the plan is for."""
+    most = Fraction(plan.most)
+    return pairs * most.denominator <= E * most.numerator
+
+
 def _rows_of_tiles(plans: tuple[Any, ...], pairs: Any, E: Any) -> Any:
     """Rows of a tile in the plan that is taken."""
     *few, last = plans
     found = T.int32(last.rows)
     for plan in reversed(few):
-        found = T.Select(pairs <= E * plan.most, T.int32(plan.rows), found)
+        found = T.Select(_is_for(plan, pairs, E), T.int32(plan.rows), found)
     return found
 
 
@@ -298,7 +305,7 @@ def _most_tiles(plans: tuple[Any, ...], pairs: Any, E: Any) -> Any:
     *few, last = plans
     found = _most_of(last, pairs, E)
     for plan in reversed(few):
-        found = T.Select(pairs <= E * plan.most, _most_of(plan, pairs, E), found)
+        found = T.Select(_is_for(plan, pairs, E), _most_of(plan, pairs, E), found)
     return found
 
 
@@ -312,7 +319,7 @@ def _choose(plans: tuple[Any, ...], pairs: Any, E: Any, products: Callable[[Any]
     if not more:
         products(plan)
         return
-    with T.If(pairs <= E * plan.most):
+    with T.If(_is_for(plan, pairs, E)):
         with T.Then():
             products(plan)
         with T.Else():
