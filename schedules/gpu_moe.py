@@ -113,7 +113,7 @@ class ExpertsHopper(ExpertsGpu):
         if not cls._grouped(geometry):
             return super().default(geometry)
         return {
-            "most": 0.25, "few_columns": 32, "few_depth": 128, "few_stages": 4, "more": 96, "middle_columns": 64,
+            "most": 0.25, "few_columns": 32, "few_depth": 128, "few_stages": 4, "more": 48, "middle_columns": 64,
             "middle_stages": 4, "columns": 128, "stages": 4, "ahead": False, "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 
