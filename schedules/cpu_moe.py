@@ -99,11 +99,6 @@ class ExpertTiles(CpuTiles):
         *outer, last = A.shape
         return T.decl_buffer((*outer, last // self.weights.per), "int32", data=A.data, align=4)
 
-    @staticmethod
-    def to_int8(x: Any) -> Any:
-        """Nearest integer of [-127, 127]; of NaN any."""
-        return T.Cast("int8", T.Cast("int32", T.nearbyint(T.max(T.min(x, T.float32(127)), T.float32(-127)))))
-
     def _blocks(self, micro: Any, top: int) -> Any:
         """Macro that gives rows to the micro-kernel of the least height that holds them."""
 

@@ -23,6 +23,8 @@ class RouteTiles(CpuTiles):
         Experts compared at once.
     """
 
+    grid = False
+
     def __init__(self, rows_per_worker: int = 1, vector: int = 1) -> None:
         self.rows_per_worker, self.vector = rows_per_worker, vector
 
@@ -33,6 +35,50 @@ class RouteTiles(CpuTiles):
     def every(count: int) -> Any:
         """Loop over elements that do not depend on one another."""
         return T.vectorized(count)
+
+    @staticmethod
+    def across(count: int) -> Any:
+        """Loop over the elements of a vector."""
+        return T.vectorized(count)
+
+    @staticmethod
+    def each(count: int) -> Any:
+        """Loop over pieces of work."""
+        return T.serial(count)
+
+    @staticmethod
+    def sync() -> None:
+        """One thread sees what it wrote."""
+
+    @staticmethod
+    def mine(j: Any) -> bool:
+        """A row has one thread."""
+        del j
+        return True
+
+    @staticmethod
+    def fold(total: Any, part: Any, function: Any) -> None:
+        """All elements of a vector as one, in total[0]."""
+        T.buffer_store(total, part[0], [0])
+        with T.serial(int(part.shape[0]) - 1) as lane:
+            T.buffer_store(total, function(total[0], part[lane + 1]), [0])
+
+    @staticmethod
+    def best(winner: Any, best: Any, where: Any) -> None:
+        """Of all elements of a vector the largest, of equals the one with the least number: its number."""
+        with T.serial(int(best.shape[0]) - 1) as lane:
+            with (
+                T.If(T.Or(best[lane + 1] > best[0], T.And(best[lane + 1] == best[0], where[lane + 1] < where[0]))),
+                T.Then(),
+            ):
+                T.buffer_store(best, best[lane + 1], [0])
+                T.buffer_store(where, where[lane + 1], [0])
+        T.buffer_store(winner, where[0], [0])
+
+    @staticmethod
+    def spread(count: int, dtype: str = "float32") -> Any:
+        """Scratch of all lanes."""
+        return local_array(count, dtype=dtype)
 
     def integers(self, count: int) -> Any:
         """int32 scratch."""

@@ -49,11 +49,6 @@ class PortableExpertTiles(Portable, CpuTiles):
         """Staged rows of the products' left operand."""
         return T.alloc_buffer((count, columns), self.operand)
 
-    @staticmethod
-    def to_int8(x: Any) -> Any:
-        """Nearest integer of [-127, 127]; of NaN any."""
-        return T.Cast("int8", T.nearbyint(T.max(T.min(x, T.float32(127)), T.float32(-127))))
-
     def weight(self, W: Any, e: Any, n: Any, shift: int, half: int, column: Any, k: Any) -> Any:
         """Element k of a column: fp32, or the stored integer."""
         if not self.scheme:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tvm_gdn.schedules.gpu_moe_groups import WGMMA, GroupGridTiles
+from tvm_gdn.schedules.gpu_moe_integers import IntegerGridTiles
 from tvm_gdn.schedules.gpu_moe_tiles import ExpertGridTiles, Plan
 
 from tvm_gdn.errors import TargetError
@@ -21,10 +23,7 @@ class ExpertsGpu:
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Rows per expert where the plans meet; columns and stages of both; rows of the second."""
-        if geometry.attr.get("scheme") in ZERO:
-            scheme = geometry.attr["scheme"]
-            raise TargetError(f"no schedule of {scheme} experts for GPUs yet; use raw weights, or pack bf16 or fp16")
+        """Rows per expert where the plans meet; columns and stages of both; rows of the second; dtype of rows to be summed."""
         return {
             "most": (2, 5, 10, 16, 24),
             "few_columns": (32, 64),
@@ -32,13 +31,14 @@ class ExpertsGpu:
             "rows": (32, 64, 128),
             "columns": (64, 128),
             "stages": (2, 3, 4),
+            "partial": cls._partial(geometry),
         }
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """As many stages as fit."""
-        cls.knobs(geometry)
         found = {"most": 10, "few_columns": 32, "few_stages": 4, "rows": 64, "columns": 64, "stages": 4}
+        found["partial"] = cls._partial(geometry)[0]
         for name in ("few_stages", "stages"):
             for count in (4, 3, 2):
                 found[name] = count
@@ -46,18 +46,22 @@ class ExpertsGpu:
                     break
         return found
 
-    @classmethod
-    def _bytes(cls, geometry: Geometry, plan: Plan) -> int:
-        return plan.bytes(geometry.dtype["x"], geometry.attr.get("scheme", ""))
+    @staticmethod
+    def _partial(geometry: Geometry) -> tuple[str, ...]:
+        """Rows of bf16 data may have bf16 scratch; fp16 has too small a range for rows before they are weighted."""
+        return ("bfloat16", "float32") if geometry.dtype["x"] == "bfloat16" else ("float32",)
 
     @classmethod
-    def plans(
-        cls, geometry: Geometry, *, most: int, few_columns: int, few_stages: int, rows: int, columns: int, stages: int
-    ) -> tuple[Plan, Plan]:
+    def _bytes(cls, geometry: Geometry, plan: Plan) -> int:
+        scheme = geometry.attr.get("scheme", "")
+        return plan.bytes("int8" if scheme in ZERO else geometry.dtype["x"], scheme)
+
+    @classmethod
+    def plans(cls, geometry: Geometry, **knobs: Any) -> tuple[Plan, ...]:
         """The plans that knobs stand for."""
-        deep = 1 if geometry.dtype["x"] == "float32" else 2
-        few = Plan(16, few_columns, 64 * deep, few_stages, 4, most)
-        return few, Plan(rows, columns, 32 * deep, stages, 8)
+        deep = 4 if geometry.attr.get("scheme") in ZERO else 1 if geometry.dtype["x"] == "float32" else 2
+        few = Plan(16, knobs["few_columns"], 64 * deep, knobs["few_stages"], 4, knobs["most"])
+        return few, Plan(knobs["rows"], knobs["columns"], 32 * deep, knobs["stages"], 8)
 
     @classmethod
     def tiles(cls, geometry: Geometry, **knobs: Any) -> ExpertGridTiles:
@@ -68,14 +72,61 @@ class ExpertsGpu:
                 raise TargetError(f"{plan}: warps and fragments do not come out even")
             if cls._bytes(geometry, plan) > cls.shared:
                 raise TargetError(f"{plan} needs {cls._bytes(geometry, plan)} bytes of shared memory, a block has {cls.shared}")
-        return ExpertGridTiles(geometry, plans)
+        kind = IntegerGridTiles if geometry.attr.get("scheme") in ZERO else ExpertGridTiles
+        if any(plan.grouped for plan in plans):
+            kind = GroupGridTiles
+        return kind(geometry, plans, knobs["partial"])
 
 
 @schedule("moe_experts", "cuda-sm90")
 class ExpertsHopper(ExpertsGpu):
-    """Two blocks to a multiprocessor of 227 KiB."""
+    """With 227 KiB of shared memory, which two blocks share by default; raw 16-bit weights by products of four warps."""
 
-    shared = 113 * 1024
+    shared = 227 * 1024
+
+    @classmethod
+    def _grouped(cls, geometry: Geometry) -> bool:
+        return not geometry.attr.get("scheme") and geometry.dtype["x"] == geometry.dtype["w13"] == geometry.dtype["w2"] in WGMMA
+
+    @classmethod
+    def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
+        """Of three plans (16, 64 and 128 rows): rows per expert where they meet, columns and stages."""
+        if not cls._grouped(geometry):
+            return super().knobs(geometry)
+        return {
+            "most": (0, 0.25, 1, 2, 5, 10, 16),
+            "few_columns": (32, 64),
+            "few_depth": (64, 128, 256, 512),
+            "few_stages": (2, 3, 4, 5, 6, 8),
+            "ahead": (False, True),
+            "more": (0, 24, 32, 48, 64, 80, 96, 128, 192, 1 << 20),
+            "middle_columns": (32, 64, 128),
+            "middle_stages": (3, 4, 5, 6),
+            "columns": (64, 128),
+            "stages": (3, 4, 5),
+            "partial": cls._partial(geometry),
+        }
+
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
+        """Two blocks of few rows to a multiprocessor, one of many."""
+        if not cls._grouped(geometry):
+            return super().default(geometry)
+        return {
+            "most": 0.25, "few_columns": 32, "few_depth": 128, "few_stages": 4, "more": 48, "middle_columns": 64,
+            "middle_stages": 4, "columns": 128, "stages": 4, "ahead": False, "partial": cls._partial(geometry)[0],
+        }  # fmt: skip
+
+    @classmethod
+    def plans(cls, geometry: Geometry, **knobs: Any) -> tuple[Plan, ...]:
+        """The plans that knobs stand for."""
+        if not cls._grouped(geometry):
+            return super().plans(geometry, **knobs)
+        return (
+            Plan(16, knobs["few_columns"], knobs["few_depth"], knobs["few_stages"], 4, knobs["most"], knobs["ahead"]),
+            Plan(64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], knobs["ahead"], grouped=True),
+            Plan(128, knobs["columns"], 64, knobs["stages"], 8, 0, knobs["ahead"], grouped=True),
+        )
 
 
 @schedule("moe_experts", "musa")

@@ -1,7 +1,7 @@
 """A ring of stages in shared memory through which the operands of the experts' products pass on GPUs.
 
-Rows come in pieces of 16 bytes without waiting (cp.async where there is PTX), as long as tensors begin and rows follow one
-another at multiples of 16 bytes; element by element otherwise. What lies outside of a tensor is zero.
+Rows come in pieces of 16 bytes without waiting (cp.async where there is PTX), where tensors and their rows begin at multiples
+of 16 bytes; element by element otherwise. What lies outside of a tensor is zero.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 from tvm_gdn.schedules.gpu_fragments import ITEMSIZE, ceil_div, when
 
 Expr = Any
-SIZES = {**ITEMSIZE, "int32": 4}
+SIZES = {**ITEMSIZE, "int32": 4, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ class Rows:
         ``there(i)``: whether row i is there.
     aligned : bool or expression
         Whether all rows begin at multiples of 16 bytes.
+    swizzled : bool
+        Whether the 16-byte pieces of a row, 128 bytes of a stage, change places by the row's number.
+    ahead : bool
+        Whether the cache is asked for 256 bytes where a piece is: the next stage's are there then.
     """
 
     buffer: Any
@@ -48,6 +52,15 @@ class Rows:
     index: Callable[[Expr, Expr, int | None], tuple[Expr, ...]]
     there: Callable[[Expr], Expr]
     aligned: Expr
+    swizzled: bool = False
+    ahead: bool = False
+
+    def place(self, i: Expr, k: Expr) -> Expr:
+        """Where element k of row i stands in a stage."""
+        if not self.swizzled:
+            return i * self.stride + k
+        lanes = 16 // SIZES[self.buffer.dtype]
+        return i * self.stride + T.bitwise_xor(k // lanes, i % 8) * lanes + k % lanes
 
     @property
     def size(self) -> int:
@@ -64,27 +77,35 @@ class Ring:
         Threads of a block; steps whose operands are in shared memory at the same time.
     operands : Rows
         What a stage holds, one after the other.
+    align : int
+        Bytes at whose multiple the memory begins.
     """
 
-    def __init__(self, lane: Expr, threads: int, stages: int, operands: tuple[Rows, ...]) -> None:
+    def __init__(self, lane: Expr, threads: int, stages: int, operands: tuple[Rows, ...], align: int = 1) -> None:
         self.lane, self.threads, self.stages, self.operands = lane, threads, stages, operands
         self.stage = sum(rows.size for rows in operands)
-        memory = T.alloc_buffer((self.stage * stages,), "uint8", scope="shared.dyn")
+        total = self.stage * stages + align - 1
+        # TVM 0.27 asks the driver for as many elements of the first view's dtype as the memory has of its own.
+        dtype = operands[0].buffer.dtype
+        memory = T.alloc_buffer((ceil_div(total, SIZES[dtype]),), dtype, scope="shared.dyn")
         self.views, before = [], 0
+        self.skip: Expr = 0
+        if align > 1:
+            self.skip = T.Bind(T.call_extern("int32", "tvm_gdn_to_multiple", T.address_of(memory[0]), align))
         for rows in operands:
             size = SIZES[rows.buffer.dtype]
-            view = T.decl_buffer((self.stage * stages // size,), rows.buffer.dtype, data=memory.data, scope="shared.dyn")
+            view = T.decl_buffer((total // size,), rows.buffer.dtype, data=memory.data, scope="shared.dyn")
             self.views.append((view, before // size, self.stage // size))
             before += rows.size
 
     def at(self, number: int, slot: Expr) -> tuple[Any, Expr]:
         """Where an operand's rows begin in a stage: a view of the memory and an index."""
         view, before, stage = self.views[number]
-        return view, before + slot * stage
+        return view, before + self.skip // SIZES[view.dtype] + slot * stage
 
     def fetch(self, step: Expr, slot: Expr) -> None:
-        """Ask for the operands of a step."""
-        for number, rows in enumerate(self.operands):
+        """Ask for the operands of a step: weights first, which take longest and whose place is known first."""
+        for number, rows in reversed(tuple(enumerate(self.operands))):
             view, base = self.at(number, slot)
             first = T.Bind(T.Cast("int32", step) * rows.length)
 
@@ -111,8 +132,9 @@ class Ring:
             def piece(i: Expr = i, k: Expr = k, step: int = step) -> None:
                 inside = T.Bind(T.And(rows.there(i), first + k < rows.limit))
                 source = T.address_of(rows.buffer[rows.index(i, T.Select(first + k < rows.limit, first + k, 0), step)])
-                to = T.address_of(view[base + i * rows.stride + k])
-                T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, T.Cast("int32", inside)))
+                to = T.address_of(view[base + rows.place(i, k)])
+                copy = "tvm_gdn_copy_ahead" if rows.ahead else "tvm_gdn_copy"
+                T.evaluate(T.call_extern("int32", copy, to, source, T.Cast("int32", inside)))
 
             when(True if (step + 1) * self.threads <= total else index < total, piece)
 
@@ -123,15 +145,22 @@ class Ring:
             i, k = index // rows.length, index % rows.length
 
             def element() -> None:
-                place = base + i * rows.stride + k
+                place = base + rows.place(i, k)
                 T.buffer_store(view, T.Cast(view.dtype, 0), [place])
                 inside = T.And(rows.there(i), first + k < rows.limit)
                 when(inside, lambda: T.buffer_store(view, rows.buffer[rows.index(i, first + k, None)], [place]))
 
             when(True if total % self.threads == 0 else index < total, element)
 
-    def run(self, steps: int, compute: Callable[[Expr], None]) -> None:
-        """Call ``compute(slot)`` for every step, the operands of the next `stages` - 1 being under way."""
+    def run(
+        self, steps: int, compute: Callable[[Expr, Expr], None], *, publish: Callable[[], None] | None = None,
+        finish: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Call ``compute(step, slot)`` for every step, the operands of the next `stages` - 1 being under way.
+
+        `publish` is called by every thread before the barrier behind which others use what it copied. With `finish`, `compute`
+        only begins: the next operands are asked for before it is called.
+        """
         ahead = self.stages - 1
         for step in range(ahead):
             if step < steps:
@@ -139,9 +168,17 @@ class Ring:
             T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
         with T.serial(steps) as step:
             T.evaluate(T.call_extern("int32", "tvm_gdn_arrived", ahead - 1))
+            if publish:
+                publish()
             T.evaluate(T.tvm_storage_sync("shared"))
+            number, slot = T.Cast("int32", step), T.Bind(T.Cast("int32", step % self.stages))
+            if finish:
+                compute(number, slot)
             # The barrier also says that all threads are done with the step before, whose stage is filled now.
             with T.If(step + ahead < steps), T.Then():
                 self.fetch(step + ahead, T.Bind((step + ahead) % self.stages))
             T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
-            compute(T.Bind(T.Cast("int32", step % self.stages)))
+            if finish:
+                finish()
+            else:
+                compute(number, slot)

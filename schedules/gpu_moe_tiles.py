@@ -1,9 +1,9 @@
 """Tile operations of the experts on GPUs: see `tvm_gdn/ops/tir/moe_grid.py` for what they are for.
 
-Products of 16-bit data are fragments of mma.m16n8k16 (`csrc/device_functions.h`; plain C++ where there is no PTX), bf16 and
-fp16 each by its own instruction, both exact with fp32 sums. Rows of A, and of raw weights, come to registers by ldmatrix. A
-word of packed weights is what a thread of such a fragment holds, two neighbours on the reduction axis of one column: it is read
-as it is. fp32 data, and packed weights of another dtype than the activations, are multiplied in fp32 by the same threads,
+Products of 16-bit data are fragments of mma.m16n8k16 (`csrc/device_functions.h`; plain C++ where there is no PTX): bf16 and
+fp16 each by an instruction of its own, both exact with fp32 sums. Rows of A, and of raw weights, come to registers by ldmatrix.
+A word of packed weights is what a thread of such a fragment holds, two neighbours on the reduction axis of one column: it is
+read as it is. fp32 data, and packed weights of another dtype than the activations, are multiplied in fp32 by the same threads,
 element by element.
 """
 
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu import WarpTiles, aligned
+from tvm_gdn.schedules.gpu import aligned
 from tvm_gdn.schedules.gpu_fragments import BLOCK, WARP, fragment_elements, when
+from tvm_gdn.schedules.gpu_grid import GridTiles
 from tvm_gdn.schedules.gpu_moe_copies import SIZES, Expr, Ring, Rows
 
 from tvm_gdn.packed_experts import STEP
@@ -42,8 +43,12 @@ class Plan:
         Elements of the reduction axis in a stage: a multiple of 32.
     stages, warps : int
         Stages in shared memory, and warps of a block.
-    most : int
+    most : number
         Mean number of rows per expert up to which the plan is taken; of the last plan of no meaning.
+    ahead : bool
+        Whether weights are asked for in 256 bytes by the cache.
+    grouped : bool
+        Whether four warps multiply together: 64 rows, and all columns; a stage has 128 bytes of each.
     """
 
     rows: int
@@ -51,7 +56,9 @@ class Plan:
     depth: int
     stages: int
     warps: int
-    most: int = 0
+    most: float = 0
+    ahead: bool = False
+    grouped: bool = False
 
     @property
     def threads(self) -> int:
@@ -69,18 +76,22 @@ class Plan:
 
     def fits(self) -> bool:
         """Whether warps and fragments come out even."""
+        if self.grouped:
+            return self.rows == 16 * self.warps and self.rows % 64 == 0 and self.columns in (32, 64, 128) and self.depth == 64
         tall, wide, along, across = self.grid
         return tall * along * BLOCK == self.rows and across * along == self.warps and wide * across * 8 == self.columns > 0
 
     def bytes(self, dtype: str, scheme: str) -> int:
         """Shared memory of a block."""
         size = SIZES[dtype]
+        if self.grouped:
+            return self.stages * (self.rows + 2 * self.columns) * self.depth * size + 1023
         raw = 2 * self.columns * (self.depth * size + 16)
         weights = self.columns // BLOCK * (self.depth // STEP[scheme]) * WORDS * 4 if scheme else raw
         return self.stages * (self.rows * (self.depth * size + 16) + weights)
 
 
-class ExpertGridTiles(WarpTiles):
+class ExpertGridTiles(GridTiles):
     """Tile operations of one geometry.
 
     Parameters
@@ -89,57 +100,80 @@ class ExpertGridTiles(WarpTiles):
         Dtypes, and scheme of packed weights.
     plans : tuple of Plan
         By rising number of rows per expert.
+    partial : str
+        Dtype of rows before their sum.
     """
 
-    grid = True
-    sorters, adders = 512, 256
+    quantized = False
+    sorters, adders = 1024, 256
+    #: Elements of the reduction axis in a fragment.
+    slice = BLOCK
 
-    def __init__(self, geometry: Geometry, plans: tuple[Plan, ...]) -> None:
-        super().__init__(WARP)
+    def __init__(self, geometry: Geometry, plans: tuple[Plan, ...], partial: str = "float32") -> None:
+        super().__init__()
+        self.partial = partial
         self.plans, self.scheme, self.data = plans, geometry.attr.get("scheme", ""), geometry.dtype["x"]
         self.unit = MMA.get(self.data) if SCHEMES.get(self.scheme, self.data) == self.data else None
 
-    def blocks(self, count: Expr) -> Any:
-        """The blocks of a kernel."""
-        return T.thread_binding(count, thread="blockIdx.x")
-
-    def lanes(self, threads: int = WARP) -> Any:
-        """The threads of a block."""
-        return T.thread_binding(threads, thread="threadIdx.x")
-
     @staticmethod
-    def sync() -> None:
-        """A barrier of the block."""
-        T.evaluate(T.tvm_storage_sync("shared"))
-
-    @staticmethod
-    def next(buffer: Any, index: Expr) -> Any:
-        """The number that stands there, which becomes one more."""
-        return T.call_extern("int32", "tvm_gdn_next", T.address_of(buffer[index]))
+    def store_pair(buffer: Any, index: list[Expr], values: list[Expr]) -> None:
+        """Two neighbours from an even column on, at once."""
+        pair = T.alloc_buffer((2,), "float32", scope="local")
+        for i in range(2):
+            T.buffer_store(pair, values[i], [i])
+        *outer, column = index
+        with T.vectorized(2) as i:
+            T.buffer_store(buffer, T.Cast(buffer.dtype, pair[i]), [*outer, column + i])
 
     def product(
-        self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr, depth: int, W: Any, e: Expr, n: Expr, shift: int,
+        self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr, W: Any, e: Expr, n: Expr, shift: int,
         sink: Callable[..., None],
     ) -> None:  # fmt: skip
         """Rows of A times columns of W[e], to the sink."""
         left, right = self._left(plan, A, row_of, m), self._right(plan, W, e, n, shift)
         ring = Ring(self.lane, plan.threads, plan.stages, (left, right))
+        row, column = self._place(plan)
+        sums = self._zeros(plan, "float32")
+        compute = self._fragments if self.unit else self._elements
+        ring.run(-(-int(A.shape[1]) // plan.depth), lambda _step, slot: compute(plan, ring, slot, sums, row, column, m))
+        self._finish(plan, row, column, m, lambda at, _r, _half, _c: sums[at], sink)
+
+    def _place(self, plan: Plan) -> tuple[Expr, Expr]:
+        """A warp's first fragment along rows, and along columns."""
         tall, wide, along, _ = plan.grid
         warp = T.Bind(T.Cast("int32", self.lane) // WARP)
-        row, column = T.Bind(warp % along * tall), T.Bind(warp // along * wide)
-        sums = T.alloc_buffer((tall * wide * 8,), "float32", scope="local")
+        return T.Bind(warp % along * tall), T.Bind(warp // along * wide)
+
+    @staticmethod
+    def _zeros(plan: Plan, dtype: str) -> Any:
+        """Sums of a thread's fragments: by row of fragments, column, half, element."""
+        tall, wide, _, _ = plan.grid
+        sums = T.alloc_buffer((tall * wide * 8,), dtype, scope="local")
         with T.unroll(tall * wide * 8) as i:
-            T.buffer_store(sums, T.float32(0), [i])
-        compute = self._fragments if self.unit else self._elements
-        ring.run(-(-depth // plan.depth), lambda slot: compute(plan, ring, slot, sums, row, column, m))
+            T.buffer_store(sums, T.Cast(dtype, 0), [i])
+        return sums
+
+    def _over(self, plan: Plan, row: Expr, column: Expr, body: Callable[[int, Expr, Expr], None]) -> None:
+        """Call ``body(at, r, c)`` for pairs of neighbours in a thread's fragments: `at` of the first half, + 4 of the other."""
+        tall, wide, _, _ = plan.grid
         for a in range(tall):
             for b in range(wide):
-                at = (a * wide + b) * 8
                 places = fragment_elements(self.lane, row + a, column + b)
                 for pair in (0, 2):
-                    r, c = places[pair]
-                    halves = [[sums[at + half * 4 + pair + i] for i in range(2)] for half in range(2)]
-                    when(r < m, lambda r=r, c=c, halves=halves: sink(r, c, *halves))
+                    body((a * wide + b) * 8 + pair, *places[pair])
+
+    def _finish(
+        self, plan: Plan, row: Expr, column: Expr, m: Expr, value: Callable[..., Expr], sink: Callable[..., None]
+    ) -> None:  # fmt: skip
+        """Give the sink ``value(at, r, half, c)`` of every element of a row that is there."""
+
+        def pair(at: int, r: Expr, c: Expr) -> None:
+            def body() -> None:
+                sink(r, c, *([value(at + half * 4 + i, r, half, c + i) for i in range(2)] for half in range(2)))
+
+            when(r < m, body)
+
+        self._over(plan, row, column, pair)
 
     # Operands.
     def _left(self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr) -> Rows:
@@ -155,8 +189,9 @@ class ExpertGridTiles(WarpTiles):
             return row_of(T.min(i, m - 1)) if step is None else own[step], k
 
         limit = int(A.shape[1])
+        # Scratch memory of bytes is the kernel's own, in rows of whole steps.
         fitting: Any = limit % lanes == 0
-        if fitting:
+        if fitting and A.dtype != "int8":
             fitting = T.Bind(T.And(aligned(A, 0, 0, elements=lanes), aligned(A, 1, 0, elements=lanes)))
         return Rows(A, plan.rows, plan.depth, plan.depth + lanes, limit, index, lambda i: i < m, fitting)
 
@@ -169,7 +204,17 @@ class ExpertGridTiles(WarpTiles):
 
             fitting = T.Bind(aligned(W, 0, 0, 0, 0, elements=4))
             limit = int(W.shape[2]) * WORDS
-            return Rows(W, plan.columns // BLOCK, steps * WORDS, steps * WORDS, limit, word, lambda i: n + i < groups, fitting)
+            return Rows(
+                W,
+                plan.columns // BLOCK,
+                steps * WORDS,
+                steps * WORDS,
+                limit,
+                word,
+                lambda i: n + i < groups,
+                fitting,
+                ahead=plan.ahead,
+            )
         lanes, last, C = 16 // SIZES[W.dtype], int(W.shape[1]) - 1, plan.columns
 
         def row(i: Expr) -> Expr:
@@ -185,7 +230,7 @@ class ExpertGridTiles(WarpTiles):
         fitting = int(W.shape[2]) % lanes == 0
         if fitting:
             fitting = T.Bind(aligned(W, 0, 0, 0, elements=lanes))
-        return Rows(W, 2 * C, plan.depth, plan.depth + lanes, int(W.shape[2]), index, there, fitting)
+        return Rows(W, 2 * C, plan.depth, plan.depth + lanes, int(W.shape[2]), index, there, fitting, ahead=plan.ahead)
 
     @staticmethod
     def _first_end(W: Any, shift: int, C: int) -> int:
@@ -194,16 +239,21 @@ class ExpertGridTiles(WarpTiles):
 
     # One step.
     def _fragments(self, plan: Plan, ring: Ring, slot: Expr, sums: Any, row: Expr, column: Expr, m: Expr) -> None:
+        count = plan.depth // self.slice
+        when(row * BLOCK < m, lambda: self._slices(plan, ring, slot, sums, row, column, 0, count))
+
+    def _slices(self, plan: Plan, ring: Ring, slot: Expr, sums: Any, row: Expr, column: Expr, first: int, count: int) -> None:
+        """Add the products of `count` slices of the reduction axis, from `first` on, to the sums of a warp's fragments."""
         tall, wide, _, _ = plan.grid
         left = T.alloc_buffer((4 * tall,), "uint32", scope="local")
         right = T.alloc_buffer((4 * wide,), "uint32", scope="local")
         view, base = ring.at(0, slot)
         stride = ring.operands[0].stride
-
-        def step(kk: int) -> None:
+        for kk in range(first, first + count):
             for a in range(tall):
-                place = T.address_of(view[base + (row + a) * BLOCK * stride + kk * BLOCK])
-                T.evaluate(T.call_extern("int32", "tvm_gdn_load_a", left.data, a * 4, place, stride))
+                place = T.address_of(view[base + (row + a) * BLOCK * stride + kk * self.slice])
+                # Strides are in pairs of bytes there.
+                T.evaluate(T.call_extern("int32", "tvm_gdn_load_a", left.data, a * 4, place, stride * SIZES[view.dtype] // 2))
             for b in range(wide):
                 self._load_right(plan, ring, slot, right, b, column + b, kk)
             for a in range(tall):
@@ -212,12 +262,6 @@ class ExpertGridTiles(WarpTiles):
                         at = ((a * wide + b) * 2 + half) * 4
                         places = (sums.data, at, left.data, a * 4, right.data, b * 4 + half * 2)
                         T.evaluate(T.call_extern("int32", self.unit, *places))
-
-        def steps() -> None:
-            for kk in range(plan.depth // BLOCK):
-                step(kk)
-
-        when(row * BLOCK < m, steps)
 
     def _load_right(self, plan: Plan, ring: Ring, slot: Expr, registers: Any, b: int, column: Expr, kk: int) -> None:
         """Fragments of both halves: 8 columns from ``8 column`` on, 16 elements from ``16 kk`` on."""

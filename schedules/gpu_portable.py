@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm_gdn.schedules.cpu_moe_route import RouteTiles
 from tvm_gdn.schedules.gpu import WarpTiles
 from tvm_gdn.schedules.whole_rows import WholeRows
 
@@ -59,6 +60,7 @@ class LoopTiles(ThreadTiles):
         Iterations of a block.
     """
 
+    grid = False
     rows_per_worker = 1
     #: Tokens and channels of a thread in the convolution.
     tokens, channels = 32, 1
@@ -86,6 +88,16 @@ class LoopTiles(ThreadTiles):
             indices.append(frame.__enter__())
         return indices
 
+    @staticmethod
+    def sync() -> None:
+        """One thread sees what it wrote."""
+
+    mine, fold, best = staticmethod(RouteTiles.mine), staticmethod(RouteTiles.fold), staticmethod(RouteTiles.best)
+
+    def spread(self, count: int, dtype: str = "float32") -> Any:
+        """Scratch of a thread, which has all lanes."""
+        return self.array(count, dtype)
+
     def integers(self, count: int) -> Any:
         """int32 scratch of a thread."""
         return self.array(count, "int32")
@@ -99,6 +111,8 @@ class LoopTiles(ThreadTiles):
     def every(count: int) -> Any:
         """Loop over elements that do not depend on one another."""
         return T.serial(count)
+
+    across = each = every
 
     @staticmethod
     def columns_in(to: Any, at: Any, source: Any, first: Any, count: int, pitch: int, width: int) -> None:

@@ -10,12 +10,14 @@ import shutil
 import subprocess
 
 import pytest
+import test_moe_route
 import torch
 from compilers import needs_cxx
-from test_moe_experts import LIMIT, E, error, loop, make
+from test_moe_experts import BOUND, LIMIT, E, error, loop, make
+from tvm_gdn.schedules import gpu_moe
 
 import tvm_gdn
-from tvm_gdn import build, cases, check, dispatch, schedule
+from tvm_gdn import build, cases, check, dispatch, reference, schedule
 from tvm_gdn.errors import TargetError
 from tvm_gdn.ops import OPS
 from tvm_gdn.packed_experts import pack_experts
@@ -60,6 +62,17 @@ def test_numbers(on):
     """Few rows per expert and many, D and I no multiples of a tile; rows in pieces of 16 bytes."""
     on("cuda-sm80")
     check_numbers(torch.bfloat16, False, 104, 40, (1, 5, 63))
+
+
+@needs_cxx
+def test_products_of_four_warps(on, monkeypatch):
+    """Hopper's plans of 64 rows and of 128, from one kernel."""
+    usual = gpu_moe.ExpertsHopper.default.__func__
+    monkeypatch.setattr(
+        gpu_moe.ExpertsHopper, "default", classmethod(lambda cls, shape: {**usual(cls, shape), "most": 2, "more": 8})
+    )
+    on("cuda-sm90")
+    check_numbers(torch.bfloat16, False, 104, 72, (17, 70))
 
 
 @needs_cxx
@@ -127,6 +140,29 @@ def test_sizes(on, target, dtype, packed, hidden, inner):
     check_numbers(dtype, packed, hidden, inner, (1, 65, 200))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda-sm80", "musa-mp31"])
+@pytest.mark.parametrize(("scheme", "group"), [("int8", 0), ("int4", 0), ("int4_kgroup", 32), ("int4_kgroup", 128)])
+def test_integers(on, target, scheme, group):
+    """What the pack says, but for the rows' own rounding; few rows per expert and many; NaN stays in its row."""
+    on(target)
+    for tokens in (1, 129):
+        x, w13, w2, weights, ids = make(tokens, torch.bfloat16, 3, experts=4, hidden=264, inner=200)
+        pack = pack_experts(w13, w2, scheme, group=group or 32)
+        out = run(x, weights, pack, ids=ids)
+        assert error(out, loop(x, *pack.unpack(), weights, ids)) < 0.025
+        assert torch.equal(out, run(x, weights, pack, ids=ids))
+    # The pack's own error: a mean over many outputs.
+    ref = loop(x, w13, w2, weights, ids)
+    assert ((out.double() - ref).abs().mean() / ref.abs().mean()).item() < BOUND[scheme, group]
+    x[11, 5] = float("nan")
+    spoiled = run(x, weights, pack, ids=ids)
+    assert spoiled[11].isnan().all()
+    kept = [row for row in range(129) if row != 11]
+    assert torch.equal(spoiled[kept], out[kept])
+    assert "emulated" in dispatch.served_by("fused_experts_quantized")
+
+
 def geometry(**attrs):
     case = {"T": 3, "k": 2, "E": 4, "D": 2048, "I": 512, "dtype": "bfloat16", **attrs}
     spec = OPS["fused_experts_quantized" if attrs.get("scheme") == "int8" else "fused_experts"]
@@ -134,7 +170,7 @@ def geometry(**attrs):
 
 
 @pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm90", "musa-mp22", "musa-mp31"])
-@pytest.mark.parametrize("case", [{}, {"dtype": "float32"}])
+@pytest.mark.parametrize("case", [{}, {"dtype": "float32"}, {"scheme": "int8", "scale_dtype": "float32"}])
 def test_blocks_fit(target, case):
     """Shared memory of the defaults and of every choice that is not refused."""
     spec, shape = geometry(**case)
@@ -151,19 +187,20 @@ def test_blocks_fit(target, case):
             assert all(plan.fits() and space._bytes(shape, plan) <= space.shared for plan in tiles.plans)
 
 
-def test_integers_are_refused_with_what_to_do():
-    spec, shape = geometry(scheme="int8", scale_dtype="float32")
-    with pytest.raises(TargetError, match="use raw weights, or pack bf16"):
-        schedule.origin(spec, shape, named("cuda-sm90"))
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-@pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm90"])
-def test_machine_code_spills_nothing(tmp_path, target):
+@pytest.mark.parametrize(
+    ("target", "case", "pointers"),
+    [
+        ("cuda-sm80", {}, (6, 7, 7, 6, 6, 4)),
+        ("cuda-sm90", {}, (6, 7, 7, 7, 6, 6, 6, 4)),
+        ("cuda-sm80", {"scheme": "int8", "scale_dtype": "float32"}, (6, 4, 10, 10, 4, 9, 9, 4)),
+        ("cuda-sm90", {"scheme": "int8", "scale_dtype": "float32"}, (6, 4, 10, 10, 4, 9, 9, 4)),
+    ],
+)
+def test_machine_code_spills_nothing(tmp_path, target, case, pointers):
     """At a reference model's width, as the compiler reports it."""
-    spec, shape = geometry()
-    pointers = (6, 7, 6, 6, 7, 6, 4)
+    spec, shape = geometry(**case)
     goal = resolve(target)
     (built,) = build.run_builder([build.Request(spec, shape)], goal, tmp_path)
     assert built.image.read_bytes()[:4] == b"\x7fELF", built
@@ -177,3 +214,20 @@ def test_machine_code_spills_nothing(tmp_path, target):
     spills = [line for line in done.stderr.splitlines() if "spill" in line]
     assert len(spills) == len(pointers)
     assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), done.stderr
+
+
+@pytest.mark.slow
+def test_routing_operators(on):
+    """A token per warp, a block per expert: the checks of the CPU's kernels, and more pairs than a block's threads read at once."""
+    on("cuda-sm80")
+    test_moe_route.test_softmax(65, torch.bfloat16)
+    test_moe_route.test_deepseek_groups(True)
+    test_moe_route.test_nan_is_chosen_first_and_propagates("softmax")
+    test_moe_route.test_sort_and_stats(torch.int64)
+    test_moe_route.test_stats_of_nobody()
+    ids = torch.randint(-1, 30, (700, 7), generator=torch.Generator().manual_seed(0))
+    for choices in (ids, torch.full_like(ids, 3)):
+        for found, want in zip(tvm_gdn.moe_sort(choices, 29), reference.moe_sort(choices, 29), strict=True):
+            assert torch.equal(found, want)
+    for name in ("moe_route", "moe_sort", "expert_stats"):
+        assert dispatch.served_by(name).startswith("compiled (emulated:cuda-sm80, default")

@@ -29,9 +29,7 @@ def why_not(name, target):
         return ""
     on_rocm = "rocm" in named(target).lineage
     rocm = algorithm == "chunk" and on_rocm
-    # Experts: not on AMD targets, and integers on no device.
-    experts = algorithm == "moe_experts" and (on_rocm or name == "fused_experts_quantized")
-    if algorithm in CPU_ONLY or experts or (rocm and target not in MATRIX_UNITS):
+    if algorithm in CPU_ONLY or (algorithm == "moe_experts" and on_rocm) or (rocm and target not in MATRIX_UNITS):
         return "no schedule"
     # A gate per channel keeps more tiles in shared memory than the 64 KiB that a block has there.
     if name.startswith("chunk_kda") and (rocm or device == "musa"):

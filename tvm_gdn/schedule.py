@@ -85,10 +85,10 @@ def _load_spaces() -> None:
             importlib.import_module(f"tvm_gdn.schedules.{entry.name[:-3]}")
 
 
-def find_space(algorithm: str, target: TargetSpec) -> tuple[Any, str]:
-    """The nearest design space of a target for an algorithm, and the name it is registered under."""
+def find_space(algorithm: str, target: TargetSpec, *, portable: bool = False) -> tuple[Any, str]:
+    """The nearest design space of a target (or its family's portable one) for an algorithm, and the name it has there."""
     _load_spaces()
-    for name in (*target.lineage, f"{GENERIC}{target.family}"):
+    for name in (*(() if portable else target.lineage), f"{GENERIC}{target.family}"):
         if (algorithm, name) in _SPACES:
             return _SPACES[algorithm, name], name
     raise TargetError(f"no schedule of {algorithm!r} for {target.name}, and no generic one for {target.family}")

@@ -6,6 +6,18 @@ static __device__ __forceinline__ bool tvm_gdn_aligned(const void* address, int 
   return ((unsigned long long)address & (unsigned long long)(bytes - 1)) == 0;
 }
 
+// What a warp's threads wrote to shared memory is there for the others of the warp.
+template <class T = int>
+static __device__ __forceinline__ T tvm_gdn_warp_sync() {
+  __syncwarp();
+  return 0;
+}
+
+// Bytes from an address to the next multiple of a power of two.
+static __device__ __forceinline__ int tvm_gdn_to_multiple(const void* address, int bytes) {
+  return (int)(-(long long)(unsigned long long)address & (bytes - 1));
+}
+
 // 16 aligned bytes from one place to another.
 static __device__ __forceinline__ int tvm_gdn_move(void* to, const void* from) {
   *(uint4*)to = *(const uint4*)from;
@@ -109,6 +121,11 @@ static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, i
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(TVM_GDN_SHARED(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
   return 0;
 }
+// The same; the L2 cache fetches the 256 bytes around them.
+static __device__ __forceinline__ int tvm_gdn_copy_ahead(void* to, const void* from, int inside) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" : : "r"(TVM_GDN_SHARED(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
+  return 0;
+}
 static __device__ __forceinline__ int tvm_gdn_copied() {
   asm volatile("cp.async.wait_all;" : : : "memory");
   return 0;
@@ -121,6 +138,65 @@ static __device__ __forceinline__ int tvm_gdn_mma_half(float (&sums)[NC], int at
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  return 0;
+}
+// m16n8k32 on bytes, signed times unsigned: four to a register.
+template <int NC, int NA, int NB>
+static __device__ __forceinline__ int tvm_gdn_mma_bytes(int (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
+  int* c = sums + at_c;
+  const unsigned *a = left + at_a, *b = right + at_b;
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  return 0;
+}
+// Four warps multiply 64 rows of 64 16-bit numbers with as many rows as a thread has sums times two; both tiles lie in shared memory
+// at multiples of 1024 bytes, in rows of 128 bytes whose 16-byte pieces change places by the row's number. `publish`: what this
+// thread wrote is there for the matrix unit behind the next barrier. `finish` waits; until then the sums are not to be read.
+#define TVM_GDN_R32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define TVM_GDN_R64 TVM_GDN_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TVM_GDN_R128 TVM_GDN_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define TVM_GDN_S8(n) "+f"(c[n]), "+f"(c[n + 1]), "+f"(c[n + 2]), "+f"(c[n + 3]), "+f"(c[n + 4]), "+f"(c[n + 5]), "+f"(c[n + 6]), "+f"(c[n + 7])
+#define TVM_GDN_S32(n) TVM_GDN_S8(n), TVM_GDN_S8(n + 8), TVM_GDN_S8(n + 16), TVM_GDN_S8(n + 24)
+#define TVM_GDN_WGMMA(columns, kind, registers, left, right, ...)                                                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." kind "." kind  \
+               " {" registers "}, " left ", " right ", p, 1, 1, 0, 0;\n}\n" : __VA_ARGS__ : "l"(a + 2 * k), "l"(b + 2 * k))
+#define TVM_GDN_WGMMAS(name, kind)                                                                                            \
+  template <int N>                                                                                                            \
+  static __device__ __forceinline__ int name(float (&c)[N], const void* left, const void* right) {                           \
+    static_assert(N == 32 || N == 64 || N == 128, "columns of a product");                                                    \
+    const unsigned long long a = tvm_gdn_swizzled(left), b = tvm_gdn_swizzled(right);                                         \
+    tvm_gdn_wgmma_hold(c);                                                                                                    \
+    asm volatile("wgmma.fence.sync.aligned;" : : : "memory");                                                                 \
+    _Pragma("unroll") for (int k = 0; k < 4; ++k) {                                                                           \
+      if constexpr (N == 32) TVM_GDN_WGMMA("64", kind, TVM_GDN_R32, "%32", "%33", TVM_GDN_S32(0));                            \
+      else if constexpr (N == 64) TVM_GDN_WGMMA("128", kind, TVM_GDN_R64, "%64", "%65", TVM_GDN_S32(0), TVM_GDN_S32(32));     \
+      else TVM_GDN_WGMMA("256", kind, TVM_GDN_R128, "%128", "%129", TVM_GDN_S32(0), TVM_GDN_S32(32), TVM_GDN_S32(64), TVM_GDN_S32(96)); \
+    }                                                                                                                         \
+    asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");                                                          \
+    tvm_gdn_wgmma_hold(c);                                                                                                    \
+    return 0;                                                                                                                 \
+  }
+// A descriptor of the tile for the matrix unit: address, 1024 bytes from eight rows to the next eight, pieces that change places.
+static __device__ __forceinline__ unsigned long long tvm_gdn_swizzled(const void* tile) {
+  return (unsigned long long)(TVM_GDN_SHARED(tile) >> 4 & 0x3fffu) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+// The compiler moves nothing that has to do with these registers past this place.
+template <int N>
+static __device__ __forceinline__ void tvm_gdn_wgmma_hold(float (&c)[N]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) asm volatile("" : "+f"(c[n]) : : "memory");
+}
+TVM_GDN_WGMMAS(tvm_gdn_wgmma_bf16, "bf16")
+TVM_GDN_WGMMAS(tvm_gdn_wgmma_f16, "f16")
+static __device__ __forceinline__ int tvm_gdn_wgmma_publish() {
+  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+  return 0;
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&c)[N]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory");
+  tvm_gdn_wgmma_hold(c);
   return 0;
 }
 // Copies in groups: `tvm_gdn_group` ends one, `tvm_gdn_arrived` waits for all but this thread's last `left`.
@@ -266,7 +342,61 @@ template <int NC, int NA, int NB>
 static __device__ __forceinline__ int tvm_gdn_mma_half(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
   return tvm_gdn_products<tvm_gdn_fp16_of>(sums, at_c, left, at_a, right, at_b);
 }
+template <int NC, int NA, int NB>
+static __device__ __forceinline__ int tvm_gdn_mma_bytes(int (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
+  TVM_GDN_INSIDE(NC, at_c, 4);
+  TVM_GDN_INSIDE(NA, at_a, 4);
+  TVM_GDN_INSIDE(NB, at_b, 2);
+  int* c = sums + at_c;
+  const unsigned *a = left + at_a, *b = right + at_b;
+  int lane = threadIdx.x & 31;
+  for (int quad = 0; quad < 4; ++quad) {
+    for (int n = 0; n < 2; ++n) {
+      unsigned upper = __shfl_sync(0xffffffffu, a[n * 2], lane / 4 * 4 + quad, 32);
+      unsigned below = __shfl_sync(0xffffffffu, a[n * 2 + 1], lane / 4 * 4 + quad, 32);
+      unsigned first = __shfl_sync(0xffffffffu, b[n], lane % 4 * 2 * 4 + quad, 32);
+      unsigned second = __shfl_sync(0xffffffffu, b[n], (lane % 4 * 2 + 1) * 4 + quad, 32);
+      for (int k = 0; k < 32; k += 8) {
+        int x = (int)(upper << (24 - k)) >> 24, y = (int)(below << (24 - k)) >> 24;
+        int u = (int)(first >> k & 255u), v = (int)(second >> k & 255u);
+        c[0] += x * u;
+        c[1] += x * v;
+        c[2] += y * u;
+        c[3] += y * v;
+      }
+    }
+  }
+  return 0;
+}
+template <float (*NUMBER)(unsigned, int), int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_products(float (&sums)[N], const void* left, const void* right) {
+  const unsigned short *a = (const unsigned short*)left, *b = (const unsigned short*)right;
+  const int lane = threadIdx.x & 31, above = (int)(threadIdx.x >> 5 & 3) * 16 + lane / 4;
+  if (((unsigned long long)left | (unsigned long long)right) & 1023) return sums[0] = sums[N - 1] / 0.f, 1;
+  for (int n = 0; n < N; ++n) {
+    const int row = above + n % 4 / 2 * 8, column = n / 4 * 8 + lane % 4 * 2 + n % 2;
+    for (int k = 0; k < 64; ++k) {
+      const int x = row * 64 + ((k / 8) ^ (row & 7)) * 8 + k % 8, y = column * 64 + ((k / 8) ^ (column & 7)) * 8 + k % 8;
+      sums[n] += NUMBER(a[x], 0) * NUMBER(b[y], 0);
+    }
+  }
+  return 0;
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_bf16(float (&sums)[N], const void* left, const void* right) {
+  return tvm_gdn_wgmma_products<tvm_gdn_half_of>(sums, left, right);
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_f16(float (&sums)[N], const void* left, const void* right) {
+  return tvm_gdn_wgmma_products<tvm_gdn_fp16_of>(sums, left, right);
+}
+static __device__ __forceinline__ int tvm_gdn_wgmma_publish() { return 0; }
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&)[N]) {
+  return 0;
+}
 static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
+static __device__ __forceinline__ int tvm_gdn_copy_ahead(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
 static __device__ __forceinline__ int tvm_gdn_copied() { return TVM_GDN_ARRIVE(0, true); }
 static __device__ __forceinline__ int tvm_gdn_group() { return TVM_GDN_GROUP(); }
 static __device__ __forceinline__ int tvm_gdn_arrived(int left) { return TVM_GDN_ARRIVE(left, false); }

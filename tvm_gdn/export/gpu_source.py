@@ -130,7 +130,9 @@ def _source(spec: OpSpec, geometry: Geometry, language: str, *, as_cuda: bool = 
     from tvm_gdn.target import concrete, emulation_of
 
     target = resolve(LANGUAGES[language][1])
-    space, _ = schedule.find_space(spec.algorithm, target)
+    # The routing's schedules for CUDA work in warps.
+    portable = language not in _NATIVE and spec.algorithm.startswith("moe_")
+    space, _ = schedule.find_space(spec.algorithm, target, portable=portable)
     function = builder.prim_func(spec, geometry, space.tiles(geometry, **_knobs(spec, geometry, target, language)))
     native = as_cuda or language in _NATIVE
     goal = images.tvm_target(

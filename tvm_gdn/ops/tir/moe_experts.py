@@ -27,7 +27,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.tir.moe_elements import silu_product
+from tvm_gdn.ops.tir.moe_elements import magnitude, per_step, silu_product, step_of, to_int8
 from tvm_gdn.ops.tir.moe_grid import moe_grid
 from tvm_gdn.ops.tir.moe_sort import sort_macro
 from tvm_gdn.spec import Geometry
@@ -36,13 +36,6 @@ from tvm_gdn.spec import Geometry
 SLACK = 32
 #: Elements of a row that are converted at once.
 LANES = 16
-#: Bits of infinity; those of NaN are larger.
-INFINITE = 0x7F800000
-
-
-def _magnitude(x: Any) -> Any:
-    """The bits of |x|, which order numbers as |x| does, with infinity and then NaN as the largest."""
-    return T.bitwise_and(T.reinterpret("int32", x), T.int32(0x7FFFFFFF))
 
 
 def moe_experts(geometry: Geometry, tiles: Any) -> Any:
@@ -158,32 +151,24 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
         @T.inline
         def quantize(dst, scale, sums, r, src, used, padded, groups):
             """Row r of src in steps of its largest element / 127, and `zero` times the sum of every group of the result."""
-            part, count, number = tiles.integers(LANES), tiles.integers(1), tiles.scalars(2)
+            part, count, number = tiles.integers(LANES), tiles.integers(1), tiles.scalars(1)
             for lane in T.vectorized(LANES):
                 part[lane] = 0
             for c in T.serial(used // LANES):
                 for lane in T.vectorized(LANES):
-                    part[lane] = T.max(part[lane], _magnitude(T.Cast("float32", src[r, c * LANES + lane])))
+                    part[lane] = T.max(part[lane], magnitude(T.Cast("float32", src[r, c * LANES + lane])))
             for c in T.serial(used % LANES):
-                part[0] = T.max(part[0], _magnitude(T.Cast("float32", src[r, used // LANES * LANES + c])))
+                part[0] = T.max(part[0], magnitude(T.Cast("float32", src[r, used // LANES * LANES + c])))
             count[0] = part[0]
             for lane in T.serial(LANES - 1):
                 count[0] = T.max(count[0], part[lane + 1])
-            number[0] = T.reinterpret("float32", count[0])
-            number[1] = T.Select(number[0] > T.float32(1e-30), T.float32(127) / number[0], T.float32(0))
-            # A row with NaN or an infinity has no scale: NaN reaches its output. (A literal NaN is no C.)
-            scale[r] = T.Select(
-                count[0] >= INFINITE,
-                T.reinterpret("float32", T.bitwise_or(count[0], T.int32(0x7FC00000))),
-                T.Select(number[0] > T.float32(1e-30), number[0] / T.float32(127), T.float32(0)),
-            )
+            number[0] = per_step(count[0])
+            scale[r] = step_of(count[0])
             for c in T.serial(used // LANES):
                 for lane in T.vectorized(LANES):
-                    dst[r, c * LANES + lane] = tiles.to_int8(T.Cast("float32", src[r, c * LANES + lane]) * number[1])
+                    dst[r, c * LANES + lane] = to_int8(T.Cast("float32", src[r, c * LANES + lane]) * number[0])
             for c in T.serial(used % LANES):
-                dst[r, used // LANES * LANES + c] = tiles.to_int8(
-                    T.Cast("float32", src[r, used // LANES * LANES + c]) * number[1]
-                )
+                dst[r, used // LANES * LANES + c] = to_int8(T.Cast("float32", src[r, used // LANES * LANES + c]) * number[0])
             for c in T.serial(padded - used):
                 dst[r, used + c] = T.int8(0)
             for g in T.serial(groups):

@@ -7,6 +7,7 @@ of which the score is a growing function: two logits never tie because their sco
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from tvm.script import tirx as T
@@ -40,8 +41,10 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
         Static axes E and top_k, the dtypes of logits and correction_bias, the attributes ``scoring``, ``num_expert_group``,
         ``topk_group``.
     tiles : object
-        The target's loops: `workers` over blocks of `rows_per_worker` rows, `vector` experts at once, `every`
-        for all of them, `integers` for scratch.
+        The target's loops: `workers` over blocks of `rows_per_worker` rows; `across` over the `vector` lanes of a worker, which
+        are elements of a vector or threads; `every` over elements and `each` over pieces of work that lanes share out. `fold`
+        and `best` of what lanes have; `sync` before one lane reads what another wrote; `mine`, whether a lane writes choice j
+        of a row. Scratch: `spread` of all lanes, `scalars` and `integers` of one.
 
     Returns
     -------
@@ -76,118 +79,119 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
         @T.inline
         def scores_of(t, score, choice, part, total):
             """score: of every expert; choice: what decides before groups, -inf beyond the last expert."""
-            for e in T.serial(EP):
+            for e in tiles.every(EP):
                 score[e] = T.float32(-infinity)
             for e in tiles.every(E):
                 score[e] = T.Cast("float32", logits[t, e])
             for e in tiles.every(EP):
                 choice[e] = score[e]
             if softmax:
-                for lane in T.vectorized(lanes):
+                for lane in tiles.across(lanes):
                     part[lane] = T.float32(-infinity)
                 for c in T.serial(EP // lanes):
-                    for lane in T.vectorized(lanes):
+                    for lane in tiles.across(lanes):
                         part[lane] = T.Select(score[c * lanes + lane] > part[lane], score[c * lanes + lane], part[lane])
-                total[0] = part[0]
-                for lane in T.serial(lanes - 1):
-                    total[0] = T.max(total[0], part[lane + 1])
-                for lane in T.vectorized(lanes):
+                tiles.fold(total, part, T.max)
+                for lane in tiles.across(lanes):
                     part[lane] = T.float32(0)
                 for c in T.serial(EP // lanes):
-                    for lane in T.vectorized(lanes):
+                    for lane in tiles.across(lanes):
                         # Lanes beyond the last expert add nothing, also where every logit is -inf and the sum is NaN anyway.
                         score[c * lanes + lane] = tiles.exp(score[c * lanes + lane] - total[0])
-                    for lane in T.vectorized(lanes):
+                    for lane in tiles.across(lanes):
                         part[lane] = part[lane] + T.Select(c * lanes + lane < E, score[c * lanes + lane], T.float32(0))
-                total[0] = T.float32(0)
-                for lane in T.serial(lanes):
-                    total[0] = total[0] + part[lane]
+                tiles.fold(total, part, operator.add)
                 for e in tiles.every(EP):
                     score[e] = score[e] / total[0]
             else:
                 for c in T.serial(EP // lanes):
-                    for lane in T.vectorized(lanes):
+                    for lane in tiles.across(lanes):
                         score[c * lanes + lane] = T.float32(1) / (T.float32(1) + tiles.exp(-score[c * lanes + lane]))
             if biased:
                 for e in tiles.every(E):
                     choice[e] = score[e] + T.Cast("float32", correction_bias[e])
 
         @T.inline
-        def exclude_groups(score, choice, key, group_key, best):
+        def exclude_groups(score, choice, key, group_key, best, two):
             """Keys of all but the groups with the largest sums of their two largest scores (biased, if there is a bias)."""
-            for g in T.serial(groups):
+            for g in tiles.each(groups):
                 best[0] = T.float32(-infinity)
                 best[1] = T.float32(-infinity)
                 # Keys of the two. The numbers themselves say nothing about NaN: TVM makes `b < a` of `not a <= b`.
-                group_key[groups] = OUT
-                group_key[groups + 1] = OUT
+                two[0] = OUT
+                two[1] = OUT
                 for i in T.serial(size):
                     best[2] = choice[g * size + i] if biased else score[g * size + i]
-                    if key[g * size + i] > group_key[groups]:
+                    if key[g * size + i] > two[0]:
                         best[1] = best[0]
-                        group_key[groups + 1] = group_key[groups]
+                        two[1] = two[0]
                         best[0] = best[2]
-                        group_key[groups] = key[g * size + i]
-                    elif key[g * size + i] > group_key[groups + 1]:
+                        two[0] = key[g * size + i]
+                    elif key[g * size + i] > two[1]:
                         best[1] = best[2]
-                        group_key[groups + 1] = key[g * size + i]
+                        two[1] = key[g * size + i]
                 group_key[g] = _key(best[0] + best[1], 1)
             for _ in T.serial(groups - kept):
                 # Drop the least group, of equals the last.
-                group_key[groups] = NAN
-                group_key[groups + 1] = -1
+                two[0] = NAN
+                two[1] = -1
+                tiles.sync()
                 for g in T.serial(groups):
-                    if group_key[g] != OUT and group_key[g] <= group_key[groups]:
-                        group_key[groups] = group_key[g]
-                        group_key[groups + 1] = g
-                group_key[group_key[groups + 1]] = OUT
-                for i in T.serial(size):
-                    key[group_key[groups + 1] * size + i] = OUT
+                    if group_key[g] != OUT and group_key[g] <= two[0]:
+                        two[0] = group_key[g]
+                        two[1] = g
+                tiles.sync()
+                group_key[two[1]] = OUT
+                for i in tiles.every(size):
+                    key[two[1] * size + i] = OUT
 
         @T.inline
-        def take(t, j, score, key, best, where):
+        def take(t, j, score, key, best, where, winner, total):
             """The largest key that is left, the lowest expert of equals."""
-            for lane in T.vectorized(lanes):
+            for lane in tiles.across(lanes):
                 best[lane] = key[lane]
-            for lane in T.vectorized(lanes):
+            for lane in tiles.across(lanes):
                 where[lane] = lane
             for c in T.serial(1, EP // lanes):
-                for lane in T.vectorized(lanes):
+                for lane in tiles.across(lanes):
                     where[lane] = T.Select(key[c * lanes + lane] > best[lane], c * lanes + lane, where[lane])
-                for lane in T.vectorized(lanes):
+                for lane in tiles.across(lanes):
                     best[lane] = T.max(key[c * lanes + lane], best[lane])
-            for lane in T.serial(lanes - 1):
-                if best[lane + 1] > best[0] or (best[lane + 1] == best[0] and where[lane + 1] < where[0]):
-                    best[0] = best[lane + 1]
-                    where[0] = where[lane + 1]
-            ids[t, j] = where[0]
-            weights[t, j] = score[where[0]]
-            key[where[0]] = OUT
+            tiles.best(winner, best, where)
+            total[0] = total[0] + score[winner[0]]
+            if tiles.mine(j):
+                ids[t, j] = winner[0]
+                weights[t, j] = score[winner[0]]
+            # Lanes compare their own elements again next time: all write this one.
+            key[winner[0]] = OUT
 
         for w in tiles.workers((tokens + rows - 1) // rows):
-            score, choice, part = tiles.scalars(EP), tiles.scalars(EP), tiles.scalars(lanes)
-            key, best, where = tiles.integers(EP), tiles.integers(lanes), tiles.integers(lanes)
-            total, top_two, group_key = tiles.scalars(1), tiles.scalars(3), tiles.integers(groups + 2)
+            score, choice, part = tiles.spread(EP), tiles.spread(EP), tiles.spread(lanes)
+            key, best, where = tiles.spread(EP, "int32"), tiles.spread(lanes, "int32"), tiles.spread(lanes, "int32")
+            group_key = tiles.spread(groups, "int32")
+            total, top_two, two, winner = tiles.scalars(1), tiles.scalars(3), tiles.integers(2), tiles.integers(1)
             for r in T.serial(T.min(T.int64(rows), tokens - w * rows)):
                 t = w * rows + r
                 scores_of(t, score, choice, part, total)
+                tiles.sync()
                 for c in T.serial(EP // lanes):
-                    for lane in T.vectorized(lanes):
+                    for lane in tiles.across(lanes):
                         key[c * lanes + lane] = _key(choice[c * lanes + lane], 1)
                 for e in T.serial(EP - E):
                     key[E + e] = OUT
+                tiles.sync()
                 if grouped:
-                    exclude_groups(score, choice, key, group_key, top_two)
-                for j in T.serial(top_k):
-                    take(t, j, score, key, best, where)
+                    exclude_groups(score, choice, key, group_key, top_two, two)
+                    tiles.sync()
                 total[0] = T.float32(0)
                 for j in T.serial(top_k):
-                    total[0] = total[0] + weights[t, j]
+                    take(t, j, score, key, best, where, winner, total)
                 # 1e-20 as DeepSeek-V3 has it: weights that are all zero stay zero.
                 total[0] = T.Select(
                     renormalize != 0, routed_scaling_factor / (total[0] + T.float32(1e-20)), routed_scaling_factor
                 )
                 for j in T.serial(top_k):
-                    weights[t, j] = weights[t, j] * total[0]
+                    if tiles.mine(j):
+                        weights[t, j] = weights[t, j] * total[0]
 
     return kernel

@@ -6,6 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from tvm_gdn.ops.tir.moe_sort_grid import moe_sort_grid
 from tvm_gdn.spec import Geometry
 
 
@@ -51,6 +52,8 @@ def moe_sort(geometry: Geometry, tiles: Any) -> Any:
     -------
     tvm.tirx.PrimFunc
     """
+    if tiles.grid:
+        return moe_sort_grid(geometry, tiles)
     sort = sort_macro()
 
     @T.prim_func(s_tir=True)

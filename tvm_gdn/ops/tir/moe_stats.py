@@ -6,6 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from tvm_gdn.ops.tir.moe_sort_grid import moe_stats_grid
 from tvm_gdn.spec import Geometry
 
 
@@ -23,6 +24,8 @@ def moe_stats(geometry: Geometry, tiles: Any) -> Any:
     -------
     tvm.tirx.PrimFunc
     """
+    if tiles.grid:
+        return moe_stats_grid(geometry, tiles)
 
     @T.prim_func(s_tir=True)
     def kernel(topk_ids_: T.handle, counts_: T.handle, imbalance_: T.handle, entropy_: T.handle):
