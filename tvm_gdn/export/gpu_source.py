@@ -2,7 +2,8 @@
 
 For vendors whose compilers take such source. CUDA and MUSA get the schedule of those targets. The others get the mapping that
 every GPU language can say: one thread per value column, no shuffles, no shared memory, no barriers; slow where registers are few.
-What is verified is the same TIR as CUDA C, run by the emulation of a CUDA device on this CPU (`emulation.py`).
+What is verified is the same TIR as CUDA C, run by the emulation of a CUDA device on this CPU (`emulation.py`), and OpenCL's text
+where there is a runtime for it (`opencl_run.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_gdn import build as builder
-from tvm_gdn.export import gpu_launch
+from tvm_gdn.export import gpu_launch, opencl_run
 from tvm_gdn.export.artifact import Check, ExportError, Request, compared, draw
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, resolve
@@ -36,8 +37,8 @@ _NATIVE = ("cuda", "musa")
 _PORTABLE = ("recurrent", "gating", "norm", "moe_sort", "moe_stats")
 #: Algorithms that a language has a mapping for.
 ALGORITHMS = {
-    "cuda": (*_PORTABLE, "moe_route", "conv", "chunk"),
-    "musa": (*_PORTABLE, "moe_route", "conv", "chunk"),
+    "cuda": (*_PORTABLE, "moe_route", "conv", "chunk", "moe_experts"),
+    "musa": (*_PORTABLE, "moe_route", "conv", "chunk", "moe_experts"),
     "opencl": (*_PORTABLE, "moe_route", "conv"),
     "metal": (*_PORTABLE, "moe_route", "conv"),
     "webgpu": _PORTABLE,
@@ -76,7 +77,11 @@ def maker(language: str) -> tuple[Callable[[Request], dict[str, bytes]], Callabl
         ran = "this source" if language == "cuda" else "the same TIR as CUDA C"
         what = f"{ran}, launched by the description, numbers against float64 reference"
         checks.append(Check(what, "device emulation on the CPU", made["passed"], made["detail"]))
-        if language not in _NATIVE:
+        if language == "opencl":
+            made = _process({"do": "opencl", "language": language, **_text(request), "launch": launch, "text": source})
+            what = "this source, launched by the description, numbers against float64 reference"
+            checks.append(Check(what, made["by"], made["passed"], made["detail"]))
+        elif language not in _NATIVE:
             checks.append(Check(f"{language} text", f"{language} compiler", None, "none is used here"))
         return checks
 
@@ -153,41 +158,50 @@ def _source(spec: OpSpec, geometry: Geometry, language: str, *, as_cuda: bool = 
 
 def _verify(spec: OpSpec, geometry: Geometry, language: str, launch: dict[str, Any], text: str) -> dict[str, Any]:
     """Run the source, or for other languages the same TIR as CUDA C, in emulation, launched by the description alone."""
-    from tvm_gdn import images, parity, torch_ops
+    from tvm_gdn import images
     from tvm_gdn.target import concrete, emulation_of
 
-    target, request = resolve(LANGUAGES[language][1]), Request(spec, geometry)
+    target = resolve(LANGUAGES[language][1])
     if language != "cuda":
         text = _source(spec, geometry, language, as_cuda=True)["source"]
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "kernel.cc"
         path.write_text(images.emulated_source(text, [kernel["name"] for kernel in launch["kernels"]]), encoding="utf-8")
         images.compile_emulated(path, emulation_of(concrete(target)), path.with_suffix(".so"))
-        present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
-        kernel = gpu_launch.launcher(path.with_suffix(".so"), launch)
-        function = torch_ops.call_function(spec, present, geometry.axis, kernel)
-        sizes = {
-            "B": 2,
-            "T": 65 if spec.algorithm == "chunk" else 5,
-            "H": 1,
-            "HV": 2,
-            "S": 4,
-            "M": 5,
-            "D": 6,
-            "G": 3,
-            "E": 8,
-            "k": 2,
-        }
-        arguments, want = draw(request, **sizes)
-        check = compared(request.spec, "", "", parity.run(spec, arguments, function), want)
+        check = _numbers(spec, geometry, gpu_launch.launcher(path.with_suffix(".so"), launch))
     return {"passed": bool(check.passed), "detail": check.detail}
+
+
+def _on_opencl(spec: OpSpec, geometry: Geometry, language: str, launch: dict[str, Any], text: str) -> dict[str, Any]:
+    """Compile and run the text itself, where this machine has an OpenCL runtime."""
+    del language
+    found = opencl_run.runtime()
+    if found is None:
+        return {"by": "an OpenCL runtime", "passed": None, "detail": "none here: pip install pyopencl[pocl] brings one for CPUs"}
+    context, name = found
+    try:
+        check = _numbers(spec, geometry, opencl_run.launcher(context, text, launch))
+    except ExportError as error:
+        return {"by": name, "passed": False, "detail": str(error)}
+    return {"by": name, "passed": bool(check.passed), "detail": check.detail}
+
+
+def _numbers(spec: OpSpec, geometry: Geometry, kernel: Callable[..., None]) -> Check:
+    """A kernel's results on drawn arguments against the float64 reference."""
+    from tvm_gdn import parity, torch_ops
+
+    present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
+    sizes = {"B": 2, "T": 65 if spec.algorithm == "chunk" else 5, "H": 1, "HV": 2, "S": 4, "M": 5, "D": 6, "G": 3, "E": 8, "k": 2}
+    arguments, want = draw(Request(spec, geometry), **sizes)
+    got = parity.run(spec, arguments, torch_ops.call_function(spec, present, geometry.axis, kernel))
+    return compared(spec, "", "", got, want)
 
 
 def _main() -> None:
     from tvm_gdn.ops import OPS
 
     job = json.load(sys.stdin)
-    make: Any = {"source": _source, "verify": _verify}[job.pop("do")]
+    make: Any = {"source": _source, "verify": _verify, "opencl": _on_opencl}[job.pop("do")]
     result = make(OPS[job.pop("op")], Geometry.from_json(job.pop("geometry")), **job)
     sys.stdout.write("\n" + json.dumps(result) + "\n")
 
