@@ -79,7 +79,7 @@ def launcher(context: Any, text: str, found: Mapping[str, Any]) -> Callable[...,
         flags, memory, tensors = cl.mem_flags, {}, {}
         for name, value in given.items():
             if isinstance(value, torch.Tensor):
-                tensors[name] = value.contiguous().reshape(-1).view(torch.uint8).numpy()
+                tensors[name] = _memory(value).view(torch.uint8).numpy()
                 content = tensors[name] if tensors[name].size else np.zeros(16, np.uint8)
                 memory[name] = cl.Buffer(context, flags.READ_WRITE | flags.COPY_HOST_PTR, hostbuf=content)
         for name, one in found["workspaces"].items():
@@ -90,6 +90,11 @@ def launcher(context: Any, text: str, found: Mapping[str, Any]) -> Callable[...,
         for name, content in tensors.items():
             if content.size:
                 cl.enqueue_copy(queue, content, memory[name])
-                given[name].copy_(torch.from_numpy(content).view(given[name].dtype).view(given[name].shape))
 
     return call
+
+
+def _memory(x: torch.Tensor) -> torch.Tensor:
+    """All elements between the first and the last of a tensor, whatever its strides."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    return x.as_strided((span,), (1,))
