@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_gdn import build as builder
+from tvm_gdn.errors import TvmGdnError
 from tvm_gdn.export import gpu_launch, opencl_run
 from tvm_gdn.export.artifact import Check, ExportError, Request, compared, draw
 from tvm_gdn.spec import Geometry, OpSpec
@@ -112,7 +113,10 @@ def _process(job: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
     )  # fmt: skip
     if done.returncode:
         raise ExportError(f"{job['op']} in {job['language']}: {done.stderr.strip()[-800:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    made = dict(json.loads(done.stdout.splitlines()[-1]))
+    if "error" in made:
+        raise ExportError(f"{job['op']} in {job['language']}: {made['error']}")
+    return made
 
 
 def _knobs(spec: OpSpec, geometry: Geometry, target: TargetSpec, language: str) -> dict[str, Any]:
@@ -147,11 +151,11 @@ def _source(spec: OpSpec, geometry: Geometry, language: str, *, as_cuda: bool = 
         ((device_target, device),) = devices.items()
         launch = gpu_launch.description(host.script(), device)
         source = tool.codegen_build(finalize()(device), device_target).inspect_source("cuda" if native else "")
-        translate = subset.has_subset(target) and not as_cuda
-        host_source = images.launcher_source(function, target) if translate else ""
     if native:
         source = images.with_functions(source)
-    if translate:
+    if subset.has_subset(target) and not as_cuda:
+        # The generated launcher cannot allocate what passes from kernel to kernel; the description says it.
+        host_source = "" if launch["workspaces"] else images.launcher_source(function, target)
         source = subset.translated(source, host_source, target, builder.symbol_of(spec, geometry))
     return {"source": source, "launch": launch}
 
@@ -202,7 +206,10 @@ def _main() -> None:
 
     job = json.load(sys.stdin)
     make: Any = {"source": _source, "verify": _verify, "opencl": _on_opencl}[job.pop("do")]
-    result = make(OPS[job.pop("op")], Geometry.from_json(job.pop("geometry")), **job)
+    try:
+        result = make(OPS[job.pop("op")], Geometry.from_json(job.pop("geometry")), **job)
+    except TvmGdnError as error:
+        result = {"error": str(error)}
     sys.stdout.write("\n" + json.dumps(result) + "\n")
 
 
