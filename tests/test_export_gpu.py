@@ -10,7 +10,7 @@ from compilers import needs_cxx
 from exports import CHUNK, UPDATE, request, run
 
 from tvm_gdn import schedule, target
-from tvm_gdn.export import gpu_source, opencl_run
+from tvm_gdn.export import gpu_launch, gpu_source, opencl_run
 from tvm_gdn.export.artifact import fill
 
 GPU_KERNELS = [
@@ -88,17 +88,23 @@ def test_a_wrong_launch_description_fails(tmp_path):
     build, verify = gpu_source.maker("cuda")
     files = build(wanted)
     fill(tmp_path, files)
-    assert all(check.passed for check in verify(wanted, tmp_path))
-    name = f"{wanted.symbol}.json"
+    name, text = f"{wanted.symbol}.json", files[f"{wanted.symbol}.cu"].decode()
+    library = gpu_source.emulated_library(text, "cuda", json.loads(files[name]), tmp_path)
+
+    def passes(found):
+        return gpu_source.numbers(wanted.spec, wanted.geometry, gpu_launch.launcher(library, found)).passed
+
+    assert passes(json.loads(files[name]))
     for change in (
-        lambda kernel: kernel["launch"].update({"blockIdx.x": "0"}),
         lambda kernel: kernel["arguments"][1].update(value="x"),
         lambda kernel: kernel["arguments"][4].update(value="M"),
+        lambda kernel: kernel["launch"].update({"blockIdx.x": "0"}),
     ):
         found = json.loads(files[name])
         change(found["kernels"][0])
-        (tmp_path / name).write_text(json.dumps(found))
-        assert verify(wanted, tmp_path)[1].passed is False
+        assert not passes(found)
+    (tmp_path / name).write_text(json.dumps(found))
+    assert verify(wanted, tmp_path)[1].passed is False
 
 
 def test_gpu_sources_refuse_by_name(tmp_path, capsys):

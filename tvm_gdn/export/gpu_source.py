@@ -162,18 +162,22 @@ def _source(spec: OpSpec, geometry: Geometry, language: str, *, as_cuda: bool = 
 
 def _verify(spec: OpSpec, geometry: Geometry, language: str, launch: dict[str, Any], text: str) -> dict[str, Any]:
     """Run the source, or for other languages the same TIR as CUDA C, in emulation, launched by the description alone."""
-    from tvm_gdn import images
-    from tvm_gdn.target import concrete, emulation_of
-
-    target = resolve(LANGUAGES[language][1])
     if language != "cuda":
         text = _source(spec, geometry, language, as_cuda=True)["source"]
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "kernel.cc"
-        path.write_text(images.emulated_source(text, [kernel["name"] for kernel in launch["kernels"]]), encoding="utf-8")
-        images.compile_emulated(path, emulation_of(concrete(target)), path.with_suffix(".so"))
-        check = _numbers(spec, geometry, gpu_launch.launcher(path.with_suffix(".so"), launch))
+        check = numbers(spec, geometry, gpu_launch.launcher(emulated_library(text, language, launch, Path(name)), launch))
     return {"passed": bool(check.passed), "detail": check.detail}
+
+
+def emulated_library(text: str, language: str, launch: dict[str, Any], folder: Path) -> Path:
+    """CUDA C, compiled for the emulation of a device of a language's target."""
+    from tvm_gdn import images
+    from tvm_gdn.target import concrete, emulation_of
+
+    path = folder / "kernel.cc"
+    path.write_text(images.emulated_source(text, [kernel["name"] for kernel in launch["kernels"]]), encoding="utf-8")
+    images.compile_emulated(path, emulation_of(concrete(resolve(LANGUAGES[language][1]))), path.with_suffix(".so"))
+    return path.with_suffix(".so")
 
 
 def _on_opencl(spec: OpSpec, geometry: Geometry, language: str, launch: dict[str, Any], text: str) -> dict[str, Any]:
@@ -184,13 +188,13 @@ def _on_opencl(spec: OpSpec, geometry: Geometry, language: str, launch: dict[str
         return {"by": "an OpenCL runtime", "passed": None, "detail": "none here: pip install pyopencl[pocl] brings one for CPUs"}
     context, name = found
     try:
-        check = _numbers(spec, geometry, opencl_run.launcher(context, text, launch))
+        check = numbers(spec, geometry, opencl_run.launcher(context, text, launch))
     except ExportError as error:
         return {"by": name, "passed": False, "detail": str(error)}
     return {"by": name, "passed": bool(check.passed), "detail": check.detail}
 
 
-def _numbers(spec: OpSpec, geometry: Geometry, kernel: Callable[..., None]) -> Check:
+def numbers(spec: OpSpec, geometry: Geometry, kernel: Callable[..., None]) -> Check:
     """A kernel's results on drawn arguments against the float64 reference."""
     from tvm_gdn import parity, torch_ops
 
