@@ -124,6 +124,15 @@ def test_what_onnx_cannot_say_of_a_model_is_refused():
         def forward(self, ids):
             return tvm_gdn.expert_stats(ids, 8)
 
+    class Packed(torch.nn.Module):
+        def forward(self, q, v, gate, bounds):
+            return tvm_gdn.chunk_gated_delta_rule(q, q, v, -gate, gate, cu_seqlens=bounds)[0]
+
+    packed = (torch.randn(1, 9, 2, 32), torch.randn(1, 9, 4, 16), torch.rand(1, 9, 4), torch.tensor([0, 5, 9]))
+    with pytest.raises(
+        ExportError, match="cu_seqlens is not translated in models; allowed: calls without it, or the operator alone"
+    ):
+        torch_program.to_onnx(torch.export.export(Packed(), packed))
     example = (torch.randn(2, 12, 5), torch.randn(2, 12, 3), torch.randn(12, 4))
     with pytest.raises(ExportError, match="updates state in place, which ONNX cannot: clone it"):
         torch_program.to_onnx(torch.export.export(Updates(), example))

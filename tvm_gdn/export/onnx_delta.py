@@ -63,7 +63,8 @@ def rule(graph: Graph, request: Request) -> None:
     pool = None
     if "initial_state_source" in dtypes:
         kind = dtypes["initial_state_source"]
-        pool = Pool(graph, "initial_state_source", kind, row, _slots(request, "initial_state"), sequences)
+        count = "sequences" if packed else "batch"
+        pool = Pool(graph, "initial_state_source", kind, row, _slots(request, "initial_state"), sequences, count)
         state = pool.read()
     elif "initial_state" in x:
         state = x["initial_state"]

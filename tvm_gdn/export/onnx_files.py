@@ -115,12 +115,13 @@ def conv(graph: Graph, request: Request) -> None:
     pool, past = None, None
     if name in dtypes:
         ids = (slots, dtypes[slots]) if slots in dtypes else None
-        pool = Pool(graph, name, dtypes[name], (D, axis["L"]), ids, columns)
+        count = "sequences" if packed else "batch"
+        pool = Pool(graph, name, dtypes[name], (D, axis["L"]), ids, columns, count)
         past = pool.read()
         if not update:
             zero = graph.ConstantOfShape(graph.Shape(past))
             if "has_initial_state" in dtypes:
-                flags = graph.Unsqueeze(graph.add_input("has_initial_state", "bool", ("sequences",)), graph.ints(1, 2))
+                flags = graph.Unsqueeze(graph.add_input("has_initial_state", "bool", (count,)), graph.ints(1, 2))
                 past = graph.Where(flags, past, zero)
             else:
                 past = zero

@@ -28,15 +28,24 @@ class Pool:
         Name and dtype of the slot ids, an input that this adds; without them sequence n owns row n of the pool.
     rows_of : str
         A value whose first axis is the sequences.
+    count : str
+        Name of that axis.
     """
 
     def __init__(
-        self, graph: Graph, name: str, dtype: str, row: tuple[int, ...], slots: tuple[str, str] | None, rows_of: str
+        self,
+        graph: Graph,
+        name: str,
+        dtype: str,
+        row: tuple[int, ...],
+        slots: tuple[str, str] | None,
+        rows_of: str,
+        count: str = "batch",
     ) -> None:
         self.graph, self.name, self.dtype = graph, name, dtype
         self.shape: tuple[int | str, ...] = (f"{name}_slots", *row)
         pool = graph.add_input(name, dtype, self.shape)
-        ids, self.real = _rows(graph, pool, slots, rows_of)
+        ids, self.real = _rows(graph, pool, slots, rows_of, count)
         zeros = graph.cast(graph.ConstantOfShape(graph.ints(1, *row)), "float32", dtype)
         self.ids, self.pool = ids, graph.Concat(pool, zeros, axis=0)
 
@@ -67,7 +76,7 @@ class Buffer:
         self.shape: tuple[int | str, ...] = (f"{name}_slots", f"{name}_steps", *row)
         self.buffer = graph.add_input(name, dtype, self.shape)
         #: Sequences that store their states, ``[batch]``, bool; None: all.
-        self.ids, self.real = _rows(graph, self.buffer, slots, rows_of)
+        self.ids, self.real = _rows(graph, self.buffer, slots, rows_of, "batch")
 
     def write(self, states: Any, steps: int) -> None:
         """Add the output ``next_<name>``: the buffer with the states ``[batch, steps, *row]`` (fp32) in its first steps."""
@@ -82,12 +91,12 @@ class Buffer:
         graph.add_output(onnx_run.next_name(self.name), kept, self.dtype, self.shape)
 
 
-def _rows(graph: Graph, pool: str, slots: tuple[str, str] | None, rows_of: str) -> tuple[Any, str | None]:
+def _rows(graph: Graph, pool: str, slots: tuple[str, str] | None, rows_of: str, count: str) -> tuple[Any, str | None]:
     """Row of each sequence, one past the end for padding; and which are none. Without slots row n, and None."""
     zero = graph.constant(0, np.int64)
     if slots is None:
         return graph.Range(zero, _count(graph, rows_of), graph.constant(1, np.int64)), None
-    given = graph.cast(graph.add_input(slots[0], slots[1], ("sequences",)), slots[1], "int64")
+    given = graph.cast(graph.add_input(slots[0], slots[1], (count,)), slots[1], "int64")
     real = graph.GreaterOrEqual(given, zero)
     return graph.Where(real, given, _count(graph, pool)), real
 
