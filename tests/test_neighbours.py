@@ -24,7 +24,7 @@ CHUNK = "chunk_gated_delta_rule"
 _SEQ = {"dtype": "bfloat16", "H": 2, "HV": 4, "B": 1, "T": 3, "index_dtype": "int32"}
 _K64, _K128 = {**_SEQ, "K": 64, "V": 64}, {**_SEQ, "K": 128, "V": 128}
 _VAR = {"lengths": (3,)}
-_FP32 = {**_K64, "dtype": "float32", "K": 32, "output_final_state": True, "with": ("initial_state",)}
+_FP32 = {**_K64, "dtype": "float32", "V": 128, "output_final_state": True, "with": ("initial_state",)}
 KERNELS = [
     (GATING, {"M": 3, "HV": 4, "dtype": "float32", "dtypes": {"dt_bias": "bfloat16"}}),
     (GATING, {"M": 3, "HV": 4, "dtype": "bfloat16"}),
@@ -360,11 +360,11 @@ def test_sglang_prefill_then_decode_and_chunked_prefill():
 
 
 def small(**more):
-    heads, v_heads, K, V = 2, 4, 32, 64
+    heads, v_heads, K, V = 2, 4, 64, 128
     q, k = (rand(2, 65, heads, K, dtype=torch.float32, seed=s, factor=1) for s in (1, 2))
     v = rand(2, 65, v_heads, V, dtype=torch.float32, seed=3, factor=1) - 0.5
     state = rand(2, v_heads, K, V, dtype=torch.float32, factor=1)
-    return {"q": q, "k": k / 4, "v": v, "initial_state": state, "output_final_state": True, **more}
+    return {"q": q, "k": k / 6, "v": v, "initial_state": state, "output_final_state": True, **more}
 
 
 def agree(function, reference_function, arguments, **gates):
@@ -395,7 +395,7 @@ def test_fla_gated_delta_rule(function):
 
 def test_fla_recurrent_forms():
     g, beta = -rand(2, 65, 4, dtype=torch.float32, seed=4, factor=1), rand(2, 65, 4, dtype=torch.float32, seed=5, factor=1)
-    gk = -rand(2, 65, 4, 32, dtype=torch.float32, seed=6, factor=1)
+    gk = -rand(2, 65, 4, 64, dtype=torch.float32, seed=6, factor=1)
     function, oracle = fla.fused_recurrent_gated_delta_rule, reference.chunk_gated_delta_rule
     agree(function, reference.chunk_kda, small(g=g, gk=gk, beta=beta), g=g.double()[..., None] + gk.double(), beta=beta)
     agree(function, oracle, small(beta=beta), g=torch.zeros_like(beta), beta=beta)
@@ -411,10 +411,10 @@ def test_fla_recurrent_forms():
 
 @pytest.mark.parametrize("function", [fla.chunk_kda, fla.fused_recurrent_kda])
 def test_fla_kda(function):
-    raw, beta = rand(2, 65, 4, 32, dtype=torch.float32, seed=4, factor=2), rand(2, 65, 4, dtype=torch.float32, seed=5, factor=1)
-    A_log, dt_bias = rand(4, dtype=torch.float32, factor=1), rand(4 * 32, dtype=torch.float32, seed=6, factor=1)
+    raw, beta = rand(2, 65, 4, 64, dtype=torch.float32, seed=4, factor=2), rand(2, 65, 4, dtype=torch.float32, seed=5, factor=1)
+    A_log, dt_bias = rand(4, dtype=torch.float32, factor=1), rand(4 * 64, dtype=torch.float32, seed=6, factor=1)
     agree(function, reference.chunk_kda, small(g=-raw, beta=beta), g=-raw, beta=beta)
-    x, rate = raw.double() + dt_bias.double().view(4, 32), A_log.double().exp()[:, None]
+    x, rate = raw.double() + dt_bias.double().view(4, 64), A_log.double().exp()[:, None]
     inside = {"use_gate_in_kernel": True, "A_log": A_log, "dt_bias": dt_bias}
     agree(function, reference.chunk_kda, small(g=raw, beta=beta, **inside), g=-rate * F.softplus(x), beta=beta)
     bounded = {**inside, "lower_bound": -5.0}

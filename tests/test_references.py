@@ -16,7 +16,7 @@ import torch
 import tvm_gdn
 from tvm_gdn.parity import rms_ratio
 
-B, T, H, HV, K, V = 2, 65, 2, 4, 64, 32
+B, T, H, HV, K, V = 2, 65, 2, 4, 64, 128
 RULES = {
     "gated_delta_rule": "naive_recurrent_gated_delta_rule",
     "kda": "naive_recurrent_kda",

@@ -18,7 +18,7 @@ from calls import GATING, POOL, RECURRENT, SIGMOID, UPDATE
 CHUNK = "chunk_gated_delta_rule"
 _BF16 = {"dtype": "bfloat16", "H": 2, "HV": 4, "K": 128, "V": 128, "lengths": (3,), "index_dtype": "int32"}
 _POOL, _STATES = {"with": (*POOL, "cu_seqlens")}, {"with": ("initial_state", "cu_seqlens"), "output_final_state": True}
-_FP32 = {"B": 1, "T": 3, "H": 2, "HV": 2, "K": 64, "V": 64, "with": ("initial_state",), "output_final_state": True}
+_FP32 = {"B": 1, "T": 3, "H": 2, "HV": 2, "K": 64, "V": 128, "with": ("initial_state",), "output_final_state": True}
 _GATES = {"dtypes": {"beta": "float32"}}
 #: What the files call, compiled in one batch.
 KERNELS = [

@@ -21,7 +21,7 @@ def translated(device: str, host: str, target: TargetSpec, symbol: str) -> str:
     Parameters
     ----------
     device, host : str
-        Generated CUDA source of the kernels, and of the functions that launch them.
+        Generated CUDA source of the kernels, and of the functions that launch them; none: "".
     target : TargetSpec
         The target.
     symbol : str
@@ -41,11 +41,9 @@ def translated(device: str, host: str, target: TargetSpec, symbol: str) -> str:
         text = re.sub(pattern, replacement, text)
     suffix = dict(target.compiler)["suffix"]
     command = compile_command(target, f"{symbol}{suffix}", f"{symbol}.so", "$(python -m tvm_ffi.config --includedir)")
-    head = (
-        f"// {symbol}: written by tvm_gdn for {target.name} ({target.description}).\n"
-        f"// {' '.join(command)}\n"
-        f'// Then, in Python: tvm_ffi.load_module("{symbol}.so")["{symbol}"](tensors and scalars in the order of the operator).\n'
-    )
+    head = f"// {symbol}: written by tvm_gdn for {target.name} ({target.description}).\n// {' '.join(command)}\n"
+    if host:
+        head += f'// Then, in Python: tvm_ffi.load_module("{symbol}.so")["{symbol}"](arguments in the order of the operator).\n'
     text = head + text
     found = list(violations(text, target))
     if found:

@@ -26,9 +26,9 @@ def loop(q, k, v, g, beta, state, scale=None):
 def tensors(B, T, H, D, channel=False):
     torch.manual_seed(B + T + H + D)
     q, k = torch.randn(B, T, H, D), torch.nn.functional.normalize(torch.randn(B, T, H, D), dim=-1)
-    v, beta = torch.randn(B, T, H, D), torch.rand(B, T, H)
+    v, beta = torch.randn(B, T, H, 2 * D), torch.rand(B, T, H)
     g = -torch.rand(B, T, H, D) if channel else torch.nn.functional.logsigmoid(torch.rand(B, T, H))
-    return q, k, v, g, beta, torch.randn(B, H, D, D) / 8
+    return q, k, v, g, beta, torch.randn(B, H, D, 2 * D) / 8
 
 
 def close(out, want, limit=1e-5):
@@ -48,7 +48,7 @@ def test_gated(function, B, T, H, scale):
 def test_gated_varlen():
     q, k, v, g, beta, _ = tensors(1, 130, 2, 64)
     bounds = torch.tensor([0, 15, 100, 130])
-    h0 = torch.randn(3, 2, 64, 64) / 8
+    h0 = torch.randn(3, 2, 64, 128) / 8
     o, ht = chunk_gated_delta_rule(q=q, k=k, v=v, g=g, beta=beta, initial_state=h0, output_final_state=True, cu_seqlens=bounds)
     for n in range(3):
         part = [x[:, bounds[n] : bounds[n + 1]] for x in (q, k, v, g, beta)]

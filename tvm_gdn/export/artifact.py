@@ -120,7 +120,9 @@ def _stated(scalar: Scalar, meaning: Any) -> Any:
 
 def draw(request: Request, seed: int = 0, **sizes: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Arguments of a call of the request's kernel, and what the float64 reference makes of them."""
-    case = case_of(request.spec, request.geometry, **sizes)
+    axis = request.geometry.axis
+    inner = {"I": 16 * axis["G"]} if "KI" in axis else {}  # of packed experts
+    case = case_of(request.spec, request.geometry, **inner, **sizes)
     fixed = {
         "use_qk_l2norm_in_kernel": request.l2norm, "scale": request.scale, "top_k": request.top_k,
         "renormalize": request.renormalize, "routed_scaling_factor": 1.0 if request.scale is None else request.scale,

@@ -2,7 +2,8 @@
 
 For vendors whose compilers take such source. CUDA and MUSA get the schedule of those targets. The others get the mapping that
 every GPU language can say: one thread per value column, no shuffles, no shared memory, no barriers; slow where registers are few.
-What is verified is the same TIR as CUDA C, run by the emulation of a CUDA device on this CPU (`emulation.py`).
+What is verified is the same TIR as CUDA C, run by the emulation of a CUDA device on this CPU (`emulation.py`), and OpenCL's text
+where there is a runtime for it (`opencl_run.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from tvm_gdn import build as builder
-from tvm_gdn.export import gpu_launch
+from tvm_gdn.errors import TvmGdnError
+from tvm_gdn.export import gpu_launch, opencl_run
 from tvm_gdn.export.artifact import Check, ExportError, Request, compared, draw
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, resolve
@@ -36,8 +38,8 @@ _NATIVE = ("cuda", "musa")
 _PORTABLE = ("recurrent", "gating", "norm", "moe_sort", "moe_stats")
 #: Algorithms that a language has a mapping for.
 ALGORITHMS = {
-    "cuda": (*_PORTABLE, "moe_route", "conv", "chunk"),
-    "musa": (*_PORTABLE, "moe_route", "conv", "chunk"),
+    "cuda": (*_PORTABLE, "moe_route", "conv", "chunk", "moe_experts"),
+    "musa": (*_PORTABLE, "moe_route", "conv", "chunk", "moe_experts"),
     "opencl": (*_PORTABLE, "moe_route", "conv"),
     "metal": (*_PORTABLE, "moe_route", "conv"),
     "webgpu": _PORTABLE,
@@ -76,7 +78,11 @@ def maker(language: str) -> tuple[Callable[[Request], dict[str, bytes]], Callabl
         ran = "this source" if language == "cuda" else "the same TIR as CUDA C"
         what = f"{ran}, launched by the description, numbers against float64 reference"
         checks.append(Check(what, "device emulation on the CPU", made["passed"], made["detail"]))
-        if language not in _NATIVE:
+        if language == "opencl":
+            made = _process({"do": "opencl", "language": language, **_text(request), "launch": launch, "text": source})
+            what = "this source, launched by the description, numbers against float64 reference"
+            checks.append(Check(what, made["by"], made["passed"], made["detail"]))
+        elif language not in _NATIVE:
             checks.append(Check(f"{language} text", f"{language} compiler", None, "none is used here"))
         return checks
 
@@ -107,7 +113,10 @@ def _process(job: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
     )  # fmt: skip
     if done.returncode:
         raise ExportError(f"{job['op']} in {job['language']}: {done.stderr.strip()[-800:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    made = dict(json.loads(done.stdout.splitlines()[-1]))
+    if "error" in made:
+        raise ExportError(f"{job['op']} in {job['language']}: {made['error']}")
+    return made
 
 
 def _knobs(spec: OpSpec, geometry: Geometry, target: TargetSpec, language: str) -> dict[str, Any]:
@@ -146,53 +155,69 @@ def _source(spec: OpSpec, geometry: Geometry, language: str, *, as_cuda: bool = 
         ((device_target, device),) = devices.items()
         launch = gpu_launch.description(host.script(), device)
         source = tool.codegen_build(finalize()(device), device_target).inspect_source("cuda" if native else "")
-        translate = subset.has_subset(target) and not as_cuda
-        host_source = images.launcher_source(function, target) if translate else ""
     if native:
         source = images.with_functions(source)
-    if translate:
+    if subset.has_subset(target) and not as_cuda:
+        # The generated launcher cannot allocate what passes from kernel to kernel; the description says it.
+        host_source = "" if launch["workspaces"] else images.launcher_source(function, target)
         source = subset.translated(source, host_source, target, builder.symbol_of(spec, geometry))
     return {"source": source, "launch": launch}
 
 
 def _verify(spec: OpSpec, geometry: Geometry, language: str, launch: dict[str, Any], text: str) -> dict[str, Any]:
     """Run the source, or for other languages the same TIR as CUDA C, in emulation, launched by the description alone."""
-    from tvm_gdn import images, parity, torch_ops
-    from tvm_gdn.target import concrete, emulation_of
-
-    target, request = resolve(LANGUAGES[language][1]), Request(spec, geometry)
     if language != "cuda":
         text = _source(spec, geometry, language, as_cuda=True)["source"]
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "kernel.cc"
-        path.write_text(images.emulated_source(text, [kernel["name"] for kernel in launch["kernels"]]), encoding="utf-8")
-        images.compile_emulated(path, emulation_of(concrete(target)), path.with_suffix(".so"))
-        present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
-        kernel = gpu_launch.launcher(path.with_suffix(".so"), launch)
-        function = torch_ops.call_function(spec, present, geometry.axis, kernel)
-        sizes = {
-            "B": 2,
-            "T": 65 if spec.algorithm == "chunk" else 5,
-            "H": 1,
-            "HV": 2,
-            "S": 4,
-            "M": 5,
-            "D": 6,
-            "G": 3,
-            "E": 8,
-            "k": 2,
-        }
-        arguments, want = draw(request, **sizes)
-        check = compared(request.spec, "", "", parity.run(spec, arguments, function), want)
+        check = numbers(spec, geometry, gpu_launch.launcher(emulated_library(text, language, launch, Path(name)), launch))
     return {"passed": bool(check.passed), "detail": check.detail}
+
+
+def emulated_library(text: str, language: str, launch: dict[str, Any], folder: Path) -> Path:
+    """CUDA C, compiled for the emulation of a device of a language's target."""
+    from tvm_gdn import images
+    from tvm_gdn.target import concrete, emulation_of
+
+    path = folder / "kernel.cc"
+    path.write_text(images.emulated_source(text, [kernel["name"] for kernel in launch["kernels"]]), encoding="utf-8")
+    images.compile_emulated(path, emulation_of(concrete(resolve(LANGUAGES[language][1]))), path.with_suffix(".so"))
+    return path.with_suffix(".so")
+
+
+def _on_opencl(spec: OpSpec, geometry: Geometry, language: str, launch: dict[str, Any], text: str) -> dict[str, Any]:
+    """Compile and run the text itself, where this machine has an OpenCL runtime."""
+    del language
+    found = opencl_run.runtime()
+    if found is None:
+        return {"by": "an OpenCL runtime", "passed": None, "detail": "none here: pip install pyopencl[pocl] brings one for CPUs"}
+    context, name = found
+    try:
+        check = numbers(spec, geometry, opencl_run.launcher(context, text, launch))
+    except ExportError as error:
+        return {"by": name, "passed": False, "detail": str(error)}
+    return {"by": name, "passed": bool(check.passed), "detail": check.detail}
+
+
+def numbers(spec: OpSpec, geometry: Geometry, kernel: Callable[..., None]) -> Check:
+    """A kernel's results on drawn arguments against the float64 reference."""
+    from tvm_gdn import parity, torch_ops
+
+    present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
+    sizes = {"B": 2, "T": 65 if spec.algorithm == "chunk" else 5, "H": 1, "HV": 2, "S": 4, "M": 5, "D": 6, "G": 3, "E": 8, "k": 2}
+    arguments, want = draw(Request(spec, geometry), **sizes)
+    got = parity.run(spec, arguments, torch_ops.call_function(spec, present, geometry.axis, kernel))
+    return compared(spec, "", "", got, want)
 
 
 def _main() -> None:
     from tvm_gdn.ops import OPS
 
     job = json.load(sys.stdin)
-    make: Any = {"source": _source, "verify": _verify}[job.pop("do")]
-    result = make(OPS[job.pop("op")], Geometry.from_json(job.pop("geometry")), **job)
+    make: Any = {"source": _source, "verify": _verify, "opencl": _on_opencl}[job.pop("do")]
+    try:
+        result = make(OPS[job.pop("op")], Geometry.from_json(job.pop("geometry")), **job)
+    except TvmGdnError as error:
+        result = {"error": str(error)}
     sys.stdout.write("\n" + json.dumps(result) + "\n")
 
 

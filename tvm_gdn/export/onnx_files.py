@@ -12,12 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tvm_gdn.export import onnx_delta, onnx_layer, onnx_moe, onnx_run
 from tvm_gdn.export import onnx_parts as parts
 from tvm_gdn.export.artifact import Check, ExportError, Request, draw
 from tvm_gdn.export.onnx_graph import Graph
+from tvm_gdn.export.onnx_packed import Packed
 from tvm_gdn.export.onnx_pools import Pool
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import FLOATS, OpSpec
@@ -57,8 +59,7 @@ def build(request: Request) -> dict[str, bytes]:
     Parameters
     ----------
     request : Request
-        A delta rule or convolution without `cu_seqlens`, with states or pools; gates, gated norm, routing, experts; or
-        `onnx_layer.SPEC`.
+        A delta rule or convolution, with states or pools; gates, gated norm, routing, experts; or `onnx_layer.SPEC`.
 
     Returns
     -------
@@ -99,32 +100,47 @@ def exported() -> list[str]:
 
 
 def conv(graph: Graph, request: Request) -> None:
-    """`causal_conv1d_fn` and `causal_conv1d_update`: batch item n in state n, or in the slot given."""
-    onnx_delta.refuse(request)
+    """`causal_conv1d_fn` and `causal_conv1d_update`: batch item, or packed sequence, n in state n, or in the slot given."""
     dtypes, axis, D = request.geometry.dtype, request.geometry.axis, request.sizes["D"]
     update = bool(request.geometry.attr.get("update"))
     name, slots = ("conv_state", "conv_state_indices") if update else ("conv_states", "cache_indices")
-    lead = ("batch", D, request.tokens or "time")
+    time, bounds = request.tokens or "time", "query_start_loc"
+    lead = (D, time) if bounds in dtypes else ("batch", D, time)
     x = parts.inputs(graph, dtypes, {"x": lead, "weight": (D, axis["W"]), "bias": (D,)})
+    packed, columns = None, x["x"]
+    if bounds in dtypes:
+        rows = graph.Unsqueeze(graph.Transpose(columns, perm=[1, 0]), graph.ints(0))
+        packed = Packed(graph, (bounds, dtypes[bounds]), rows, 1, request.tokens)
+        columns = graph.Transpose(packed.spread(rows, (D,)), perm=[0, 2, 1])
     pool, past = None, None
     if name in dtypes:
         ids = (slots, dtypes[slots]) if slots in dtypes else None
-        pool = Pool(graph, name, dtypes[name], (D, axis["L"]), ids, x["x"])
+        count = "sequences" if packed else "batch"
+        pool = Pool(graph, name, dtypes[name], (D, axis["L"]), ids, columns, count)
         past = pool.read()
         if not update:
             zero = graph.ConstantOfShape(graph.Shape(past))
             if "has_initial_state" in dtypes:
-                flags = graph.Unsqueeze(graph.add_input("has_initial_state", "bool", ("batch",)), graph.ints(1, 2))
+                flags = graph.Unsqueeze(graph.add_input("has_initial_state", "bool", (count,)), graph.ints(1, 2))
                 past = graph.Where(flags, past, zero)
             else:
                 past = zero
     o, new = parts.convolution(
-        graph, request.profile, x["x"], x["weight"], x.get("bias"), past, W=axis["W"], L=axis["L"], channels=D,
+        graph, request.profile, columns, x["weight"], x.get("bias"), past, W=axis["W"], L=axis["L"], channels=D,
         act=request.geometry.attr["activation"] == "silu",
     )  # fmt: skip
+    filled = None
+    if packed is not None:
+        rows = packed.back(graph.Transpose(o, perm=[0, 2, 1]), (D,))
+        o = graph.Transpose(graph.Squeeze(rows, graph.ints(0)), perm=[1, 0])
+        if past is not None:
+            # The state ends where the sequence does; one without tokens keeps its own.
+            history = graph.Transpose(graph.Concat(past, columns, axis=2), perm=[0, 2, 1])
+            new = graph.Transpose(packed.last(history, axis["L"]), perm=[0, 2, 1])
+            filled = graph.Greater(packed.lengths, graph.constant(0, np.int64))
     graph.add_output("o", graph.cast(o, "float32", dtypes["x"]), dtypes["x"], lead)
     if pool is not None:
-        pool.write(new)
+        pool.write(new, filled)
 
 
 def gating(graph: Graph, request: Request) -> None:
@@ -149,9 +165,13 @@ def _draw(request: Request, tokens: int) -> tuple[Numbers, Numbers]:
     """Inputs at a number of tokens (of sequences, for operators of one token each), padding among the slots, and outputs."""
     axes = {name for tensor in request.spec.tensors for name in tensor.axes.split()}
     batch = 3 if "T" in axes else tokens
-    sizes = {"B": batch, "S": batch + 2, "T": tokens, "M": tokens, "G": 3, "padding": True}
+    # Packed sequences have T, 0 and 1 tokens (`artifact.case_of`).
+    single = request.tokens and not {"cu_seqlens", "query_start_loc"}.isdisjoint(request.geometry.dtype)
+    sizes = {"B": batch, "S": batch + 2, "T": tokens - 1 if single else tokens, "M": tokens, "G": 3, "padding": True}
     arguments, want = draw(request, **{**sizes, **request.sizes})
-    return {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}, want
+    # A `final_state` is memory for a result: no input of a model.
+    given = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and name != "final_state"}
+    return given, want
 
 
 #: Algorithm of a SPEC -> how it goes to ONNX.

@@ -15,6 +15,7 @@ import numpy as np
 from tvm_gdn.export import onnx_parts as parts
 from tvm_gdn.export.artifact import ExportError, Request
 from tvm_gdn.export.onnx_graph import Graph
+from tvm_gdn.export.onnx_tree import inverse, transposed, verification
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Sizes:
 Tensors = tuple[str, str, str, "str | None", str, str]
 
 
-def delta_rule(graph: Graph, request: Request, tensors: Tensors, H: int) -> tuple[str, str]:
+def delta_rule(
+    graph: Graph, request: Request, tensors: Tensors, H: int, tree: tuple[str, str | None] | None = None
+) -> tuple[str, str]:
     """The rule of a profile, with what stands around it: normalization, scale, q and k repeated for grouped value heads.
 
     q and k are ``[B, T, H, K]``, v ``[B, T, HV, V]``, g ``[B, T, HV]``, ``[B, T, HV, K]`` or None, beta ``[B, T, HV]``, the
-    state ``[B, HV, K, V]``; gives o and the final state.
+    state ``[B, HV, K, V]``; gives o and the final state, or with a `tree` (`onnx_tree.py`) the states after every step.
     """
     q, k, v, g, beta, state = tensors
     axis, HV = request.geometry.axis, request.sizes["HV"]
@@ -53,6 +56,9 @@ def delta_rule(graph: Graph, request: Request, tensors: Tensors, H: int) -> tupl
         g = graph.Unsqueeze(g, graph.ints(-1))
     rules: dict[str, Callable[..., tuple[str, str]]] = {"decomposed": recurrence, "chunked": chunked}
     ready = (q, k, v, g, beta, state)
+    if tree is not None:
+        assert g is not None
+        return verification(graph, (q, k, v, g, beta, state), tree, (HV, sizes.K, sizes.V, sizes.tokens))
     if request.profile in rules:
         return rules[request.profile](graph, ready, sizes)
     return linear_attention(graph, ready, sizes, parts.DOMAIN[request.profile])
@@ -154,7 +160,7 @@ def _chunk(graph: Graph, S: str, at: dict[str, str], sizes: Sizes) -> tuple[str,
     C = sizes.chunk
     lower = graph.constant(np.tri(C, dtype=bool), bool)
     strict = graph.constant(np.tri(C, k=-1))
-    kq, kk = graph.MatMul(q, _t(graph, k)), graph.MatMul(k, _t(graph, k))
+    kq, kk = graph.MatMul(q, transposed(graph, k)), graph.MatMul(k, transposed(graph, k))
     G = None
     if "g" in at:
         G = graph.CumSum(at["g"], graph.constant(2, np.int64))
@@ -168,35 +174,17 @@ def _chunk(graph: Graph, S: str, at: dict[str, str], sizes: Sizes) -> tuple[str,
                 graph.ReduceSum(graph.Mul(right, graph.Unsqueeze(x, graph.ints(3))), graph.ints(4), keepdims=0) for x in (k, q)
             )
         else:
-            D = graph.Exp(graph.Where(lower, graph.Sub(G, _t(graph, G)), graph.constant(-1e30)))
+            D = graph.Exp(graph.Where(lower, graph.Sub(G, transposed(graph, G)), graph.constant(-1e30)))
             kk, kq = graph.Mul(kk, D), graph.Mul(kq, D)
     A = graph.Mul(graph.Mul(kk, beta), strict)
     P = graph.Mul(kq, graph.constant(np.tri(C)))
     start = graph.Exp(G) if G is not None else None
     k0, q0 = (k, q) if start is None else (graph.Mul(k, start), graph.Mul(q, start))
     R = graph.Mul(graph.Sub(v, graph.MatMul(k0, S)), beta)
-    U = graph.MatMul(_inverse(graph, A, C), R)
+    U = graph.MatMul(inverse(graph, A, C), R)
     o = graph.Add(graph.MatMul(q0, S), graph.MatMul(P, U))
     if G is not None:
         end = graph.Slice(G, graph.ints(C - 1), graph.ints(C), graph.ints(2))
         k = graph.Mul(k, graph.Exp(graph.Sub(end, G)))
-        S = graph.Mul(S, graph.Exp(_t(graph, end)))
-    return graph.Add(S, graph.MatMul(_t(graph, k), U)), o
-
-
-def _t(graph: Graph, x: str) -> str:
-    return str(graph.Transpose(x, perm=[0, 1, 3, 2]))
-
-
-def _inverse(graph: Graph, A: str, C: int) -> str:
-    """(I + A)^-1 of strictly lower-triangular A by doubling blocks: X = X - X (A in the blocks that join) X, log2 C times.
-
-    Powers of A would overflow fp32 for repeated keys; inverses of diagonal blocks do not.
-    """
-    X, size, rows = graph.constant(np.eye(C)), 1, np.arange(C)
-    while size < C:
-        upper, pair = rows // size, rows // (2 * size)
-        joins = (pair[:, None] == pair[None, :]) & (upper[:, None] > upper[None, :])
-        X = graph.Sub(X, graph.MatMul(graph.MatMul(X, graph.Mul(A, graph.constant(joins))), X))
-        size *= 2
-    return X
+        S = graph.Mul(S, graph.Exp(transposed(graph, end)))
+    return graph.Add(S, graph.MatMul(transposed(graph, k), U)), o

@@ -63,7 +63,7 @@ def verify(request: Request, folder: Path) -> list[Check]:
     checks.append(compared(request.spec, "numbers against float64 reference", by, got, want))
     what = "translated to ONNX, numbers against float64 reference"
     if not _has_translation(request):
-        return [*checks, Check(what, "onnxruntime", None, "the operator, or an argument of it, has no form in ONNX")]
+        return [*checks, Check(what, "onnxruntime", None, "the operator, or an argument of it, is not translated")]
     model = folder / "translated.onnx"
     try:
         # ONNX has no updates in place: there the program returns what it would have updated.

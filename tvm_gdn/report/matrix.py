@@ -30,13 +30,14 @@ PLANNED = Cell("planned", "planned", "nothing recorded")
 
 @dataclass(frozen=True)
 class Heat:
-    """The output of an operator that comes nearest to its limit among the cases of one dtype."""
+    """The output of an operator that comes nearest to its limit among the cases of one dtype and `storage` of the rest."""
 
     error: float
     limit: float
     tensor: str
     case: str
     cases: int
+    storage: str = ""
 
     @property
     def of_limit(self) -> float:
@@ -90,11 +91,11 @@ def _fell_back(row: ParityCase) -> bool:
     return row.served_by.startswith("fallback") and all(row.errors[name] <= limit for name, limit in row.limits.items())
 
 
-def _heat(row: ParityCase, cases: int = 1) -> Heat | None:
+def _heat(row: ParityCase, cases: int = 1, storage: str = "") -> Heat | None:
     name = nearest(row.errors, row.limits)
     if name is None:
         return None
-    return Heat(row.errors[name], row.limits[name], name, row.case, cases)
+    return Heat(row.errors[name], row.limits[name], name, row.case, cases, storage)
 
 
 def dtypes_of(case: str) -> str:
@@ -102,7 +103,14 @@ def dtypes_of(case: str) -> str:
     return ", ".join(word for word in case.split() if _DTYPE.fullmatch(word)) or "fp32"
 
 
-def heatmap(runs: Sequence[Parity], target: str) -> tuple[list[str], dict[str, dict[str, Heat]]]:
+def columns_of(dtypes: str) -> tuple[str, str]:
+    """The dtype of the data among those of `dtypes_of`, and the others: ``bf16`` and ``state-fp32``."""
+    words = dtypes.split(", ")
+    data = next((word for word in words if "-" not in word), "fp32")
+    return data, ", ".join(word for word in words if word != data)
+
+
+def heatmap(runs: Sequence[Parity], target: str) -> tuple[list[str], dict[str, dict[str, list[Heat]]]]:
     """Errors against limits of one target.
 
     Parameters
@@ -115,12 +123,12 @@ def heatmap(runs: Sequence[Parity], target: str) -> tuple[list[str], dict[str, d
     Returns
     -------
     dtypes : list of str
-        Columns, in the order of their first case.
+        Columns: dtypes of the data.
     rows : dict
-        By operator, then dtypes: the output nearest to its limit, or furthest above it.
+        By operator, then dtype: the output nearest to its limit, or furthest above it, for each storage of states and weights.
     """
     columns: dict[str, None] = {}
-    rows: dict[str, dict[str, Heat]] = {}
+    rows: dict[str, dict[str, list[Heat]]] = {}
     for (op, name), run in newest(runs).items():
         if name != target:
             continue
@@ -129,8 +137,10 @@ def heatmap(runs: Sequence[Parity], target: str) -> tuple[list[str], dict[str, d
             if row.op == op:
                 groups.setdefault(dtypes_of(row.case), []).append(row)
         for dtypes, members in groups.items():
-            heats = [heat for heat in (_heat(row, len(members)) for row in members) if heat]
+            data, storage = columns_of(dtypes)
+            heats = [heat for heat in (_heat(row, len(members), storage) for row in members) if heat]
             if heats:
-                columns[dtypes] = None
-                rows.setdefault(op, {})[dtypes] = max(heats, key=lambda heat: severity(heat.of_limit))
+                columns[data] = None
+                worst = max(heats, key=lambda heat: severity(heat.of_limit))
+                rows.setdefault(op, {}).setdefault(data, []).append(worst)
     return sorted(columns), rows

@@ -124,9 +124,7 @@ def _vanished(bench: Bench, others: Sequence[Bench]) -> list[tuple[str, str]]:
 
 def _matrix(parities: Sequence[Parity]) -> dict[str, Any]:
     found = matrix.cells(parities)
-    # What was recorded stands first: the table is wider than most windows.
-    recorded = sorted({target for _, target in found})
-    targets = list(dict.fromkeys([*recorded, *target_names()]))
+    targets = sorted({target for _, target in found})
     ops = list(dict.fromkeys([*OPS, *(op for op, _ in found)]))
     rows = [
         {
@@ -136,7 +134,7 @@ def _matrix(parities: Sequence[Parity]) -> dict[str, Any]:
         }
         for op in ops
     ]
-    return {"targets": targets, "rows": rows}
+    return {"targets": targets, "rows": rows, "others": [name for name in target_names() if name not in targets]}
 
 
 def _heatmaps(parities: Sequence[Parity]) -> list[dict[str, Any]]:
