@@ -35,6 +35,25 @@ class CpuTiles:
         """Loop over independent pieces of work."""
         return T.parallel(count)
 
+    @staticmethod
+    def team() -> Any:
+        """Frame of what every thread runs once; `share` tells them apart."""
+        return T.attr(0, "pragma_parallel_launch_point", 1)
+
+    @staticmethod
+    def share(count: Any) -> Any:
+        """Inside `team`: where this thread's own of `count` pieces begin and end; they follow one another.
+
+        Nothing but a parallel loop knows how many threads there are, so one is asked which iterations are whose.
+        """
+        own = local_array(2, dtype="int64")
+        T.buffer_store(own, count, [0])
+        T.buffer_store(own, T.int64(0), [1])
+        with T.parallel(count) as piece:
+            T.buffer_store(own, T.min(own[0], piece), [0])
+            T.buffer_store(own, piece + 1, [1])
+        return own
+
     def lanes(self) -> Any:
         """Loop over the lanes that share a worker's tiles: one thread holds them whole."""
         return T.serial(1)

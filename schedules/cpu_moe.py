@@ -15,8 +15,6 @@ from tvm_gdn.schedules.moe_weights import LANES
 
 #: Bytes between staged rows beyond the row itself: rows a power of two apart would share a set of the L1 cache.
 PAD_BYTES = 64
-#: Tokens up to which output columns are cut into narrow slices.
-NARROW_BELOW = 64
 #: Lines of weights per iteration of the innermost loop.
 UNROLLED = 8
 #: Steps of packed weights (2 KiB) that memory is asked for ahead of their use.
@@ -41,7 +39,7 @@ class ExpertTiles(CpuTiles):
     pieces : int
         Pieces of equal cost that the gate-up products are cut into.
     columns : int
-        Output columns of one piece of the down products, a multiple of 32; 64 for few tokens.
+        Most output columns that are summed up at once, a multiple of 32.
     rows : int
         Most rows of the micro-kernel, a power of two.
     floor : int
@@ -67,7 +65,6 @@ class ExpertTiles(CpuTiles):
         self.operand, self.prelude, self.k_step = weights.operand, weights.prelude, weights.k_step
         self.quantized, self.zero = weights.quantized, weights.zero
         self.pad = PAD_BYTES // {"float32": 4, "bfloat16": 2, "int8": 1}[self.operand]
-        self.narrow_below = NARROW_BELOW
         self.top, self.few, self.raw, self.hints = rows, few, raw, hints
         self.product = self._raw_product() if raw else self._product()
 

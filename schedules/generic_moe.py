@@ -26,7 +26,7 @@ class PortableExpertTiles(Portable, CpuTiles):
         reduction axis.
     """
 
-    prelude, pad, narrow_below, floor = "", 0, 64, 2
+    prelude, pad, floor = "", 0, 2
     block, pieces, columns = 32, 16, 64
 
     def __init__(self, scheme: str) -> None:

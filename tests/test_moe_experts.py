@@ -144,13 +144,12 @@ def test_threads_and_order_do_not_matter():
     before = torch.get_num_threads()
     outs = []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 7):  # of 7 some have no output columns
             torch.set_num_threads(threads)
             outs.append(tvm_gdn.fused_experts(x, w13, w2, weights, ids))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(outs[0], outs[1])
-    assert torch.equal(outs[0], outs[2])
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
     flipped = tvm_gdn.fused_experts(x, w13, w2, weights.flip(1), ids.flip(1))
     assert torch.equal(outs[0], flipped)
 
