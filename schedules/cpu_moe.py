@@ -36,8 +36,6 @@ class ExpertTiles(CpuTiles):
         Whether weights are rows along the reduction axis instead of packed.
     block : int
         Rows of one expert that are staged together.
-    pieces : int
-        Pieces of equal cost that the gate-up products are cut into.
     columns : int
         Most output columns that are summed up at once, a multiple of 32.
     rows : int
@@ -53,7 +51,6 @@ class ExpertTiles(CpuTiles):
         weights: Any,
         *,
         block: int,
-        pieces: int,
         columns: int,
         rows: int,
         floor: int,
@@ -61,7 +58,7 @@ class ExpertTiles(CpuTiles):
         raw: bool = False,
         hints: bool = True,
     ) -> None:
-        self.weights, self.block, self.pieces, self.columns, self.floor = weights, block, pieces, columns, floor
+        self.weights, self.block, self.columns, self.floor = weights, block, columns, floor
         self.operand, self.prelude, self.k_step = weights.operand, weights.prelude, weights.k_step
         self.quantized, self.zero = weights.quantized, weights.zero
         self.pad = PAD_BYTES // {"float32": 4, "bfloat16": 2, "int8": 1}[self.operand]

@@ -27,7 +27,7 @@ class PortableExpertTiles(Portable, CpuTiles):
     """
 
     prelude, pad, floor = "", 0, 2
-    block, pieces, columns = 32, 16, 64
+    block, columns = 32, 64
 
     def __init__(self, scheme: str) -> None:
         self.scheme, self.zero = scheme, ZERO.get(scheme, 0)

@@ -2,8 +2,8 @@
 
 For every pair (token t, choice j) of an expert e, with weights W1, W3 (gate, up) and W2 (down) of the expert::
 
-    h = silu(W1 x_t) * (W3 x_t)                      first loop: pieces of equal cost over (expert, 16 columns of h)
-    out_t = sum_j topk_weights[t, j] * (W2 h)        second loop: every worker its output columns, experts in ascending order
+    h = silu(W1 x_t) * (W3 x_t)                      first loop: shares of equal cost of (expert, 16 columns of h)
+    out_t = sum_j topk_weights[t, j] * (W2 h)        second loop: shares of the output columns, experts in ascending order
 
 Rows of one expert stand together after the sort, so every weight is read once, for all rows of its expert, and experts without
 rows cost nothing. No two workers write to the same place, and a sum's order does not depend on their number: results are
@@ -13,7 +13,7 @@ With quantized weights the rows of the left operand are quantized too, each by i
 either product; see `tiles.quantized`.
 
 How a target plugs in. Its tiles object states `operand` (dtype of the left operand), `k_step` (elements of a step of packed
-weights), `block` (rows staged at once), `pieces`, `columns` and `floor` (how the loops are cut), and supplies
+weights), `block` (rows staged at once), `columns` (summed up at once) and `floor` (a cost), and supplies
 
 - `team()`, `share(count)`: the workers, and which of `count` pieces are a worker's own;
 - `rows(count, columns)`: memory for staged rows; `begin(steps)`, `end()`: around a worker's products;
@@ -37,6 +37,8 @@ from tvm_gdn.spec import Geometry
 SLACK = 32
 #: Elements of a row that are converted at once.
 LANES = 16
+#: Parts of the first loop's cost that workers share: a worker's share is exact to a thousandth of the whole.
+PARTS = 960
 #: Bits of infinity; those of NaN are larger.
 INFINITE = 0x7F800000
 
@@ -76,16 +78,17 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
     DP, IP = KD * k_step, KI * k_step
     quantized = tiles.quantized
     S13, S2 = max(1, axis.get("S13", 0)), max(1, axis.get("S2", 0))
-    block, pieces = tiles.block, tiles.pieces
+    block = tiles.block
 
     sort = sort_macro()
     staged = "float32" if quantized else tiles.operand
-    # Pieces of the first loop end where cache lines of h do, so that no two workers write to one line.
+    # Shares of the first loop end where cache lines of h do, so that no two workers write to one line.
     line = 2 if staged == "bfloat16" else 1
 
-    def cut(at: Any) -> Any:
-        """Groups of an expert before a border at fraction `at` of its groups, or one more."""
-        return T.max(T.int64(0), T.min(T.int64(G), (at + line - 1) // line * line))
+    def cut(part: Any, whole: Any, before: Any, each: Any) -> Any:
+        """Groups of an expert before part `part`: `whole` is the cost of all, `before` of earlier experts, `each` of a group."""
+        groups = (whole * part // PARTS - before + each - 1) // each
+        return T.max(T.int64(0), T.min(T.int64(G), (groups + line - 1) // line * line))
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -259,7 +262,8 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                 for t in tiles.workers(tokens):
                     quantize(tokens_q, tokens_scale, tokens_sums, t, x, D, DP, S13)
 
-            for p in tiles.workers(T.int64(pieces)):
+            with tiles.team():
+                parts = tiles.share(T.int64(PARTS))
                 tiles.begin(KD)
                 A = tiles.rows(block, DP)
                 if quantized:
@@ -267,9 +271,9 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                     scale = T.alloc_buffer((block,), "float32")
                 for a in T.serial(active[E]):
                     e = active[a]
-                    each = (cost[a + 1] - cost[a]) // G
-                    g0 = cut((cost[active[E]] * p // pieces - cost[a] + each - 1) // each)
-                    g1 = cut((cost[active[E]] * (p + 1) // pieces - cost[a] + each - 1) // each)
+                    each: T.let[T.int64] = (cost[a + 1] - cost[a]) // G
+                    g0: T.let[T.int64] = cut(parts[0], cost[active[E]], cost[a], each)
+                    g1: T.let[T.int64] = cut(parts[1], cost[active[E]], cost[a], each)
                     if g1 > g0:
                         for b in T.serial((offsets[e + 1] - offsets[e] + block - 1) // block):
                             pair0 = offsets[e] + b * block
