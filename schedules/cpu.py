@@ -41,17 +41,18 @@ class CpuTiles:
         return T.attr(0, "pragma_parallel_launch_point", 1)
 
     @staticmethod
-    def share(count: Any) -> Any:
+    def share(count: int) -> Any:
         """Inside `team`: where this thread's own of `count` pieces begin and end; they follow one another.
 
-        Nothing but a parallel loop knows how many threads there are, so one is asked which iterations are whose.
+        Nothing but a parallel loop knows how many threads there are, so one is asked which iterations are whose. (Of two at
+        least: TVM drops a loop of one, and then misses the parallel loop.)
         """
         own = local_array(2, dtype="int64")
-        T.buffer_store(own, count, [0])
+        T.buffer_store(own, T.int64(count), [0])
         T.buffer_store(own, T.int64(0), [1])
-        with T.parallel(count) as piece:
+        with T.parallel(T.int64(max(count, 2))) as piece:
             T.buffer_store(own, T.min(own[0], piece), [0])
-            T.buffer_store(own, piece + 1, [1])
+            T.buffer_store(own, T.min(piece + 1, T.int64(count)), [1])
         return own
 
     def lanes(self) -> Any:

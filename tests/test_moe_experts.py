@@ -154,6 +154,12 @@ def test_threads_and_order_do_not_matter():
     assert torch.equal(outs[0], flipped)
 
 
+def test_output_of_one_group_of_columns():
+    """D of 24: the threads beyond the first have no output columns."""
+    x, w13, w2, weights, ids = make(5, hidden=24, inner=40)
+    assert error(tvm_gdn.fused_experts(x, w13, w2, weights, ids), loop(x, w13, w2, weights, ids)) < 1e-5
+
+
 def test_strided_arguments():
     x, w13, w2, weights, ids = make(63)
     wide = torch.randn(63, 2 * D)

@@ -263,7 +263,7 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                     quantize(tokens_q, tokens_scale, tokens_sums, t, x, D, DP, S13)
 
             with tiles.team():
-                parts = tiles.share(T.int64(PARTS))
+                parts = tiles.share(PARTS)
                 tiles.begin(KD)
                 A = tiles.rows(block, DP)
                 if quantized:
@@ -311,7 +311,7 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                         hidden[i, inner + c] = T.Cast(staged, 0)
 
             with tiles.team():
-                own = tiles.share(T.int64(N))
+                own = tiles.share(N)
                 width: T.let[T.int64] = T.min(own[1] - own[0], T.int64(tiles.columns // 32)) * 32
                 if width > 0:
                     tiles.begin(KI)
