@@ -35,26 +35,6 @@ class CpuTiles:
         """Loop over independent pieces of work."""
         return T.parallel(count)
 
-    @staticmethod
-    def team() -> Any:
-        """Frame of what every thread runs once; `share` tells them apart."""
-        return T.attr(0, "pragma_parallel_launch_point", 1)
-
-    @staticmethod
-    def share(count: int) -> Any:
-        """Inside `team`: where this thread's own of `count` pieces begin and end; they follow one another.
-
-        Nothing but a parallel loop knows how many threads there are, so one is asked which iterations are whose. (Of two at
-        least: TVM drops a loop of one, and then misses the parallel loop.)
-        """
-        own = local_array(2, dtype="int64")
-        T.buffer_store(own, T.int64(count), [0])
-        T.buffer_store(own, T.int64(0), [1])
-        with T.parallel(T.int64(max(count, 2))) as piece:
-            T.buffer_store(own, T.min(own[0], piece), [0])
-            T.buffer_store(own, T.min(piece + 1, T.int64(count)), [1])
-        return own
-
     def lanes(self) -> Any:
         """Loop over the lanes that share a worker's tiles: one thread holds them whole."""
         return T.serial(1)

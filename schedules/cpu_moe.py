@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import CpuTiles, local_array, prefetch, sum_lanes, transpose_16
+from tvm_gdn.schedules.cpu import local_array, prefetch, sum_lanes, transpose_16
+from tvm_gdn.schedules.cpu_team import TeamTiles
 from tvm_gdn.schedules.moe_weights import LANES
 
 #: Bytes between staged rows beyond the row itself: rows a power of two apart would share a set of the L1 cache.
@@ -23,7 +24,7 @@ AHEAD = 8
 RAW_ROWS = 4
 
 
-class ExpertTiles(CpuTiles):
+class ExpertTiles(TeamTiles):
     """Tile operations of one geometry.
 
     Parameters

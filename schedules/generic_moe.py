@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import CpuTiles, local_array
+from tvm_gdn.schedules.cpu import local_array
+from tvm_gdn.schedules.cpu_team import TeamTiles
 from tvm_gdn.schedules.generic_tiles import Portable
 
 from tvm_gdn.packed_experts import STEP, ZERO
@@ -16,7 +17,7 @@ from tvm_gdn.spec import Geometry
 COLUMNS, HALF = 32, 16
 
 
-class PortableExpertTiles(Portable, CpuTiles):
+class PortableExpertTiles(Portable, TeamTiles):
     """Tile operations of the experts of one geometry; see `tvm_gdn/ops/tir/moe_experts.py`.
 
     Parameters
