@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import CpuTiles, local_array, prefetch, sum_lanes, transpose_16
+from tvm_gdn.schedules.cpu import local_array, prefetch, sum_lanes, transpose_16
+from tvm_gdn.schedules.cpu_team import TeamTiles
 from tvm_gdn.schedules.moe_weights import LANES
 
 #: Bytes between staged rows beyond the row itself: rows a power of two apart would share a set of the L1 cache.
 PAD_BYTES = 64
-#: Tokens up to which output columns are cut into narrow slices.
-NARROW_BELOW = 64
 #: Lines of weights per iteration of the innermost loop.
 UNROLLED = 8
 #: Steps of packed weights (2 KiB) that memory is asked for ahead of their use.
@@ -25,7 +24,7 @@ AHEAD = 8
 RAW_ROWS = 4
 
 
-class ExpertTiles(CpuTiles):
+class ExpertTiles(TeamTiles):
     """Tile operations of one geometry.
 
     Parameters
@@ -38,10 +37,8 @@ class ExpertTiles(CpuTiles):
         Whether weights are rows along the reduction axis instead of packed.
     block : int
         Rows of one expert that are staged together.
-    pieces : int
-        Pieces of equal cost that the gate-up products are cut into.
     columns : int
-        Output columns of one piece of the down products, a multiple of 32; 64 for few tokens.
+        Most output columns that are summed up at once, a multiple of 32.
     rows : int
         Most rows of the micro-kernel, a power of two.
     floor : int
@@ -55,7 +52,6 @@ class ExpertTiles(CpuTiles):
         weights: Any,
         *,
         block: int,
-        pieces: int,
         columns: int,
         rows: int,
         floor: int,
@@ -63,11 +59,10 @@ class ExpertTiles(CpuTiles):
         raw: bool = False,
         hints: bool = True,
     ) -> None:
-        self.weights, self.block, self.pieces, self.columns, self.floor = weights, block, pieces, columns, floor
+        self.weights, self.block, self.columns, self.floor = weights, block, columns, floor
         self.operand, self.prelude, self.k_step = weights.operand, weights.prelude, weights.k_step
         self.quantized, self.zero = weights.quantized, weights.zero
         self.pad = PAD_BYTES // {"float32": 4, "bfloat16": 2, "int8": 1}[self.operand]
-        self.narrow_below = NARROW_BELOW
         self.top, self.few, self.raw, self.hints = rows, few, raw, hints
         self.product = self._raw_product() if raw else self._product()
 

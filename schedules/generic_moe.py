@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import CpuTiles, local_array
+from tvm_gdn.schedules.cpu import local_array
+from tvm_gdn.schedules.cpu_team import TeamTiles
 from tvm_gdn.schedules.generic_tiles import Portable
 
 from tvm_gdn.packed_experts import STEP, ZERO
@@ -16,7 +17,7 @@ from tvm_gdn.spec import Geometry
 COLUMNS, HALF = 32, 16
 
 
-class PortableExpertTiles(Portable, CpuTiles):
+class PortableExpertTiles(Portable, TeamTiles):
     """Tile operations of the experts of one geometry; see `tvm_gdn/ops/tir/moe_experts.py`.
 
     Parameters
@@ -26,8 +27,8 @@ class PortableExpertTiles(Portable, CpuTiles):
         reduction axis.
     """
 
-    prelude, pad, narrow_below, floor = "", 0, 64, 2
-    block, pieces, columns = 32, 16, 64
+    prelude, pad, floor = "", 0, 2
+    block, columns = 32, 64
 
     def __init__(self, scheme: str) -> None:
         self.scheme, self.zero = scheme, ZERO.get(scheme, 0)

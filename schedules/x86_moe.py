@@ -48,12 +48,11 @@ class ExpertsX86:
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Rows of the micro-kernel; rows staged at once; how both loops are cut."""
+        """Rows of the micro-kernel; rows staged at once; output columns summed up at once; what few rows cost."""
         del geometry
         return {
             "rows": (2, 4, 8),
             "block": (32, 64, 128, 256),
-            "pieces": (4, 8, 16, 32, 96),
             "columns": (64, 128, 256, 512),
             "floor": (1, 2, 6, 12),
         }
@@ -63,7 +62,7 @@ class ExpertsX86:
         """As many staged rows as leave most of the L2 cache to the weights."""
         size = 4 if geometry.dtype["x"] == "float32" else 2
         fitting = [rows for rows in cls.knobs(geometry)["block"] if rows * geometry.axis["D"] * size <= STAGED_BYTES]
-        return {"rows": 4, "block": max(fitting, default=32), "pieces": 32, "columns": 512, "floor": 2}
+        return {"rows": 4, "block": max(fitting, default=32), "columns": 512, "floor": 2}
 
     @classmethod
     def tiles(cls, geometry: Geometry, **knobs: Any) -> ExpertTiles:

@@ -62,10 +62,11 @@ def ids_of(kind, tokens, experts, k, seed):
     return torch.randint(low, high, (tokens, k), generator=rng)
 
 
-def check(scheme, dtype, hidden, inner, found, group=None):
+def check(scheme, dtype, hidden, inner, found, group=None, index=None):
     tokens, experts, k, seed = (found[name] for name in ("tokens", "experts", "k", "seed"))
     x, w13, w2, weights, _ = make(tokens, dtype, seed, experts, hidden, inner, k)
     ids = ids_of(found["ids"], tokens, experts, k, seed)
+    index = index or (torch.int32 if seed % 2 else torch.int64)
     # Whatever stands at the place of a padding entry must not be read.
     weights = weights.where((ids >= 0) & (ids < experts), float("nan"))
     if scheme is None:
@@ -73,7 +74,7 @@ def check(scheme, dtype, hidden, inner, found, group=None):
     else:
         pack = pack_experts(w13, w2, scheme, **({"group": group} if group else {}))
         args, dense = (pack,), pack.unpack()
-    out = tvm_gdn.fused_experts(x, *args, topk_weights=weights, topk_ids=ids.int() if seed % 2 else ids)
+    out = tvm_gdn.fused_experts(x, *args, topk_weights=weights, topk_ids=ids.to(index))
     assert out.shape == x.shape
     assert out.dtype == dtype
     integers = scheme is not None and "int" in scheme
@@ -124,7 +125,7 @@ SIZES = list(drawn_sizes(39))
 @given(found=routings(300))
 def test_any_size(geometry, found):
     scheme, dtype, hidden, inner, group = geometry
-    check(scheme, dtype, hidden, inner, found, group)
+    check(scheme, dtype, hidden, inner, found, group, (torch.int32, torch.int64)[inner % 2])  # half the kernels to compile
 
 
 @pytest.mark.slow

@@ -4,8 +4,11 @@ import json
 import shlex
 
 import pytest
+import torch
 
+import tvm_gdn
 from tvm_gdn import build, cases, check, dispatch, kernel_cache, pack, parity
+from tvm_gdn import target as targets
 from tvm_gdn.errors import PackError, TargetError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import named, resolve, target_names
@@ -102,4 +105,20 @@ def test_pack_serves_the_explicit_target_that_it_was_built_for_alone(tmp_path, m
     dispatch.reset()
     with pytest.raises(PackError, match="was built for another custom-"):
         dispatch.lookup(GATING, geometry, "cpu")
+    dispatch.reset()
+
+
+def test_a_forced_target_that_the_cpu_lacks_is_an_error(monkeypatch):
+    """Never an illegal instruction, and never quietly another kernel: on a CPU without AMX and AVX-512, named explicitly."""
+    plain = frozenset(flag for flag in targets.host_features() if not flag.startswith(("amx", "avx512")))
+    monkeypatch.setattr(targets, "host_features", lambda: plain)
+    x, w13, w2 = torch.randn(2, 8), torch.randn(3, 8, 8), torch.randn(3, 8, 4)
+    for name, flag in (("x86-amx", "amx_tile"), ("x86-avx512", "avx512f")):
+        monkeypatch.setenv("TVM_GDN_TARGET", name)
+        dispatch.reset()
+        with pytest.raises(
+            TargetError, match=rf"target {name} needs CPU features that .* lacks: .*{flag}.*; use `auto` or one of: "
+        ):
+            tvm_gdn.fused_experts(x, w13, w2, torch.rand(2, 1), torch.zeros(2, 1, dtype=torch.int32))
+    monkeypatch.undo()
     dispatch.reset()

@@ -123,9 +123,18 @@ def fused_experts_packed(
 
 
 def _in_127ths(x: Tensor) -> Tensor:
-    """Rows in whole 127ths of their largest elements."""
-    scale = x.abs().amax(-1, keepdim=True) / 127
-    return (x / scale.where(scale > 0, 1)).round() * scale
+    """Rows in whole 127ths of their largest elements.
+
+    The rule of every target: ``x * (127 / largest)``, both operations rounded to fp32, then the nearest integer, of two equally
+    near the even one. fp32 belongs to the rule because bf16 elements often stand halfway between two integers (half the largest
+    element always does), and rounding elsewhere would take the other one. Rows without an element above 1e-30 are zero.
+    """
+    rows = x.float()
+    largest = rows.abs().amax(-1, keepdim=True)
+    steps, zero = torch.full_like(largest, 127), largest <= 1e-30
+    # A number divided by a tensor would be its reciprocal's multiple: two roundings.
+    whole = (rows * (steps / largest).masked_fill(zero, 0)).round().clamp(-127, 127)
+    return whole.to(x.dtype) * (largest / steps).masked_fill(zero, 0).to(x.dtype)
 
 
 def fused_experts_quantized(

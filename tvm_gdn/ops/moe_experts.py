@@ -202,7 +202,7 @@ FUSED_EXPERTS_QUANTIZED = _packed(
         for scheme in _QUANTIZED
         for tokens in (1, 16, 1024)
     ),
-    # The reference quantizes the same rows in float64: a number that falls on the border of two integers may go either way.
+    # The reference has the intermediate in float64: one of its numbers on the border of two integers may go either way.
     tolerance={"float32": 2e-3, "float16": 3e-3, "bfloat16": 5e-3},
 )  # fmt: skip
 
@@ -249,9 +249,9 @@ def fused_experts(
     Notes
     -----
     fp32 activations are multiplied in fp32; bf16 ones by bf16 dot products where the target has them, with fp32 sums. With int8
-    and int4 packs the rows of `x` and of the intermediate are quantized to int8, each by its own largest element, and integer
-    dot products do the work. A row with NaN or an infinity gives NaN. Source: sparse mixtures (arXiv:1701.06538), SwiGLU
-    (arXiv:2002.05202).
+    and int4 packs the rows of `x` and of the intermediate are quantized to int8, each by its own largest element
+    (``x * (127 / largest)`` in fp32, to the nearest integer, ties to even), and integer dot products do the work. A row with
+    NaN or an infinity gives NaN. Source: sparse mixtures (arXiv:1701.06538), SwiGLU (arXiv:2002.05202).
     """
     if isinstance(w13, PackedExperts):
         if w2 is not None:

@@ -2,8 +2,8 @@
 
 For every pair (token t, choice j) of an expert e, with weights W1, W3 (gate, up) and W2 (down) of the expert::
 
-    h = silu(W1 x_t) * (W3 x_t)                      first loop: pieces of equal cost over (expert, 16 columns of h)
-    out_t = sum_j topk_weights[t, j] * (W2 h)        second loop: slices of output columns, experts in ascending order
+    h = silu(W1 x_t) * (W3 x_t)                      first loop: shares of equal cost of (expert, 16 columns of h)
+    out_t = sum_j topk_weights[t, j] * (W2 h)        second loop: shares of the output columns, experts in ascending order
 
 Rows of one expert stand together after the sort, so every weight is read once, for all rows of its expert, and experts without
 rows cost nothing. No two workers write to the same place, and a sum's order does not depend on their number: results are
@@ -13,8 +13,9 @@ With quantized weights the rows of the left operand are quantized too, each by i
 either product; see `tiles.quantized`.
 
 How a target plugs in. Its tiles object states `operand` (dtype of the left operand), `k_step` (elements of a step of packed
-weights), `block` (rows staged at once), `pieces`, `columns`, `narrow_below` and `floor` (how the loops are cut), and supplies
+weights), `block` (rows staged at once), `columns` (summed up at once) and `floor` (a cost), and supplies
 
+- `team()`, `share(count)`: the workers, and which of `count` pieces are a worker's own;
 - `rows(count, columns)`: memory for staged rows; `begin(steps)`, `end()`: around a worker's products;
 - `product(A, sums, first, m, W, scale, e, n, steps, shift, sink)`: rows first to first + m of A times the 32 columns of group n
   of W[e] (packed: group n; raw: rows n * 16 to n * 16 + 16, and those `shift` further on), given to ``sink(C, r, rows)`` in
@@ -36,6 +37,8 @@ from tvm_gdn.spec import Geometry
 SLACK = 32
 #: Elements of a row that are converted at once.
 LANES = 16
+#: Parts of the first loop's cost that workers share: a worker's share is exact to a thousandth of the whole.
+PARTS = 960
 
 
 def moe_experts(geometry: Geometry, tiles: Any) -> Any:
@@ -68,14 +71,17 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
     DP, IP = KD * k_step, KI * k_step
     quantized = tiles.quantized
     S13, S2 = max(1, axis.get("S13", 0)), max(1, axis.get("S2", 0))
-    block, pieces = tiles.block, tiles.pieces
-
-    def groups(tokens: Any) -> Any:
-        """Groups of 32 output columns per slice: few for few tokens (every thread has some), many for many (each reads all h)."""
-        return T.Select(tokens > tiles.narrow_below, T.int64(tiles.columns // 32), T.int64(2))
+    block = tiles.block
 
     sort = sort_macro()
     staged = "float32" if quantized else tiles.operand
+    # Shares of the first loop end where cache lines of h do, so that no two workers write to one line.
+    line = 2 if staged == "bfloat16" else 1
+
+    def cut(part: Any, whole: Any, before: Any, each: Any) -> Any:
+        """Groups of an expert before part `part`: `whole` is the cost of all, `before` of earlier experts, `each` of a group."""
+        groups = (whole * part // PARTS - before + each - 1) // each
+        return T.max(T.int64(0), T.min(T.int64(G), (groups + line - 1) // line * line))
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -221,6 +227,18 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                             total[t, n * 32 + c * LANES + lane] + weight[0] * C[r, c * LANES + lane]
                         )
 
+        @T.inline
+        def write(total, n0, n1):
+            """Write the sums of groups n0 to n1; of the last group, D may cut some off."""
+            for t in T.serial(tokens):
+                for c in T.serial((T.min(n1 * 32, T.int64(D)) - n0 * 32) // LANES):
+                    for lane in T.vectorized(LANES):
+                        out[t, n0 * 32 + c * LANES + lane] = T.Cast(out.dtype, total[t, c * LANES + lane])
+                if D % LANES != 0:
+                    if n1 * 32 > D:
+                        for c in T.serial(D % LANES):
+                            out[t, D - D % LANES + c] = T.Cast(out.dtype, total[t, D - D % LANES - n0 * 32 + c])
+
         sort(topk_ids, tokens, top_k, E, offsets, cursor, order)
         split_pairs()
         costs()
@@ -229,7 +247,8 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                 for t in tiles.workers(tokens):
                     quantize(tokens_q, tokens_scale, tokens_sums, t, x, D, DP, S13)
 
-            for p in tiles.workers(T.int64(pieces)):
+            with tiles.team():
+                parts = tiles.share(PARTS)
                 tiles.begin(KD)
                 A = tiles.rows(block, DP)
                 if quantized:
@@ -237,9 +256,9 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                     scale = T.alloc_buffer((block,), "float32")
                 for a in T.serial(active[E]):
                     e = active[a]
-                    each = (cost[a + 1] - cost[a]) // G
-                    g0 = T.max(T.int64(0), T.min(T.int64(G), (cost[active[E]] * p // pieces - cost[a] + each - 1) // each))
-                    g1 = T.max(T.int64(0), T.min(T.int64(G), (cost[active[E]] * (p + 1) // pieces - cost[a] + each - 1) // each))
+                    each: T.let[T.int64] = (cost[a + 1] - cost[a]) // G
+                    g0: T.let[T.int64] = cut(parts[0], cost[active[E]], cost[a], each)
+                    g1: T.let[T.int64] = cut(parts[1], cost[active[E]], cost[a], each)
                     if g1 > g0:
                         for b in T.serial((offsets[e + 1] - offsets[e] + block - 1) // block):
                             pair0 = offsets[e] + b * block
@@ -276,38 +295,35 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                     for c in T.serial(IP - inner):
                         hidden[i, inner + c] = T.Cast(staged, 0)
 
-            for s in tiles.workers((N + groups(tokens) - 1) // groups(tokens)):
-                tiles.begin(KI)
-                total = T.alloc_buffer((tokens, groups(tokens) * 32), "float32")
-                for t in T.serial(tokens):
-                    for c in T.serial(groups(tokens) * 2):
-                        for lane in T.vectorized(LANES):
-                            total[t, c * LANES + lane] = T.float32(0)
-                for a in T.serial(active[E]):
-                    e = active[a]
-                    for n in T.serial(T.min(T.int64(groups(tokens)), N - s * groups(tokens))):
+            with tiles.team():
+                own = tiles.share(N)
+                width: T.let[T.int64] = T.min(own[1] - own[0], T.int64(tiles.columns // 32)) * 32
+                if width > 0:
+                    tiles.begin(KI)
+                    total = T.alloc_buffer((tokens, width), "float32")
+                    for s in T.serial(((own[1] - own[0]) * 32 + width - 1) // width):
+                        n0: T.let[T.int64] = own[0] + s * (width // 32)
+                        n1: T.let[T.int64] = T.min(n0 + width // 32, own[1])
+                        for t in T.serial(tokens):
+                            for c in T.serial(width // LANES):
+                                for lane in T.vectorized(LANES):
+                                    total[t, c * LANES + lane] = T.float32(0)
+                        for a in T.serial(active[E]):
+                            e = active[a]
+                            for n in T.serial(n1 - n0):
 
-                        @T.inline
-                        def down(C, r0, rows):
-                            add_columns(total, offsets[e], n, C, r0, rows)
+                                @T.inline
+                                def down(C, r0, rows):
+                                    add_columns(total, offsets[e], n, C, r0, rows)
 
-                        m2 = offsets[e + 1] - offsets[e]
-                        # Raw weights: 32 columns are rows n * 32 to n * 32 + 32, two runs of 16.
-                        n2 = s * groups(tokens) + n if packed else (s * groups(tokens) + n) * 2
-                        if quantized:
-                            tiles.product(hidden_q, hidden_sums, offsets[e], m2, w2, w2_scale, e, n2, KI, 16, down)
-                        else:
-                            tiles.product(hidden, None, offsets[e], m2, w2, None, e, n2, KI, 16, down)
-                tiles.end()
-                for t in T.serial(tokens):
-                    for c in T.serial(T.min(groups(tokens) * 32, D - s * groups(tokens) * 32) // LANES):
-                        for lane in T.vectorized(LANES):
-                            out[t, s * groups(tokens) * 32 + c * LANES + lane] = T.Cast(out.dtype, total[t, c * LANES + lane])
-                    if D % LANES != 0:
-                        if (s + 1) * groups(tokens) * 32 >= D:
-                            for c in T.serial(D % LANES):
-                                out[t, D - D % LANES + c] = T.Cast(
-                                    out.dtype, total[t, D - D % LANES - s * groups(tokens) * 32 + c]
-                                )
+                                m2 = offsets[e + 1] - offsets[e]
+                                # Raw weights: 32 columns are rows n * 32 to n * 32 + 32, two runs of 16.
+                                n2 = n0 + n if packed else (n0 + n) * 2
+                                if quantized:
+                                    tiles.product(hidden_q, hidden_sums, offsets[e], m2, w2, w2_scale, e, n2, KI, 16, down)
+                                else:
+                                    tiles.product(hidden, None, offsets[e], m2, w2, None, e, n2, KI, 16, down)
+                        write(total, n0, n1)
+                    tiles.end()
 
     return kernel
