@@ -11,6 +11,7 @@ down is then contiguous. In row-major order its rows, 512 bytes apart, fall into
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd, prod
@@ -18,7 +19,7 @@ from typing import Any
 
 import tvm
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import CpuTiles, local_array, sum_lanes, transpose_16
+from tvm_gdn.schedules.cpu import CpuTiles, local_array, prefetch, sum_lanes, transpose_16
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
 
@@ -147,11 +148,14 @@ class ChunkTiles(CpuTiles):
 
     #: One pass: a worker goes through its sequence once, and what it needs of a chunk stays in the cache.
     ahead = False
+    #: Operands are the tiles themselves: there is nothing to save by writing them in a product's epilogue.
+    fused = False
 
     def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, rows: int, columns: int, span: int, v_first: bool) -> None:
         self.K, self.V, self.v_tile, self.chunk, self.span = K, V, v_tile, chunk, span
         self.mr, self.nr, self.v_first = rows, columns, v_first
         self.granule, self.triangle = rows, BLOCK
+        self.expected: list[tuple[Tile, bool]] = []
         self.arena: Any = None
         self.start: Expr = 0
         self.states: Expr = 0
@@ -174,7 +178,7 @@ class ChunkTiles(CpuTiles):
         del lane
         K, VT, C = self.K, self.v_tile, self.chunk
         # More than the tiles of any gate take; pages of the stack that are never touched cost nothing.
-        self.capacity = 2 * self.span * K * VT + 10 * C * (K + C + VT) + 4096
+        self.capacity = 3 * self.span * K * VT + 12 * C * (K + C + VT) + 4096
         self.arena = local_array(self.capacity + LINE)
         self.start = self.first_line()
         self.used = 0
@@ -359,6 +363,25 @@ class ChunkTiles(CpuTiles):
                     dst.put(self.sum(part, lanes), b * BLOCK + i, b, BLOCK, j)
 
     # Products.
+    def expect(self, *windows: Tile, write: bool = False) -> None:
+        """Asked for block by block of the next product: all at once they would wait for each other."""
+        self.expected += [(window, write) for window in windows]
+
+    def _fetcher(self, blocks: int) -> Callable[[Expr], None]:
+        """What every one of a product's blocks asks for, given its number."""
+        expected, self.expected = self.expected, []
+
+        def fetch(number: Expr) -> None:
+            for window, write in expected:
+                per_line = 4 * LINE // tvm.DataType(window.buffer.dtype).itemsize
+                per_row = -(-window.cols // per_line)
+                share = -(-window.rows * per_row // blocks)
+                with T.serial(share) as n:
+                    line = T.Cast("int32", number) * share + n
+                    prefetch(window.buffer[line // per_row, line % per_row * per_line], 2, write=write)
+
+        return fetch
+
     def operand(self, tile: Tile, side: str, *, transpose: bool = False) -> Operand:
         """The tile itself; a right operand needs its rows contiguous, so a transposed one is a copy."""
         if side == "left" or not transpose:
@@ -412,9 +435,11 @@ class ChunkTiles(CpuTiles):
         row_tiles = dst.rows // mr if rows is None else ceil_div(rows, granule) * (granule // mr)
         col_tiles = dst.cols // nr if cols is None else ceil_div(cols, nr)
         full = a.tile.rows if a.transposed else a.tile.cols
+        fetch = self._fetcher(dst.rows // mr * (dst.cols // nr))
 
         def tile(io: Expr, jo: Expr) -> None:
             acc = local_array(mr, nr)
+            fetch(jo * (dst.rows // mr) + io)
 
             def element(r: Expr, lane: Expr) -> tuple[Any, ...]:
                 i = io * mr + r

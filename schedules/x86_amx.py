@@ -10,9 +10,10 @@ ones ``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from tvm.script import tirx as T
@@ -48,8 +49,13 @@ define <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b) alwaysinline {
   ret <16 x i32> %c
 }
 """
-#: The same interleaved, and the halves of the 32-bit pairs of two vectors.
+#: The same interleaved, the halves of the 32-bit pairs of two vectors, and pairs of a tile that was written as bf16 (an access
+#: of another type than the writing one's, which LLVM may not move across it).
 HELPERS = """
+define <16 x i32> @tvm_gdn_words(ptr %p) alwaysinline {
+  %r = load <16 x i32>, ptr %p, align 4
+  ret <16 x i32> %r
+}
 define <16 x i32> @tvm_gdn_pair(<16 x float> %a, <16 x float> %b) alwaysinline {
   %r = call <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b)
   %c = bitcast <16 x i32> %r to <32 x i16>
@@ -81,19 +87,72 @@ for _name, _order in (
     HELPERS = HELPERS.replace(_name, ", ".join(f"i32 {lane}" for lane in _order))
 
 
+#: 32-bit elements between arrays of a worker: five cache lines.
+STAGGER = 80
+
+
 class Block(Tile):
     """A block of a tile, even one that fills its buffer: its products stay with the vector unit."""
 
 
+class Bits(Tile):
+    """Numbers in bf16 as their bits: TVM has no arithmetic to spoil in moving them."""
+
+    def get(self, i: Expr, base: Expr, unit: int = 1, lane: Expr = 0) -> Expr:
+        """The element in fp32."""
+        bits = T.Cast("uint32", self.buffer[tuple(self.at(i, base, unit, lane))])
+        return T.reinterpret("float32", T.shift_left(bits, T.uint32(16)))
+
+    def put(self, value: Expr, i: Expr, base: Expr, unit: int = 1, lane: Expr = 0) -> None:
+        """Write a number that is exact in bf16."""
+        bits = T.shift_right(T.reinterpret("uint32", value), T.uint32(16))
+        T.buffer_store(self.buffer, T.Cast("uint16", bits), self.at(i, base, unit, lane))
+
+
+@dataclass(frozen=True)
+class State(Tile):
+    """The state of value head `index` of the worker."""
+
+    index: Expr = 0
+
+
 @dataclass(frozen=True)
 class MatrixOperand:
-    """An operand in the layout of the matrix unit."""
+    """An operand in the layout of the matrix unit: `buffer`, or the tile itself where it holds bf16 (`native`).
+
+    `scale`: factors of the rows. `first`: the state's number, whose parts start at `first` * `parts`.
+    """
 
     buffer: Any
     source: Tile
     side: str
     transposed: bool
     parts: int
+    scale: Tile | None = None
+    first: Expr = 0
+
+    @property
+    def native(self) -> bool:
+        """Whether the tile is its own operand."""
+        return self.buffer is self.source.buffer
+
+    @property
+    def stride(self) -> int:
+        """Words from row to row of a block."""
+        return self.source.cols // 2 if self.native else ROWS
+
+    def row(self, part: int, block: Expr, depth: Expr, r: Expr) -> list[Any]:
+        """Index of a row of a block."""
+        if self.native:
+            return [block * ROWS + r, depth * 2 * ROWS]
+        return [self.first * self.parts + part, block, depth, r, 0]
+
+    def words(self, part: int, block: Expr, depth: Expr, r: Expr) -> Any:
+        """A row of a block, as pairs."""
+        index = self.row(part, block, depth, r)
+        if self.native:
+            return T.call_extern("int32x16", "tvm_gdn_words", T.address_of(self.buffer[tuple(index)]))
+        return self.buffer[(*index[:-1], LANES)]
 
 
 @contextmanager
@@ -118,20 +177,37 @@ class AmxChunkTiles(ChunkTiles):
     Operands that are not exact in bf16 are split into `parts` of them. `emulated` computes the same without AMX.
     """
 
+    fused = True
+
     def __init__(
-        self, K: int, V: int, *, v_tile: int, chunk: int, span: int, v_first: bool, parts: int, emulated: bool = False
+        self, K: int, V: int, *, v_tile: int, chunk: int, span: int, v_first: bool, data: str, parts: int, emulated: bool = False
     ) -> None:
         super().__init__(K, V, v_tile=v_tile, chunk=chunk, rows=8, columns=32, span=span, v_first=v_first)
         self.unit = EmulatedMatrixUnit() if emulated else MatrixUnit()
         self.helpers = TO_LINE + HELPERS + (ROUND_EMULATED if emulated else ROUND)
         self.granule = self.triangle = GRANULE
-        self.parts, self.exact = parts, set[Any]()
+        self.parts, self.data = parts, data
+        #: Tiles whose numbers, or results that only go into a tensor of them, need no more than bf16.
+        self.exact = set[Any]()
 
     def enter(self, lane: Expr) -> None:
         """Allocate, and configure the thread's tile registers."""
         super().enter(lane)
         self.unit.enter()
         self.scratch = self.array(GRANULE, GRANULE)
+        self.state_operands = self._blocks(self.span * self.parts, self.K // 32, self.v_tile // 16)
+
+    def _take(self, count: int) -> Expr:
+        """Like the others, a few lines apart: what a loop reads and writes side by side should not meet in a set of the cache."""
+        return super()._take(count + STAGGER)
+
+    def _blocks(self, parts: int, *blocks: int) -> Any:
+        """Array of 16 x 16 words, [parts, *blocks, 16, 16]."""
+        size = prod(blocks) * ROWS * ROWS + STAGGER
+        strides = (size, blocks[1] * ROWS * ROWS, ROWS * ROWS, ROWS, 1)
+        offset = self._take(parts * size)
+        shape = (parts, *blocks, ROWS, ROWS)
+        return T.decl_buffer(shape, "int32", data=self.arena.data, elem_offset=offset, strides=strides, scope="local")
 
     def leave(self) -> None:
         """Let the system forget the tile registers."""
@@ -139,23 +215,39 @@ class AmxChunkTiles(ChunkTiles):
 
     def tile(self, rows: int, cols: int, place: str = "shared", dtype: str = "float32") -> Tile:
         """Array on the worker's stack; remembers whether bf16 is all that its numbers need."""
-        tile = super().tile(rows, cols, place)
+        if dtype == "bfloat16" and place == "shared" and cols % 32 == 0:
+            offset = 2 * self._take(rows * cols // 2)
+            bits = T.decl_buffer((rows, cols), "uint16", data=self.arena.data, elem_offset=offset, scope="local")
+            tile = Bits(bits, rows, cols)
+        else:
+            tile = super().tile(rows, cols, place)
         if dtype == "bfloat16":
             self.exact.add(tile.buffer)
         return tile
+
+    def state(self, index: Expr) -> State:
+        """State of one of the worker's value heads."""
+        tile = super().state(index)
+        return State(tile.buffer, tile.rows, tile.cols, tile.panel, index=T.Cast("int32", index))
 
     def block(self, tile: Tile, row: Expr, col: Expr, rows: int, cols: int) -> Tile:
         """Part of a row-major tile."""
         return Block(tile.buffer, rows, cols, 0, tile.row + row, tile.col + col)
 
-    def operand(self, tile: Tile, side: str, *, transpose: bool = False) -> Any:
+    def operand(self, tile: Tile, side: str, *, transpose: bool = False, scale: Tile | None = None, coarse: bool = False) -> Any:
         """Blocks of bf16 pairs; small blocks of a tile stay with the vector unit."""
         if isinstance(tile, Block):
             return super().operand(tile, side, transpose=transpose)
-        parts = 1 if tile.buffer in self.exact else self.parts
+        # Two parts are plenty for an output in 16 bits.
+        parts = min(self.parts, 2) if coarse and self.data != "float32" else self.parts
+        parts = 1 if tile.buffer in self.exact else parts
+        if isinstance(tile, State):
+            return MatrixOperand(self.state_operands, tile, side, transpose, parts, scale, tile.index)
+        if isinstance(tile, Bits) and side == "left" and not transpose:
+            return MatrixOperand(tile.buffer, tile, side, transpose, 1)
         rows, cols = (tile.cols, tile.rows) if transpose else (tile.rows, tile.cols)
         blocks = (rows // 16, cols // 32) if side == "left" else (rows // 32, cols // 16)
-        return MatrixOperand(self.array(parts, *blocks, ROWS, ROWS, dtype="int32"), tile, side, transpose, parts)
+        return MatrixOperand(self._blocks(parts, *blocks), tile, side, transpose, parts, scale)
 
     def pack(self, *operands: Any, rows: Expr | None = None, lower: bool = False) -> None:
         """Convert; transposed operands are made from a left one of the same tile that is packed with them."""
@@ -166,6 +258,8 @@ class AmxChunkTiles(ChunkTiles):
         for operand in operands:
             made = done[operand.side, operand.transposed] = operand
             count = operand.source.rows if rows is None else rows
+            if operand.native:
+                continue
             if not operand.transposed:
                 (self._left if operand.side == "left" else self._right)(made, count, lower)
             elif operand.side == "right":
@@ -175,18 +269,19 @@ class AmxChunkTiles(ChunkTiles):
 
     @staticmethod
     def _split(dst: MatrixOperand, format_: str, a: Any, b: Any, index: list[Any]) -> None:
-        """Write two vectors as bf16 pairs, and what the rounding left of them as second part."""
+        """Write two vectors as bf16 pairs, and what the rounding left of them as further parts."""
         kept = local_array(2, ROWS)
         T.buffer_store(kept, a, [0, LANES])
         T.buffer_store(kept, b, [1, LANES])
         x, y = kept[0, LANES], kept[1, LANES]
-        T.buffer_store(dst.buffer, helper(format_, x, y), [0, *index, LANES])
-        for part in range(1, dst.parts):
-            pairs = local_array(ROWS, dtype="int32")
-            T.buffer_store(pairs, helper("pair", x, y), [LANES])
-            T.buffer_store(kept, x - low_part(pairs[LANES]), [0, LANES])
-            T.buffer_store(kept, y - high_part(pairs[LANES]), [1, LANES])
-            T.buffer_store(dst.buffer, helper(format_, x, y), [part, *index, LANES])
+        start = dst.first * dst.parts
+        for part in range(dst.parts):
+            T.buffer_store(dst.buffer, helper(format_, x, y), [start + part, *index, LANES])
+            if part + 1 < dst.parts:
+                pairs = local_array(ROWS, dtype="int32")
+                T.buffer_store(pairs, helper("pair", x, y), [LANES])
+                T.buffer_store(kept, x - low_part(pairs[LANES]), [0, LANES])
+                T.buffer_store(kept, y - high_part(pairs[LANES]), [1, LANES])
 
     def _left(self, dst: MatrixOperand, rows: Expr, lower: bool) -> None:
         src = dst.source
@@ -204,16 +299,22 @@ class AmxChunkTiles(ChunkTiles):
             with T.serial(src.cols // 16) as cb:
                 with T.serial(ROWS) as p:
                     i = db * 32 + p * 2
-                    self._split(dst, "pair", row(i, cb), row(i + 1, cb), [db, cb, p])
+                    self._split_rows(dst, i, row(i, cb), row(i + 1, cb), [db, cb, p])
+
+    def _split_rows(self, dst: MatrixOperand, i: Expr, a: Any, b: Any, index: list[Any]) -> None:
+        """Write rows i and i + 1 as pairs, multiplied by the operand's factors."""
+        if dst.scale is not None:
+            a, b = (x * T.broadcast(dst.scale.get(i + n, 0), ROWS) for n, x in enumerate((a, b)))
+        self._split(dst, "pair", a, b, index)
 
     @staticmethod
     def _right_transposed(dst: MatrixOperand, left: MatrixOperand, rows: Expr) -> None:
         """Every block of a left operand, transposed as 32-bit elements, is one of a right operand."""
         with T.serial(ceil_div(rows, GRANULE) * 2) as rb:
-            with T.serial(left.buffer.shape[2]) as db:
+            with T.serial(left.source.cols // 32) as db:
                 for part in range(dst.parts):
                     transpose_16(
-                        lambda r, part=part: left.buffer[part, rb, db, r, LANES],
+                        lambda r, part=part: left.words(part, rb, db, r),
                         lambda r, column, part=part: T.buffer_store(dst.buffer, column, [part, db, rb, r, LANES]),
                         "int32",
                     )
@@ -242,6 +343,7 @@ class AmxChunkTiles(ChunkTiles):
         start: ElementFunction | None = None,
         finish: ElementFunction | None = None,
         sources: tuple[Tile, ...] = (),
+        into: tuple[Any, ...] = (),
     ) -> None:
         """32 x 32 results in four tile registers, two more for each side."""
         if isinstance(a, Operand):
@@ -249,15 +351,25 @@ class AmxChunkTiles(ChunkTiles):
                 dst, a, b, rows=rows, cols=cols, depth=depth, lower=lower, start=start, finish=finish, sources=sources
             )  # fmt: skip
             return
-        if start is not None and start is not keep:
-            self.map(dst, start, dst, *sources, rows=rows)
-        full = b.buffer.shape[1] if depth is None else ceil_div(depth, 32)
+        full = b.source.rows // 32 if depth is None else ceil_div(depth, 32)
+        if b.transposed:
+            full = b.source.cols // 32
         row_blocks = dst.rows // GRANULE if rows is None else ceil_div(rows, GRANULE)
         col_blocks = dst.cols // GRANULE
 
+        fetch = self._fetcher(dst.rows // GRANULE * col_blocks)
+
         def block(io: Expr, jo: Expr) -> None:
+            fetch(jo * (dst.rows // GRANULE) + io)
             tall = None if rows is None else rows - io * GRANULE > ROWS
-            self._block(dst, a, b, io, jo, io + 1 if lower == "left" else full, start is not None, finish, sources, tall)
+            steps = io + 1 if lower == "left" else full
+            added = start is keep and finish is None and not into
+            self._products(dst, a, b, io, jo, steps, added, tall)
+            if added or (start is None and finish is None and not into):
+                self._results(lambda n, x, y: self.unit.store(n, dst.buffer, *self._place(dst, io, jo, x, y)))
+            else:
+                self._results(lambda n, x, y: self.unit.store(n, self.scratch, lambda r: [x * ROWS + r, y * ROWS], GRANULE))
+                self._finish(dst, io, jo, start, finish, sources, into)
 
         if lower == "result":
             with T.serial(row_blocks) as io:
@@ -268,52 +380,76 @@ class AmxChunkTiles(ChunkTiles):
                 with T.serial(row_blocks) as io:
                     block(io, jo)
 
-    def _block(
-        self,
-        dst: Tile,
-        a: MatrixOperand,
-        b: MatrixOperand,
-        io: Expr,
-        jo: Expr,
-        steps: Expr,
-        added: bool,
-        finish: ElementFunction | None,
-        sources: tuple[Tile, ...],
-        tall: Expr | None,
+    @staticmethod
+    def _results(each: Callable[[int, int, int], None]) -> None:
+        for x in (0, 1):
+            for y in (0, 1):
+                each(2 * x + y, x, y)
+
+    @staticmethod
+    def _place(dst: Tile, io: Expr, jo: Expr, x: int, y: int) -> tuple[Rows, int]:
+        """Where the tile has 16 x 16 of its elements."""
+        return lambda r: dst.at(io * GRANULE + x * ROWS + r, jo, GRANULE, y * ROWS), dst.width
+
+    def _products(
+        self, dst: Tile, a: MatrixOperand, b: MatrixOperand, io: Expr, jo: Expr, steps: Expr, added: bool, tall: Expr | None
     ) -> None:
         """Result rows 32 io to 32 io + 31, columns 32 jo to 32 jo + 31; unless `tall`, the lower 16 rows of `a` are zero."""
         unit = self.unit
-
-        def result(half_row: int, half_col: int) -> Rows:
-            return lambda r: dst.at(io * GRANULE + half_row * ROWS + r, jo, GRANULE, half_col * ROWS)
-
-        halves = [(x, y) for x in (0, 1) for y in (0, 1)]
-        for x, y in halves:
-            if added:
-                unit.load(2 * x + y, dst.buffer, result(x, y), dst.width)
-            else:
-                unit.clear(2 * x + y)
-        # The rest of the pairs are below the rounding that the split leaves; two parts are plenty for an output in bf16.
+        if added:
+            self._results(lambda n, x, y: unit.load(n, dst.buffer, *self._place(dst, io, jo, x, y)))
+        else:
+            self._results(lambda n, _x, _y: unit.clear(n))
+        # The rest of the pairs are below the rounding that the split leaves.
         limit = min(max(a.parts, b.parts), 2 if dst.buffer in self.exact else self.parts)
         with T.serial(steps) as kk:
             for part in range(a.parts):
                 for other in range(min(b.parts, limit - part)):
                     for y in (0, 1):
-                        unit.load(6 + y, b.buffer, lambda r, y=y, other=other: [other, kk, jo * 2 + y, r, 0], ROWS)
+                        unit.load(6 + y, b.buffer, lambda r, y=y, other=other: b.row(other, kk, jo * 2 + y, r), b.stride)
                     for x in (0, 1):
                         with where(tall if x else None):
                             if other == 0:
-                                unit.load(4 + x, a.buffer, lambda r, x=x, part=part: [part, io * 2 + x, kk, r, 0], ROWS)
+                                unit.load(4 + x, a.buffer, lambda r, x=x, part=part: a.row(part, io * 2 + x, kk, r), a.stride)
                             for y in (0, 1):
                                 unit.dot(2 * x + y, 4 + x, 6 + y)
-        for x, y in halves:
-            if finish is None:
-                unit.store(2 * x + y, dst.buffer, result(x, y), dst.width)
-            else:
-                unit.store(2 * x + y, self.scratch, lambda r, x=x, y=y: [x * ROWS + r, y * ROWS], GRANULE)
-        if finish is not None:
+
+    def _finish(
+        self,
+        dst: Tile,
+        io: Expr,
+        jo: Expr,
+        start: ElementFunction | None,
+        finish: ElementFunction | None,
+        sources: tuple[Tile, ...],
+        into: tuple[Any, ...],
+    ) -> None:
+        """From sums in the scratch tile to elements of the result, and to operands made of it."""
+        written = not into or start is not None
+
+        def value(i: Expr, r: Expr, unit: int, y: Expr, lane: Expr) -> Any:
+            base = jo * (GRANULE // unit) + y
+            values = [source.get(i, base, unit, lane) for source in sources]
+            total = self.scratch[r, y * unit + lane]
+            if start is not None:
+                total = start(i, base * unit + lane, dst.get(i, base, unit, lane), *values) + total
+            return total if finish is None else finish(i, base * unit + lane, total, *values)
+
+        if not into:
             with T.serial(GRANULE) as r:
                 with T.vectorized(GRANULE) as lane:
                     i = io * GRANULE + r
-                    values = [source.get(i, jo, GRANULE, lane) for source in sources]
-                    dst.put(finish(i, jo * GRANULE + lane, self.scratch[r, lane], *values), i, jo, GRANULE, lane)
+                    dst.put(value(i, r, GRANULE, 0, lane), i, jo, GRANULE, lane)
+            return
+        pair = local_array(2, ROWS)
+        with T.serial(ROWS) as p:
+            for y in (0, 1):
+                i = io * GRANULE + p * 2
+                for n in (0, 1):
+                    with T.vectorized(ROWS) as lane:
+                        T.buffer_store(pair, value(i + n, p * 2 + n, ROWS, y, lane), [n, lane])
+                    if written:
+                        with T.vectorized(ROWS) as lane:
+                            dst.put(pair[n, lane], i + n, jo * 2 + y, ROWS, lane)
+                for operand in into:
+                    self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])
