@@ -133,10 +133,9 @@ def local_array(*shape: int, dtype: str = "float32") -> Any:
     return T.decl_buffer(shape, dtype, data=memory.data, scope="local")
 
 
-def prefetch(element: Any, level: int, *, write: bool = False) -> None:
-    """Ask for the cache line of a buffer element, to be in the level 1 or 2 cache when it is used; any address is allowed."""
-    place = T.address_of(element), T.int32(int(write)), T.int32(4 - level), T.int32(1)
-    T.evaluate(tvm.tirx.call_intrin("void", "tirx.prefetch", *place))
+def prefetch(element: Any, level: int) -> None:
+    """Ask for the cache line of a buffer element, to be in the level 1 or 2 cache when it is read; any address is allowed."""
+    T.evaluate(tvm.tirx.call_intrin("void", "tirx.prefetch", T.address_of(element), T.int32(0), T.int32(4 - level), T.int32(1)))
 
 
 def transpose_16(get: Callable[[int], Any], put: Callable[[int, Any], None], dtype: str = "float32") -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import tvm
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import CpuTiles, local_array, prefetch, sum_lanes, transpose_16
+from tvm_gdn.schedules.cpu import CpuTiles, local_array, sum_lanes, transpose_16
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
 
@@ -56,6 +56,20 @@ define i32 @tvm_gdn_huge_pages(ptr %p, i64 %bytes) alwaysinline {
   ret i32 %r
 }
 """
+#: Threads that a parallel loop runs on: the library's loader sets the function.
+THREADS = """
+@tvm_gdn_threads = global ptr null
+define i32 @tvm_gdn_thread_count() alwaysinline {
+  %f = load ptr, ptr @tvm_gdn_threads
+  %n = icmp eq ptr %f, null
+  br i1 %n, label %one, label %ask
+one:
+  ret i32 1
+ask:
+  %r = call i32 %f()
+  ret i32 %r
+}
+"""
 #: Bytes from which it pays: smaller tensors come from memory that the allocator kept.
 LARGE = 8 << 20
 
@@ -63,6 +77,8 @@ LARGE = 8 << 20
 @dataclass(frozen=True)
 class Tile:
     """A tile: `buffer` is [rows, cols], or [panels, rows, panel] if `panel`; `row`, `col` shift a block of a larger one.
+
+    `values`: columns are value columns, of which a worker may have a part only.
 
     ``(n, 1)`` tiles of the worker and their turned views are one-dimensional buffers. `v_first`: a state in memory whose columns
     are contiguous.
@@ -75,6 +91,7 @@ class Tile:
     row: Expr = 0
     col: Expr = 0
     v_first: bool = False
+    values: bool = False
 
     @property
     def width(self) -> int:
@@ -155,11 +172,43 @@ class ChunkTiles(CpuTiles):
         self.K, self.V, self.v_tile, self.chunk, self.span = K, V, v_tile, chunk, span
         self.mr, self.nr, self.v_first = rows, columns, v_first
         self.granule, self.triangle = rows, BLOCK
+        #: Panels of a part of the columns, parts; those of this worker, and its first column, known once it has a number.
+        self.each = self.cuts = self.shift = T.int64(0)
+        self.active: Expr | None = None
         self.expected: list[tuple[Tile, bool]] = []
         self.arena: Any = None
         self.start: Expr = 0
         self.states: Expr = 0
         self.used = self.capacity = 0
+
+    def workers(self, count: Expr) -> Any:
+        """Where there are fewer than threads, every one's value columns are cut, panel by panel."""
+        panels = self.v_tile // self.nr
+        if panels == 1:
+            return T.parallel(count)
+        import_llvm(THREADS)
+        threads = T.Cast("int64", T.call_extern("int32", "tvm_gdn_thread_count"))
+        cuts = T.min(T.int64(panels), T.max(T.int64(1), threads // T.max(count, T.int64(1))))
+        self.each = T.Bind((panels + cuts - 1) // cuts)
+        self.cuts = T.Bind((panels + self.each - 1) // self.each)
+        return T.parallel(count * self.cuts)
+
+    def worker(self, block: Expr, lane: Expr) -> Expr:
+        """Number of the worker; loops over value columns end with the panels of its part."""
+        del lane
+        panels = self.v_tile // self.nr
+        if panels == 1:
+            return block
+        first = T.Bind(block % self.cuts * self.each)
+        self.active = T.Bind(T.min(self.each, panels - first))
+        self.shift = T.Bind(first * self.nr)
+        return block // self.cuts
+
+    def units(self, unit: int, *tiles: Tile) -> Expr:
+        """How many units of columns loops over these tiles, equally wide, take."""
+        if self.active is not None and any(tile.values for tile in tiles):
+            return self.active * (self.nr // unit)
+        return max(tile.cols for tile in tiles) // unit
 
     def sync(self) -> None:
         """One thread owns every tile."""
@@ -218,7 +267,7 @@ class ChunkTiles(CpuTiles):
     def _panels(self, rows: int, cols: int, offset: Expr) -> Tile:
         shape = (cols // self.nr, rows, self.nr)
         buffer = T.decl_buffer(shape, "float32", data=self.arena.data, elem_offset=offset, scope="local")
-        return Tile(buffer, rows, cols, self.nr)
+        return Tile(buffer, rows, cols, self.nr, values=True)
 
     def state(self, index: Expr) -> Tile:
         """State of one of the worker's value heads."""
@@ -232,7 +281,7 @@ class ChunkTiles(CpuTiles):
     def view(self, buffer: Any, offset: Expr, j0: Expr) -> Tile:
         """State in memory."""
         strides = (1, self.K) if self.v_first else (self.V, 1)
-        window = self.window(buffer, offset + j0 * strides[1], self.K, self.v_tile, strides)
+        window = self.window(buffer, offset + (j0 + self.shift) * strides[1], self.K, self.v_tile, strides)
         return replace(window, v_first=self.v_first)
 
     def block(self, tile: Tile, row: Expr, col: Expr, rows: int, cols: int) -> Tile:
@@ -258,7 +307,7 @@ class ChunkTiles(CpuTiles):
         unit = BLOCK if lower else self._vector(dst, *sources)
         granule = min(GRANULE, self.chunk) if lower else self.granule
         with T.serial(dst.rows if rows is None else ceil_div(rows, granule) * granule) as i:
-            with T.serial((i // self.triangle + 1) * (self.triangle // BLOCK) if lower else dst.cols // unit) as base:
+            with T.serial((i // self.triangle + 1) * (self.triangle // BLOCK) if lower else self.units(unit, dst)) as base:
                 with T.vectorized(unit) as lane:
                     values = [source.get(i, base, unit, lane) for source in sources]
                     dst.put(function(i, base * unit + lane, *values), i, base, unit, lane)
@@ -290,7 +339,7 @@ class ChunkTiles(CpuTiles):
             if rows is not None:
                 unit = self._vector(dst)
                 with T.serial(dst.rows - rows) as i:
-                    with T.serial(dst.cols // unit) as base:
+                    with T.serial(self.units(unit, dst)) as base:
                         with T.vectorized(unit) as lane:
                             dst.put(T.float32(0), rows + i, base, unit, lane)
 
@@ -304,13 +353,13 @@ class ChunkTiles(CpuTiles):
     def _copy(self, dst: Tile, src: Tile, start: Expr, count: Expr) -> None:
         unit = self._vector(dst, src)
         with T.serial(count) as i:
-            with T.serial(dst.cols // unit) as base:
+            with T.serial(self.units(unit, dst, src)) as base:
                 with T.vectorized(unit) as lane:
                     dst.put(src.get(start + i, base, unit, lane), start + i, base, unit, lane)
 
     def _copy_v_first(self, dst: Tile, src: Tile) -> None:
         """Between a [V, K] state in memory and a tile."""
-        with T.serial(self.v_tile) as j:
+        with T.serial(self.units(1, dst, src)) as j:
             with T.serial(self.K) as i:
                 unit = self.nr
                 dst.put(src.get(i, j // unit, unit, j % unit), i, j // unit, unit, j % unit)
@@ -378,7 +427,9 @@ class ChunkTiles(CpuTiles):
                 share = -(-window.rows * per_row // blocks)
                 with T.serial(share) as n:
                     line = T.Cast("int32", number) * share + n
-                    prefetch(window.buffer[line // per_row, line % per_row * per_line], 2, write=write)
+                    element = window.buffer[line // per_row, line % per_row * per_line]
+                    arguments = T.address_of(element), T.int32(int(write)), T.int32(2), T.int32(1)
+                    T.evaluate(tvm.tirx.call_intrin("void", "tirx.prefetch", *arguments))
 
         return fetch
 
@@ -433,7 +484,7 @@ class ChunkTiles(CpuTiles):
         mr, nr = self.mr, dst.panel or min(self._square_columns(), dst.cols)
         granule = min(GRANULE, self.chunk) if lower == "result" else self.granule
         row_tiles = dst.rows // mr if rows is None else ceil_div(rows, granule) * (granule // mr)
-        col_tiles = dst.cols // nr if cols is None else ceil_div(cols, nr)
+        col_tiles = self.units(nr, dst) if cols is None else ceil_div(cols, nr)
         full = a.tile.rows if a.transposed else a.tile.cols
         fetch = self._fetcher(dst.rows // mr * (dst.cols // nr))
 

@@ -34,7 +34,7 @@ APART = 3
 class GpuChunkTiles(ElementTiles):
     """Tile operations of one geometry; see `tvm_gdn/ops/tir/tiles.py`, and `FragmentTiles` for its parameters."""
 
-    fused = False
+    fused, shift = False, 0
 
     def expect(self, *windows: Any, write: bool = False) -> None:
         """Other warps run while one waits."""

@@ -228,7 +228,7 @@ class AmxChunkTiles(ChunkTiles):
     def state(self, index: Expr) -> State:
         """State of one of the worker's value heads."""
         tile = super().state(index)
-        return State(tile.buffer, tile.rows, tile.cols, tile.panel, index=T.Cast("int32", index))
+        return State(tile.buffer, tile.rows, tile.cols, tile.panel, values=True, index=T.Cast("int32", index))
 
     def block(self, tile: Tile, row: Expr, col: Expr, rows: int, cols: int) -> Tile:
         """Part of a row-major tile."""
@@ -296,7 +296,7 @@ class AmxChunkTiles(ChunkTiles):
         src = dst.source
         row = lambda i, at: src.buffer[tuple(src.at(i, at, ROWS, LANES))]  # noqa: E731
         with T.serial(ceil_div(rows, GRANULE)) as db:
-            with T.serial(src.cols // 16) as cb:
+            with T.serial(self.units(16, src)) as cb:
                 with T.serial(ROWS) as p:
                     i = db * 32 + p * 2
                     self._split_rows(dst, i, row(i, cb), row(i + 1, cb), [db, cb, p])
@@ -355,9 +355,9 @@ class AmxChunkTiles(ChunkTiles):
         if b.transposed:
             full = b.source.cols // 32
         row_blocks = dst.rows // GRANULE if rows is None else ceil_div(rows, GRANULE)
-        col_blocks = dst.cols // GRANULE
+        col_blocks = self.units(GRANULE, dst)
 
-        fetch = self._fetcher(dst.rows // GRANULE * col_blocks)
+        fetch = self._fetcher(dst.rows // GRANULE * (dst.cols // GRANULE))
 
         def block(io: Expr, jo: Expr) -> None:
             fetch(jo * (dst.rows // GRANULE) + io)

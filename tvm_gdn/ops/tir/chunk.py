@@ -27,7 +27,7 @@ The functions below are Python that runs while the kernel is parsed; `with T.ser
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.script import tirx as T
@@ -92,12 +92,12 @@ class _Advance:
 
     def __call__(self, *arguments: Any) -> None:
         """All chunks of a worker's value heads."""
-        *work, unit, heads = arguments
-        chunks = _Chunks(*self.arguments)
+        *arguments, unit, heads = arguments
+        work, chunks = _Work(*arguments), _Chunks(*self.arguments)
         if self.ahead:
-            chunks.carry(_Work(*work), self.kept, unit, heads)
+            chunks.carry(work, self.kept, unit, heads)
         else:
-            chunks.run(_Work(*work))
+            chunks.run(replace(work, j0=work.j0 + self.tiles.shift))
 
 
 def _summands(data: str) -> tuple[str, ...]:

@@ -69,6 +69,8 @@ class ChunkTiles(Protocol):
     fused : bool
         Whether products bring operands of their results up to date themselves (`into`, and `scale` and `coarse` of `operand`),
         and states have an operand each that stays so while the worker runs.
+    shift : Expr
+        Columns of the worker that other workers take: a target may cut the columns of workers where they are fewer than threads.
     host_checks : bool
         Whether the host part of a kernel can read tensors, and so checks slots and sequence bounds.
     """
@@ -77,6 +79,7 @@ class ChunkTiles(Protocol):
     v_tile: int
     span: int
     fused: bool
+    shift: Expr
     host_checks: bool
 
     def outputs(self, *tensors: tuple[Any, Expr]) -> None:
