@@ -156,11 +156,12 @@ class TileMemory(CpuTiles):
         panels = self.v_tile // self.nr
         if panels == 1:
             return T.parallel(count)
+        # Truncated divisions: proving that nothing is negative takes TVM seconds.
         import_llvm(THREADS)
         threads = T.Cast("int64", T.call_extern("int32", "tvm_gdn_thread_count"))
-        cuts = T.min(T.int64(panels), T.max(T.int64(1), threads // T.max(count, T.int64(1))))
-        self.each = T.Bind((panels + cuts - 1) // cuts)
-        self.cuts = T.Bind((panels + self.each - 1) // self.each)
+        cuts = T.min(T.int64(panels), T.max(T.int64(1), T.truncdiv(threads, T.max(count, T.int64(1)))))
+        self.each = T.Bind(T.truncdiv(panels + cuts - 1, cuts))
+        self.cuts = T.Bind(T.truncdiv(panels + self.each - 1, self.each))
         return T.parallel(count * self.cuts)
 
     def worker(self, block: Expr, lane: Expr) -> Expr:
@@ -169,10 +170,10 @@ class TileMemory(CpuTiles):
         panels = self.v_tile // self.nr
         if panels == 1:
             return block
-        first = T.Bind(block % self.cuts * self.each)
-        self.active = T.Bind(T.min(self.each, panels - first))
+        first = T.Bind(T.truncmod(block, self.cuts) * self.each)
+        self.active = T.Bind(T.Cast("int32", T.min(self.each, panels - first)))
         self.shift = T.Bind(first * self.nr)
-        return block // self.cuts
+        return T.truncdiv(block, self.cuts)
 
     def units(self, unit: int, *tiles: Tile) -> Expr:
         """How many units of columns loops over these tiles, equally wide, take."""
