@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import local_array, transpose_16
 from tvm_gdn.schedules.cpu_chunk import ChunkTiles, Operand
 from tvm_gdn.schedules.cpu_tiles import TO_LINE, Tile, ceil_div
-from tvm_gdn.schedules.x86_matrix import LANES, ROWS, EmulatedMatrixUnit, MatrixUnit, high_part, low_part
+from tvm_gdn.schedules.x86_matrix import LANES, ROWS, EmulatedMatrixUnit, MatrixUnit, Rows, high_part, low_part
 
 from tvm_gdn.ops.tir.tiles import GRANULE, Expr
 
@@ -151,6 +151,19 @@ class MatrixOperand:
         return self.buffer[(*index[:-1], LANES)]
 
 
+class EmulatedUnit(EmulatedMatrixUnit):
+    """The emulated unit, which also reads words from tiles of bf16."""
+
+    def load(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
+        """Register n from memory."""
+        if buffer.dtype != "uint16":
+            super().load(n, buffer, row, stride)
+            return
+        with T.serial(ROWS) as r:
+            words = T.call_extern("int32x16", "tvm_gdn_words", T.address_of(buffer[tuple(row(r))]))
+            T.buffer_store(self.words, words, [n, r, LANES])
+
+
 def helper(name: str, a: Any, b: Any) -> Any:
     """Call one of `HELPERS`."""
     return T.call_pure_extern("int32x16", f"tvm_gdn_{name}", a, b)
@@ -165,7 +178,7 @@ class OperandTiles(ChunkTiles):
         self, K: int, V: int, *, v_tile: int, chunk: int, span: int, v_first: bool, data: str, parts: int, emulated: bool = False
     ) -> None:
         super().__init__(K, V, v_tile=v_tile, chunk=chunk, rows=8, columns=32, span=span, v_first=v_first)
-        self.unit = EmulatedMatrixUnit() if emulated else MatrixUnit()
+        self.unit = EmulatedUnit() if emulated else MatrixUnit()
         self.helpers = TO_LINE + HELPERS + (ROUND_EMULATED if emulated else ROUND)
         self.granule = self.triangle = GRANULE
         self.parts, self.data = parts, data
