@@ -10,10 +10,11 @@ import operator
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import local_array
-from tvm_gdn.schedules.cpu_chunk import BLOCK, ChunkTiles, Tile, ceil_div
+from tvm_gdn.schedules.cpu import CpuTiles, local_array
+from tvm_gdn.schedules.cpu_chunk import ChunkTiles
 from tvm_gdn.schedules.cpu_conv import ConvTiles
 from tvm_gdn.schedules.cpu_fused_decode import FusedDecodeTiles
+from tvm_gdn.schedules.cpu_tiles import BLOCK, Tile, ceil_div
 
 
 class Portable:
@@ -40,7 +41,12 @@ class Portable:
 
 
 class PortableChunkTiles(Portable, ChunkTiles):
-    """Tiles of the chunked rules: any alignment, blocks element by element."""
+    """Tiles of the chunked rules: any alignment, blocks element by element, whole columns, nothing asked for ahead."""
+
+    workers, worker = CpuTiles.workers, CpuTiles.worker
+
+    def expect(self, *windows: Tile, write: bool = False) -> None:
+        """There is no portable way to ask."""
 
     def outputs(self, *tensors: tuple[Any, Any]) -> None:
         """Their memory is the caller's affair."""

@@ -34,6 +34,11 @@ APART = 3
 class GpuChunkTiles(ElementTiles):
     """Tile operations of one geometry; see `tvm_gdn/ops/tir/tiles.py`, and `FragmentTiles` for its parameters."""
 
+    fused, shift = False, 0
+
+    def expect(self, *windows: Any, write: bool = False) -> None:
+        """Other warps run while one waits."""
+
     def operand(self, tile: Any, side: str, *, transpose: bool = False) -> Operand:
         """Operands of one tile share their bf16 arrays, whatever their side: fragments are loaded either way round."""
         rows, cols = (tile.cols, tile.rows) if transpose else (tile.rows, tile.cols)

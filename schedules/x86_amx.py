@@ -1,99 +1,24 @@
 """Tile operations of the chunked delta rules on x86 matrix units (AMX): products of bf16 operands with fp32 sums.
 
-Numbers that are not exact in bf16 are split into two or three of them, ``x = high + low + O(2^-17 x)``, and a product of split
-operands is one of every pair of parts whose product is above the error: with bf16 data, whose K and Q need no splitting, states
-stay within the fp32 tolerance. Everything that is no product runs as in `cpu_chunk.py`.
-
-Layouts are made of blocks of 1 KiB, one tile register each: left operands ``[parts, rows / 16, depth / 32, 16, 16]``, right
-ones ``[parts, depth / 32, columns / 16, 16, 16]``, of 32-bit pairs of bf16 that follow each other along the depth.
+A product of split operands (`x86_operands.py`) is one of every pair of parts whose product is above the error: with bf16 data,
+whose K and Q need no splitting, states stay within the fp32 tolerance. What is no product runs as in `cpu_elements.py`; what
+follows a product, and the operands made of its results, are computed while the results are in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import local_array, transpose_16
-from tvm_gdn.schedules.cpu_chunk import TO_LINE, ChunkTiles, Operand, Tile, ceil_div
-from tvm_gdn.schedules.x86_matrix import LANES, ROWS, EmulatedMatrixUnit, MatrixUnit, Rows, high_part, low_part
+from tvm_gdn.schedules.cpu import local_array
+from tvm_gdn.schedules.cpu_chunk import Operand
+from tvm_gdn.schedules.cpu_tiles import Tile, ceil_div
+from tvm_gdn.schedules.x86_matrix import LANES, ROWS, Rows
+from tvm_gdn.schedules.x86_operands import MatrixOperand, OperandTiles
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
-
-#: Two fp32 vectors as bf16, one after the other: by the instruction, and in steps that every CPU has.
-ROUND = """
-declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
-define <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b) alwaysinline {
-  %r = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %b, <16 x float> %a)
-  %c = bitcast <32 x bfloat> %r to <16 x i32>
-  ret <16 x i32> %c
-}
-"""
-ROUND_EMULATED = """
-define <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b) alwaysinline {
-  %v = shufflevector <16 x float> %a, <16 x float> %b, <32 x i32> <WHOLE>
-  %u = bitcast <32 x float> %v to <32 x i32>
-  %s = lshr <32 x i32> %u, splat (i32 16)
-  %l = and <32 x i32> %s, splat (i32 1)
-  %h = add <32 x i32> %l, splat (i32 32767)
-  %n = add <32 x i32> %u, %h
-  %q = or <32 x i32> %u, splat (i32 4194304)
-  %x = fcmp uno <32 x float> %v, %v
-  %y = select <32 x i1> %x, <32 x i32> %q, <32 x i32> %n
-  %z = lshr <32 x i32> %y, splat (i32 16)
-  %t = trunc <32 x i32> %z to <32 x i16>
-  %c = bitcast <32 x i16> %t to <16 x i32>
-  ret <16 x i32> %c
-}
-"""
-#: The same interleaved, and the halves of the 32-bit pairs of two vectors.
-HELPERS = """
-define <16 x i32> @tvm_gdn_pair(<16 x float> %a, <16 x float> %b) alwaysinline {
-  %r = call <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b)
-  %c = bitcast <16 x i32> %r to <32 x i16>
-  %d = shufflevector <32 x i16> %c, <32 x i16> poison, <32 x i32> <INTERLEAVED>
-  %e = bitcast <32 x i16> %d to <16 x i32>
-  ret <16 x i32> %e
-}
-define <16 x i32> @tvm_gdn_even(<16 x i32> %a, <16 x i32> %b) alwaysinline {
-  %x = bitcast <16 x i32> %a to <32 x i16>
-  %y = bitcast <16 x i32> %b to <32 x i16>
-  %c = shufflevector <32 x i16> %x, <32 x i16> %y, <32 x i32> <EVEN>
-  %d = bitcast <32 x i16> %c to <16 x i32>
-  ret <16 x i32> %d
-}
-define <16 x i32> @tvm_gdn_odd(<16 x i32> %a, <16 x i32> %b) alwaysinline {
-  %x = bitcast <16 x i32> %a to <32 x i16>
-  %y = bitcast <16 x i32> %b to <32 x i16>
-  %c = shufflevector <32 x i16> %x, <32 x i16> %y, <32 x i32> <ODD>
-  %d = bitcast <32 x i16> %c to <16 x i32>
-  ret <16 x i32> %d
-}
-"""
-ROUND_EMULATED = ROUND_EMULATED.replace("WHOLE", ", ".join(f"i32 {lane}" for lane in range(32)))
-for _name, _order in (
-    ("INTERLEAVED", [lane // 2 + 16 * (lane % 2) for lane in range(32)]),
-    ("EVEN", [2 * lane for lane in range(32)]),
-    ("ODD", [2 * lane + 1 for lane in range(32)]),
-):
-    HELPERS = HELPERS.replace(_name, ", ".join(f"i32 {lane}" for lane in _order))
-
-
-class Block(Tile):
-    """A block of a tile, even one that fills its buffer: its products stay with the vector unit."""
-
-
-@dataclass(frozen=True)
-class MatrixOperand:
-    """An operand in the layout of the matrix unit."""
-
-    buffer: Any
-    source: Tile
-    side: str
-    transposed: bool
-    parts: int
 
 
 @contextmanager
@@ -107,127 +32,11 @@ def where(condition: Expr | None) -> Iterator[None]:
             yield
 
 
-def helper(name: str, a: Any, b: Any) -> Any:
-    """Call one of `HELPERS`."""
-    return T.call_pure_extern("int32x16", f"tvm_gdn_{name}", a, b)
-
-
-class AmxChunkTiles(ChunkTiles):
+class AmxChunkTiles(OperandTiles):
     """Tile operations with products on the matrix unit; K, v_tile and chunk are multiples of 32, gates per head or none.
 
     Operands that are not exact in bf16 are split into `parts` of them. `emulated` computes the same without AMX.
     """
-
-    def __init__(
-        self, K: int, V: int, *, v_tile: int, chunk: int, span: int, v_first: bool, parts: int, emulated: bool = False
-    ) -> None:
-        super().__init__(K, V, v_tile=v_tile, chunk=chunk, rows=8, columns=32, span=span, v_first=v_first)
-        self.unit = EmulatedMatrixUnit() if emulated else MatrixUnit()
-        self.helpers = TO_LINE + HELPERS + (ROUND_EMULATED if emulated else ROUND)
-        self.granule = self.triangle = GRANULE
-        self.parts, self.exact = parts, set[Any]()
-
-    def enter(self, lane: Expr) -> None:
-        """Allocate, and configure the thread's tile registers."""
-        super().enter(lane)
-        self.unit.enter()
-        self.scratch = self.array(GRANULE, GRANULE)
-
-    def leave(self) -> None:
-        """Let the system forget the tile registers."""
-        self.unit.leave()
-
-    def tile(self, rows: int, cols: int, place: str = "shared", dtype: str = "float32") -> Tile:
-        """Array on the worker's stack; remembers whether bf16 is all that its numbers need."""
-        tile = super().tile(rows, cols, place)
-        if dtype == "bfloat16":
-            self.exact.add(tile.buffer)
-        return tile
-
-    def block(self, tile: Tile, row: Expr, col: Expr, rows: int, cols: int) -> Tile:
-        """Part of a row-major tile."""
-        return Block(tile.buffer, rows, cols, 0, tile.row + row, tile.col + col)
-
-    def operand(self, tile: Tile, side: str, *, transpose: bool = False) -> Any:
-        """Blocks of bf16 pairs; small blocks of a tile stay with the vector unit."""
-        if isinstance(tile, Block):
-            return super().operand(tile, side, transpose=transpose)
-        parts = 1 if tile.buffer in self.exact else self.parts
-        rows, cols = (tile.cols, tile.rows) if transpose else (tile.rows, tile.cols)
-        blocks = (rows // 16, cols // 32) if side == "left" else (rows // 32, cols // 16)
-        return MatrixOperand(self.array(parts, *blocks, ROWS, ROWS, dtype="int32"), tile, side, transpose, parts)
-
-    def pack(self, *operands: Any, rows: Expr | None = None, lower: bool = False) -> None:
-        """Convert; transposed operands are made from a left one of the same tile that is packed with them."""
-        if isinstance(operands[0], Operand):
-            super().pack(*operands, rows=rows, lower=lower)
-            return
-        done: dict[tuple[str, bool], Any] = {}
-        for operand in operands:
-            made = done[operand.side, operand.transposed] = operand
-            count = operand.source.rows if rows is None else rows
-            if not operand.transposed:
-                (self._left if operand.side == "left" else self._right)(made, count, lower)
-            elif operand.side == "right":
-                self._right_transposed(made, done["left", False], count)
-            else:
-                self._left_transposed(made, done["right", True], count)
-
-    @staticmethod
-    def _split(dst: MatrixOperand, format_: str, a: Any, b: Any, index: list[Any]) -> None:
-        """Write two vectors as bf16 pairs, and what the rounding left of them as second part."""
-        kept = local_array(2, ROWS)
-        T.buffer_store(kept, a, [0, LANES])
-        T.buffer_store(kept, b, [1, LANES])
-        x, y = kept[0, LANES], kept[1, LANES]
-        T.buffer_store(dst.buffer, helper(format_, x, y), [0, *index, LANES])
-        for part in range(1, dst.parts):
-            pairs = local_array(ROWS, dtype="int32")
-            T.buffer_store(pairs, helper("pair", x, y), [LANES])
-            T.buffer_store(kept, x - low_part(pairs[LANES]), [0, LANES])
-            T.buffer_store(kept, y - high_part(pairs[LANES]), [1, LANES])
-            T.buffer_store(dst.buffer, helper(format_, x, y), [part, *index, LANES])
-
-    def _left(self, dst: MatrixOperand, rows: Expr, lower: bool) -> None:
-        src = dst.source
-        row = lambda i, at: src.buffer[tuple(src.at(i, at, ROWS, LANES))]  # noqa: E731
-        with T.serial(ceil_div(rows, GRANULE) * 2) as rb:
-            with T.serial(rb // 2 + 1 if lower else src.cols // 32) as db:
-                with T.serial(ROWS) as r:
-                    self._split(dst, "join", row(rb * ROWS + r, db * 2), row(rb * ROWS + r, db * 2 + 1), [rb, db, r])
-
-    def _right(self, dst: MatrixOperand, rows: Expr, lower: bool) -> None:
-        del lower
-        src = dst.source
-        row = lambda i, at: src.buffer[tuple(src.at(i, at, ROWS, LANES))]  # noqa: E731
-        with T.serial(ceil_div(rows, GRANULE)) as db:
-            with T.serial(src.cols // 16) as cb:
-                with T.serial(ROWS) as p:
-                    i = db * 32 + p * 2
-                    self._split(dst, "pair", row(i, cb), row(i + 1, cb), [db, cb, p])
-
-    @staticmethod
-    def _right_transposed(dst: MatrixOperand, left: MatrixOperand, rows: Expr) -> None:
-        """Every block of a left operand, transposed as 32-bit elements, is one of a right operand."""
-        with T.serial(ceil_div(rows, GRANULE) * 2) as rb:
-            with T.serial(left.buffer.shape[2]) as db:
-                for part in range(dst.parts):
-                    transpose_16(
-                        lambda r, part=part: left.buffer[part, rb, db, r, LANES],
-                        lambda r, column, part=part: T.buffer_store(dst.buffer, column, [part, db, rb, r, LANES]),
-                        "int32",
-                    )
-
-    @staticmethod
-    def _left_transposed(dst: MatrixOperand, right: MatrixOperand, rows: Expr) -> None:
-        """Rows of pairs of a transposed right operand, their halves put together."""
-        with T.serial(dst.buffer.shape[1]) as kb:
-            with T.serial(ceil_div(rows, GRANULE)) as tb:
-                with T.serial(ROWS // 2) as p:
-                    for part in range(dst.parts):
-                        x, y = (right.buffer[part, kb // 2, tb * 2 + n, kb % 2 * 8 + p, LANES] for n in (0, 1))
-                        T.buffer_store(dst.buffer, helper("even", x, y), [part, kb, tb, p * 2, LANES])
-                        T.buffer_store(dst.buffer, helper("odd", x, y), [part, kb, tb, p * 2 + 1, LANES])
 
     def mma(
         self,
@@ -242,6 +51,7 @@ class AmxChunkTiles(ChunkTiles):
         start: ElementFunction | None = None,
         finish: ElementFunction | None = None,
         sources: tuple[Tile, ...] = (),
+        into: tuple[Any, ...] = (),
     ) -> None:
         """32 x 32 results in four tile registers, two more for each side."""
         if isinstance(a, Operand):
@@ -249,15 +59,25 @@ class AmxChunkTiles(ChunkTiles):
                 dst, a, b, rows=rows, cols=cols, depth=depth, lower=lower, start=start, finish=finish, sources=sources
             )  # fmt: skip
             return
-        if start is not None and start is not keep:
-            self.map(dst, start, dst, *sources, rows=rows)
-        full = b.buffer.shape[1] if depth is None else ceil_div(depth, 32)
+        full = b.source.rows // 32 if depth is None else ceil_div(depth, 32)
+        if b.transposed:
+            full = b.source.cols // 32
         row_blocks = dst.rows // GRANULE if rows is None else ceil_div(rows, GRANULE)
-        col_blocks = dst.cols // GRANULE
+        col_blocks = self.units(GRANULE, dst)
+
+        fetch = self._fetcher(dst.rows // GRANULE * (dst.cols // GRANULE))
 
         def block(io: Expr, jo: Expr) -> None:
+            fetch(jo * (dst.rows // GRANULE) + io)
             tall = None if rows is None else rows - io * GRANULE > ROWS
-            self._block(dst, a, b, io, jo, io + 1 if lower == "left" else full, start is not None, finish, sources, tall)
+            steps = io + 1 if lower == "left" else full
+            added = start is keep and finish is None and not into
+            self._products(dst, a, b, io, jo, steps, added, tall)
+            if added or (start is None and finish is None and not into):
+                self._results(lambda n, x, y: self.unit.store(n, dst.buffer, *self._place(dst, io, jo, x, y)))
+            else:
+                self._results(lambda n, x, y: self.unit.store(n, self.scratch, lambda r: [x * ROWS + r, y * ROWS], GRANULE))
+                self._finish(dst, io, jo, start, finish, sources, into)
 
         if lower == "result":
             with T.serial(row_blocks) as io:
@@ -268,52 +88,76 @@ class AmxChunkTiles(ChunkTiles):
                 with T.serial(row_blocks) as io:
                     block(io, jo)
 
-    def _block(
-        self,
-        dst: Tile,
-        a: MatrixOperand,
-        b: MatrixOperand,
-        io: Expr,
-        jo: Expr,
-        steps: Expr,
-        added: bool,
-        finish: ElementFunction | None,
-        sources: tuple[Tile, ...],
-        tall: Expr | None,
+    @staticmethod
+    def _results(each: Callable[[int, int, int], None]) -> None:
+        for x in (0, 1):
+            for y in (0, 1):
+                each(2 * x + y, x, y)
+
+    @staticmethod
+    def _place(dst: Tile, io: Expr, jo: Expr, x: int, y: int) -> tuple[Rows, int]:
+        """Where the tile has 16 x 16 of its elements."""
+        return lambda r: dst.at(io * GRANULE + x * ROWS + r, jo, GRANULE, y * ROWS), dst.width
+
+    def _products(
+        self, dst: Tile, a: MatrixOperand, b: MatrixOperand, io: Expr, jo: Expr, steps: Expr, added: bool, tall: Expr | None
     ) -> None:
         """Result rows 32 io to 32 io + 31, columns 32 jo to 32 jo + 31; unless `tall`, the lower 16 rows of `a` are zero."""
         unit = self.unit
-
-        def result(half_row: int, half_col: int) -> Rows:
-            return lambda r: dst.at(io * GRANULE + half_row * ROWS + r, jo, GRANULE, half_col * ROWS)
-
-        halves = [(x, y) for x in (0, 1) for y in (0, 1)]
-        for x, y in halves:
-            if added:
-                unit.load(2 * x + y, dst.buffer, result(x, y), dst.width)
-            else:
-                unit.clear(2 * x + y)
-        # The rest of the pairs are below the rounding that the split leaves; two parts are plenty for an output in bf16.
+        if added:
+            self._results(lambda n, x, y: unit.load(n, dst.buffer, *self._place(dst, io, jo, x, y)))
+        else:
+            self._results(lambda n, _x, _y: unit.clear(n))
+        # The rest of the pairs are below the rounding that the split leaves.
         limit = min(max(a.parts, b.parts), 2 if dst.buffer in self.exact else self.parts)
         with T.serial(steps) as kk:
             for part in range(a.parts):
                 for other in range(min(b.parts, limit - part)):
                     for y in (0, 1):
-                        unit.load(6 + y, b.buffer, lambda r, y=y, other=other: [other, kk, jo * 2 + y, r, 0], ROWS)
+                        unit.load(6 + y, b.buffer, lambda r, y=y, other=other: b.row(other, kk, jo * 2 + y, r), b.stride)
                     for x in (0, 1):
                         with where(tall if x else None):
                             if other == 0:
-                                unit.load(4 + x, a.buffer, lambda r, x=x, part=part: [part, io * 2 + x, kk, r, 0], ROWS)
+                                unit.load(4 + x, a.buffer, lambda r, x=x, part=part: a.row(part, io * 2 + x, kk, r), a.stride)
                             for y in (0, 1):
                                 unit.dot(2 * x + y, 4 + x, 6 + y)
-        for x, y in halves:
-            if finish is None:
-                unit.store(2 * x + y, dst.buffer, result(x, y), dst.width)
-            else:
-                unit.store(2 * x + y, self.scratch, lambda r, x=x, y=y: [x * ROWS + r, y * ROWS], GRANULE)
-        if finish is not None:
+
+    def _finish(
+        self,
+        dst: Tile,
+        io: Expr,
+        jo: Expr,
+        start: ElementFunction | None,
+        finish: ElementFunction | None,
+        sources: tuple[Tile, ...],
+        into: tuple[Any, ...],
+    ) -> None:
+        """From sums in the scratch tile to elements of the result, and to operands made of it."""
+        written = not into or start is not None
+
+        def value(i: Expr, r: Expr, unit: int, y: Expr, lane: Expr) -> Any:
+            base = jo * (GRANULE // unit) + y
+            values = [source.get(i, base, unit, lane) for source in sources]
+            total = self.scratch[r, y * unit + lane]
+            if start is not None:
+                total = start(i, base * unit + lane, dst.get(i, base, unit, lane), *values) + total
+            return total if finish is None else finish(i, base * unit + lane, total, *values)
+
+        if not into:
             with T.serial(GRANULE) as r:
                 with T.vectorized(GRANULE) as lane:
                     i = io * GRANULE + r
-                    values = [source.get(i, jo, GRANULE, lane) for source in sources]
-                    dst.put(finish(i, jo * GRANULE + lane, self.scratch[r, lane], *values), i, jo, GRANULE, lane)
+                    dst.put(value(i, r, GRANULE, 0, lane), i, jo, GRANULE, lane)
+            return
+        pair = local_array(2, ROWS)
+        with T.serial(ROWS) as p:
+            for y in (0, 1):
+                i = io * GRANULE + p * 2
+                for n in (0, 1):
+                    with T.vectorized(ROWS) as lane:
+                        T.buffer_store(pair, value(i + n, p * 2 + n, ROWS, y, lane), [n, lane])
+                    if written:
+                        with T.vectorized(ROWS) as lane:
+                            dst.put(pair[n, lane], i + n, jo * 2 + y, ROWS, lane)
+                for operand in into:
+                    self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])

@@ -59,7 +59,13 @@ class ChunkAmx:
             return ChunkX86.tiles(geometry, **knobs)
         v_first = bool(geometry.attr.get("state_v_first"))
         return AmxChunkTiles(
-            geometry.axis["K"], geometry.axis["V"], v_first=v_first, parts=_parts(geometry), emulated=cls.emulated, **knobs
+            geometry.axis["K"],
+            geometry.axis["V"],
+            v_first=v_first,
+            data=geometry.dtype["k"],
+            parts=_parts(geometry),
+            emulated=cls.emulated,
+            **knobs,
         )
 
 

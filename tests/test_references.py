@@ -26,8 +26,9 @@ NORMED = {"K": K, "V": V, "H": H, "HV": HV, "with": ("initial_state",), "output_
 ONNX = {"K": 8, "V": 8, "H": 4, "HV": 4}
 KERNELS = [(f"{form}_{rule}", {**NORMED, "B": B, "T": T}) for rule in RULES for form in ("chunk", "fused_recurrent")]
 KERNELS += [
-    (f"fused_recurrent_{rule}", {**ONNX, "B": 2, "T": 4, "with": given, "output_final_state": True})
-    for rule in ("gated_delta_rule", "delta_rule", "kda")
+    (f"{form}_{rule}", {**ONNX, "B": 2, "T": 4, "with": given, "output_final_state": True})
+    for form in ("chunk", "fused_recurrent")
+    for rule in RULES
     for given in ((), ("initial_state",))
 ]
 
@@ -96,8 +97,9 @@ def onnx_cases(operator):
     return found
 
 
+@pytest.mark.parametrize("form", ["chunk", "fused_recurrent"])
 @pytest.mark.parametrize("case", onnx_cases("LinearAttention"))
-def test_onnx_linear_attention(case):
+def test_onnx_linear_attention(case, form):
     attributes, inputs, outputs = case
     rule = attributes.get("update_rule", b"gated_delta").decode()
     if rule not in {"gated_delta", "delta"}:
@@ -119,7 +121,7 @@ def test_onnx_linear_attention(case):
         per_channel = inputs["decay"].shape[-1] != kv_heads
         decay = unpack("decay", kv_heads)
         operator, gates = ("kda", (decay,)) if per_channel else ("gated_delta_rule", (decay.squeeze(-1),))
-    function = getattr(tvm_gdn, f"fused_recurrent_{operator}")
+    function = getattr(tvm_gdn, f"{form}_{operator}")
     o, final = function(q, k, v, *gates, beta, scale, initial_state=state, output_final_state=True)
     half = outputs[0].dtype == torch.float16
     assert rms_ratio(o.flatten(-2), outputs[0]) < (2e-3 if half else 1e-5)

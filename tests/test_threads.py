@@ -13,11 +13,22 @@ import pytest
 import torch
 from calls import POOL, RECURRENT, SIGMOID, UPDATE, call, check, draw, same_bits
 
-from tvm_gdn import cases, dispatch
+from tvm_gdn import cases, dispatch, parity
+from tvm_gdn.ops import OPS
 
 POOLED = {"B": 8, "T": 4, "H": 2, "HV": 4, "K": 64, "V": 32, "S": 16, "with": POOL}
 SEPARATE = {"B": 2, "T": 7, "H": 2, "HV": 4, "K": 64, "V": 128, "with": ("initial_state",), "output_final_state": True}
-KERNELS = [(UPDATE, POOLED), (SIGMOID, POOLED), (UPDATE, {**POOLED, "state_v_first": True}), (RECURRENT, SEPARATE)]
+#: One value head of one sequence: its columns are what threads can share. Two panels of 64 in fp32, five of 32 on matrix units.
+FEW = {"B": 1, "T": 65, "H": 1, "HV": 1, "K": 64, "with": ("initial_state",), "output_final_state": True}
+FEW = [{**FEW, "V": 128, "dtype": "float32"}, {**FEW, "V": 160, "dtype": "bfloat16", "state_v_first": True}]
+CHUNK = "chunk_gated_delta_rule"
+KERNELS = [
+    *((CHUNK, case) for case in FEW),
+    (UPDATE, POOLED),
+    (SIGMOID, POOLED),
+    (UPDATE, {**POOLED, "state_v_first": True}),
+    (RECURRENT, SEPARATE),
+]
 
 TOOLS = f"""
 import os, re, signal, sys, time
@@ -175,6 +186,22 @@ def test_a_forked_child_computes(order):
         print("done")
     """
     assert run(code, timeout=200) == ["done"]
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case["dtype"])
+def test_columns_of_few_heads_are_shared(case):
+    before, a = torch.get_num_threads(), draw(CHUNK, case)
+    found = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            result = parity.check_case(OPS[CHUNK], case)
+            assert result.passed, (threads, result.errors, result.limits)
+            found.append(call(CHUNK, cases.clone(a)))
+    finally:
+        torch.set_num_threads(before)
+    for got in found[1:]:
+        assert all(same_bits(got[name], value) for name, value in found[0].items())
 
 
 def test_calls_from_several_threads():

@@ -28,6 +28,7 @@ _THREADS = {
     "__TVMBackendParallelLaunch": "tvm_gdn_parallel_launch",
     "__TVMBackendAllocWorkspace": "tvm_gdn_alloc_workspace",
     "__TVMBackendFreeWorkspace": "tvm_gdn_free_workspace",
+    "tvm_gdn_threads": "tvm_gdn_num_threads",
 }
 _DEVICE = {
     "__TVMFFIEnvModLookupFromImports": "tvm_gdn_device_lookup",

@@ -27,7 +27,7 @@ The functions below are Python that runs while the kernel is parsed; `with T.ser
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.script import tirx as T
@@ -92,12 +92,12 @@ class _Advance:
 
     def __call__(self, *arguments: Any) -> None:
         """All chunks of a worker's value heads."""
-        *work, unit, heads = arguments
-        chunks = _Chunks(*self.arguments)
+        *arguments, unit, heads = arguments
+        work, chunks = _Work(*arguments), _Chunks(*self.arguments)
         if self.ahead:
-            chunks.carry(_Work(*work), self.kept, unit, heads)
+            chunks.carry(work, self.kept, unit, heads)
         else:
-            chunks.run(_Work(*work))
+            chunks.run(replace(work, j0=work.j0 + self.tiles.shift))
 
 
 def _summands(data: str) -> tuple[str, ...]:
@@ -142,8 +142,12 @@ class _Chunks:
         self.A, self.P = (self.kk, self.qk) if tiles.span == 1 or gate == "channel" else (tile(C, C), tile(C, C))
         self.inverse, self.merge = tile(C, C), tile(max(C // 2, BLOCK), max(C // 2, BLOCK))
         self.R, self.U, self.out = tile(C, VT, "register"), tile(C, VT, "register"), tile(C, VT, "register", data)
-        self.R_right, self.U_right = operand(self.R, "right"), operand(self.U, "right")
-        self.P_left, self.inverse_left = operand(self.P, "left"), operand(self.inverse, "left")
+        self.R_right, self.inverse_left = operand(self.R, "right"), operand(self.inverse, "left")
+        if tiles.fused:
+            self.U_right, self.P_left = operand(self.U, "right", coarse=True), operand(self.P, "left", coarse=True)
+            self.U_end_right = operand(self.U, "right", scale=self.k_end)
+        else:
+            self.U_right, self.P_left = operand(self.U, "right"), operand(self.P, "left")
         if gate == "channel":
             self.G = tile(C, K)
             self.near, self.far = tile(BLOCK, K), tile(C, K)
@@ -162,6 +166,11 @@ class _Chunks:
         """Advance the worker's states over all tokens of its sequence."""
         C = self.C
         self.tiles.zero(self.inverse)  # above the diagonal blocks it stays so
+        if self.tiles.fused:
+            with T.If(T.Not(work.fresh)):
+                with T.Then():
+                    with T.serial(work.count) as index:
+                        self.tiles.pack(self.tiles.operand(self.tiles.state(index), "right"))
         with T.serial((work.length + C - 1) // C) as c:
             start = T.Bind(work.first + c * C)
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
@@ -340,6 +349,7 @@ class _Chunks:
         hv = T.Bind(work.hv + index)
         S = tiles.state(index)
         S_right = tiles.operand(S, "right")
+        output = self._rows(work.o, work, start, hv, self.VT, work.j0)
         tiles.sync()
         tiles.load(self.beta, self._rows(work.beta, work, start, hv, 1), rows=m)
         tiles.load(self.R, self._rows(work.v, work, start, hv, self.VT, work.j0), rows=m)
@@ -354,10 +364,13 @@ class _Chunks:
             with T.Then():
                 tiles.map(self.R, lambda _i, _j, v, b: b * v, self.R, self.beta, rows=m)
                 tiles.map(self.out, lambda _i, _j: T.float32(0), rows=m)
+                if tiles.fused:
+                    tiles.pack(self.R_right, rows=m)
             with T.Else():
-                tiles.pack(S_right)
+                if not tiles.fused:
+                    tiles.pack(S_right)
                 tiles.sync()
-                (self._channel_state if channel else self._head_state)(m, S_right)
+                (self._channel_state if channel else self._head_state)(m, S_right, output)
         if channel:
             tiles.sync()
             last = tiles.block(self.G, self.C - 1, 0, 1, self.K)
@@ -369,21 +382,33 @@ class _Chunks:
         tiles.sync()
         tiles.pack(self.inverse_left, rows=m, lower=True)
         tiles.pack(self.P_left, rows=m, lower=True)
-        tiles.pack(self.R_right, rows=m)
-        tiles.sync()
-        tiles.mma(self.U, self.inverse_left, self.R_right, rows=m, depth=m, lower="left")
-        tiles.pack(self.U_right, rows=m)
+        if tiles.fused:
+            into = (self.U_right, self.U_end_right)
+            tiles.mma(self.U, self.inverse_left, self.R_right, rows=m, depth=m, lower="left", into=into)
+        else:
+            tiles.pack(self.R_right, rows=m)
+            tiles.sync()
+            tiles.mma(self.U, self.inverse_left, self.R_right, rows=m, depth=m, lower="left")
+            tiles.pack(self.U_right, rows=m)
         tiles.sync()
         tiles.mma(self.out, self.P_left, self.U_right, rows=m, depth=m, lower="left", start=keep)
-        tiles.store(self._rows(work.o, work, start, hv, self.VT, work.j0), self.out, rows=m)
+        tiles.store(output, self.out, rows=m)
         tiles.sync()
-        tiles.map(self.U, lambda _i, _j, u, w: u * w, self.U, self.k_end, rows=m)
-        tiles.pack(self.U_right, rows=m)
-        tiles.sync()
+        # Next come the same tokens' next value head, or the next tokens.
+        last = T.Bind(index + 1 == work.count)
+        next_start = T.Bind(T.Select(last, start + self.C, start))
+        next_hv = T.Bind(T.Select(last, work.hv, hv + 1))
+        tiles.expect(self._rows(work.v, work, next_start, next_hv, self.VT, work.j0))
+        tiles.expect(*(self._rows(x, work, start + self.C, work.h, self.K) for x in (work.k, work.q)))
         update: Operand = self.decayed_t_left if self.gate == "channel" else self.k_t_left
-        tiles.mma(
-            S, update, self.U_right, depth=m, start=lambda _i, _j, s, d: s * d, sources=(tiles.turn(self.end),)
-        )  # fmt: skip
+        advance: dict[str, Any] = {"start": lambda _i, _j, s, d: s * d, "sources": (tiles.turn(self.end),)}
+        if tiles.fused:
+            tiles.mma(S, update, self.U_end_right, depth=m, into=(S_right,), **advance)
+        else:
+            tiles.map(self.U, lambda _i, _j, u, w: u * w, self.U, self.k_end, rows=m)
+            tiles.pack(self.U_right, rows=m)
+            tiles.sync()
+            tiles.mma(S, update, self.U_right, depth=m, **advance)
 
     def _head_products(self, m: Expr) -> None:
         """One gate per head, or none: A, P, and factors of rows and columns around the products of K and Q."""
@@ -401,13 +426,14 @@ class _Chunks:
         tiles.map(self.P, lambda _i, _j, x, d, f: x * d * f, self.qk, D, r, rows=m, lower=True)
         tiles.map(self.A, lambda i, j, x, d, f, b: T.Select(j < i, x * d * f * b, zero), self.kk, D, n, beta, rows=m, lower=True)
 
-    def _head_state(self, m: Expr, S_right: Operand) -> None:
+    def _head_state(self, m: Expr, S_right: Operand, output: Tile) -> None:
         """K S and Q S."""
-        tiles = self.tiles
+        tiles, into = self.tiles, {"into": (self.R_right,)} if self.tiles.fused else {}
         tiles.mma(
             self.R, self.k_left, S_right, rows=m, finish=lambda _i, _j, x, v, b, d: b * v - d * x,
-            sources=(self.R, self.beta, self.k_start),
+            sources=(self.R, self.beta, self.k_start), **into,
         )  # fmt: skip
+        tiles.expect(output, write=True)
         tiles.mma(self.out, self.q_left, S_right, rows=m, finish=lambda _i, _j, x, d: x * d, sources=(self.q_start,))
 
     def _channel_products(self, m: Expr) -> None:
@@ -447,22 +473,24 @@ class _Chunks:
         )  # fmt: skip
         tiles.sync()
 
-    def _channel_state(self, m: Expr, S_right: Operand) -> None:
+    def _channel_state(self, m: Expr, S_right: Operand, output: Tile) -> None:
         """K S and Q S."""
         tiles, exp, G, decayed = self.tiles, self.tiles.exp, self.G, self.decayed
+        into = {"into": (self.R_right,)} if tiles.fused else {}
         tiles.map(decayed, lambda _i, _j, x, a: x * exp(a), self.k, G, rows=m)
         tiles.sync()
         tiles.pack(self.decayed_left, rows=m)
         tiles.sync()
         tiles.mma(
             self.R, self.decayed_left, S_right, rows=m, finish=lambda _i, _j, x, v, b, f: b * (v - f * x),
-            sources=(self.R, self.beta, self.k_factor),
+            sources=(self.R, self.beta, self.k_factor), **into,
         )  # fmt: skip
         tiles.sync()
         tiles.map(decayed, lambda _i, _j, x, a: x * exp(a), self.q, G, rows=m)
         tiles.sync()
         tiles.pack(self.decayed_left, rows=m)
         tiles.sync()
+        tiles.expect(output, write=True)
         tiles.mma(self.out, self.decayed_left, S_right, rows=m, finish=lambda _i, _j, x, f: x * f, sources=(self.q_factor,))
 
     def _invert(self, m: Expr) -> None:

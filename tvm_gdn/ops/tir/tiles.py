@@ -66,6 +66,11 @@ class ChunkTiles(Protocol):
     span : int
         Value heads of one q/k head per worker, one after the other in every chunk: what depends on q and k alone is then
         computed once for all of them.
+    fused : bool
+        Whether products bring operands of their results up to date themselves (`into`, and `scale` and `coarse` of `operand`),
+        and states have an operand each that stays so while the worker runs.
+    shift : Expr
+        Columns of the worker that other workers take: a target may cut the columns of workers where they are fewer than threads.
     host_checks : bool
         Whether the host part of a kernel can read tensors, and so checks slots and sequence bounds.
     """
@@ -73,6 +78,8 @@ class ChunkTiles(Protocol):
     chunk: int
     v_tile: int
     span: int
+    fused: bool
+    shift: Expr
     host_checks: bool
 
     def outputs(self, *tensors: tuple[Any, Expr]) -> None:
@@ -120,6 +127,9 @@ class ChunkTiles(Protocol):
     def store(self, dst: Tile, src: Tile, rows: Expr | None = None) -> None:
         """``dst[i, :] = src[i, :]`` for i < rows, rounded to the tensor's dtype; nothing else is written."""
 
+    def expect(self, *windows: Tile, write: bool = False) -> None:
+        """A hint: windows that are read (written) soon; rows may lie outside of the tensor."""
+
     def zero(self, dst: Tile) -> None:
         """All elements zero."""
 
@@ -147,8 +157,20 @@ class ChunkTiles(Protocol):
         """Exp in fp32."""
 
     # Products.
-    def operand(self, tile: Tile, side: Literal["left", "right"], *, transpose: bool = False) -> Operand:
-        """A tile as operand of products; to be packed before each use."""
+    def operand(
+        self,
+        tile: Tile,
+        side: Literal["left", "right"],
+        *,
+        transpose: bool = False,
+        scale: Tile | None = None,
+        coarse: bool = False,
+    ) -> Operand:
+        """A tile as operand of products; to be packed before each use.
+
+        Where `fused`: `scale` are factors ``(n, 1)`` of the tile's rows; `coarse` is for results that only go into a tensor of
+        the data's dtype.
+        """
 
     def pack(self, *operands: Operand, rows: Expr | None = None, lower: bool = False) -> None:
         """Bring operands up to date with their tile, all the same one, so that a target can make one from another.
@@ -169,11 +191,13 @@ class ChunkTiles(Protocol):
         start: ElementFunction | None = None,
         finish: ElementFunction | None = None,
         sources: tuple[Tile, ...] = (),
+        into: tuple[Operand, ...] = (),
     ) -> None:
         """Product with fp32 accumulators: ``dst = finish(i, j, start(i, j, dst, *sources) + A B, *sources)``.
 
         `start` None starts from zero, `finish` None writes the sum as it is. `dst` itself may be among the sources; it is no
-        operand of its own product.
+        operand of its own product. Where `fused`: `into` are operands of `dst` that are brought up to date with the result;
+        `dst` itself is then written only if it has a `start`.
         """
 
     def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
