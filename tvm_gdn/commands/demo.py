@@ -100,13 +100,15 @@ def _prompt(length: int) -> torch.Tensor:
 @torch.no_grad()
 def _decode_greedily(model: torch.nn.Module, prompt: torch.Tensor, tokens: int) -> _Decoded:
     output = model(prompt, use_cache=True)
+    # transformers up to 5.23 has the second name.
+    cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     logits = [output.logits[0, -1]]
     chosen = [int(logits[0].argmax())]
     seconds = []
     while len(chosen) < tokens:
         token = torch.tensor([[chosen[-1]]])
         start = time.perf_counter()
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(token, **{cache: getattr(output, cache)}, use_cache=True)
         seconds.append(time.perf_counter() - start)
         logits.append(output.logits[0, -1])
         chosen.append(int(logits[-1].argmax()))

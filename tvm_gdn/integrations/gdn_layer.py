@@ -31,6 +31,8 @@ FUNCTIONS = {
 }
 GATES = "fused_gdn_gating"
 MARK = "_tvm_gdn"
+#: What transformers up to 5.23 calls a layer's argument `cache`; later ones take both names.
+OLD_CACHE = "cache_params"
 _CONV_ACTIVATIONS = ("silu", "swish", None)
 #: Where softplus becomes the identity: torch's default, which the layers use.
 _SOFTPLUS = (1.0, 20.0)
@@ -88,38 +90,39 @@ def needs_gradients(what: str, tensors: Iterable[torch.Tensor | None]) -> bool:
 def forward(
     self: nn.Module,
     hidden_states: torch.Tensor,
-    cache_params: Any = None,
+    cache: Any = None,
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Take the place of the forward of a Gated DeltaNet layer."""
     layer: Any = self
+    cache = kwargs.pop(OLD_CACHE, cache)
     mark: Mark = layer._tvm_gdn
     if not mark.switch.active or needs_gradients("Gated DeltaNet layer", (hidden_states, *self.parameters())):
-        own: torch.Tensor = type(layer).forward(self, hidden_states, cache_params, attention_mask, **kwargs)
+        own: torch.Tensor = type(layer).forward(self, hidden_states, cache, attention_mask, **kwargs)
         return own
     bounds = packing.bounds(kwargs, hidden_states)
-    if cache_params is not None:
+    if cache is not None:
         packing.refuse_cache(bounds)
     hidden_states = mark.functions.apply_mask_to_padding_states(hidden_states, attention_mask)
     mixed_qkv, z, a, b = _project(layer, hidden_states)
-    state = None if cache_params is None else cache_params.get_recurrent_state(layer.layer_idx, state_idx=0)
+    state = None if cache is None else cache.get_recurrent_state(layer.layer_idx, state_idx=0)
     final: torch.Tensor | None
-    if state is not None and _fuses(layer, mark, mixed_qkv, cache_params, bounds):
-        output, final = _fused_step(layer, mixed_qkv, a, b, state, cache_params)
+    if state is not None and _fuses(layer, mark, mixed_qkv, cache, bounds):
+        output, final = _fused_step(layer, mixed_qkv, a, b, state, cache)
     else:
-        mixed_qkv = _convolve(layer, mark, mixed_qkv, cache_params, bounds, kwargs)
+        mixed_qkv = _convolve(layer, mark, mixed_qkv, cache, bounds, kwargs)
         if mixed_qkv.stride(-1) != 1:  # transformers' own convolution leaves tokens innermost; the operators read heads
             mixed_qkv = mixed_qkv.contiguous()
         parts = mixed_qkv.split([layer.key_dim, layer.key_dim, layer.value_dim], -1)
         sizes = (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)
         heads = tuple(x.unflatten(-1, (-1, size)) for x, size in zip(parts, sizes, strict=True))
         if state is not None and hidden_states.shape[1] == 1:
-            output, final = _decode(layer, mark, heads, a, b, state, cache_params, bounds)
+            output, final = _decode(layer, mark, heads, a, b, state, cache, bounds)
         else:
-            output, final = _prefill(layer, mark, heads, a, b, state, cache_params, bounds)
-    if cache_params is not None:
-        cache_params.update_recurrent_state(final, layer.layer_idx)
+            output, final = _prefill(layer, mark, heads, a, b, state, cache, bounds)
+    if cache is not None:
+        cache.update_recurrent_state(final, layer.layer_idx)
     norm, project = (layer.norm, layer.out_proj) if hasattr(layer, "out_proj") else (layer.o_norm, layer.o_proj)
     rows = norm(output.reshape(-1, layer.head_v_dim), z.reshape(-1, layer.head_v_dim))
     projected: torch.Tensor = project(rows.reshape(*hidden_states.shape[:2], -1))

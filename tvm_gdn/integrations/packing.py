@@ -51,7 +51,7 @@ def refuse_cache(given: torch.Tensor | None) -> None:
     if given is not None:
         raise ArgumentError(
             f"cu_seq_lens_q: a cache holds one state for a row, not those of {given.numel() - 1} packed sequences; pass"
-            " use_cache=False and no past_key_values, or one sequence a row"
+            " use_cache=False and no cache, or one sequence a row"
         )
 
 
@@ -73,7 +73,8 @@ def _positions(given: torch.Tensor) -> torch.Tensor:
 
 def complete(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Forward pre-hook of a decoder stack: bounds, position ids and ``use_cache=False`` where sequences are packed."""
-    if len(args) > 1 or kwargs.get("past_key_values") is not None:
+    # "past_key_values" is its name up to transformers 5.23; later ones take both.
+    if len(args) > 1 or any(kwargs.get(name) is not None for name in ("cache", "past_key_values")):
         return None
     tokens = args[0] if args else kwargs.get("input_ids")
     if tokens is None:

@@ -174,12 +174,22 @@ def _check(place: _Place) -> None:
     called = forward.__code__.co_names if ours else ()
     wanted = tuple(gdn_layer.FUNCTIONS.values()) if place.forward is gdn_layer.forward else ()
     missing = [name for name in wanted if name not in called]
-    if missing or not ours:
+    # An argument under a name that ours does not know would vanish in its keywords, a cache for example.
+    known = {*inspect.signature(place.forward).parameters, gdn_layer.OLD_CACHE}
+    unknown = [name for name in inspect.signature(forward).parameters if name not in known]
+    if missing or unknown or not ours:
         import transformers
 
+        difference = (
+            f"takes {', '.join(unknown)}, which tvm_gdn's does not know"
+            if unknown and not missing and ours
+            else (
+                f"does not call {', '.join(missing) or 'what it should'} of {place.functions.__name__}, so tvm_gdn's would not do"
+                " the same"
+            )
+        )
         raise ArgumentError(
-            f"{what}: its forward does not call {', '.join(missing) or 'what it should'} of {place.functions.__name__}, so"
-            f" tvm_gdn's would not do the same. Install transformers 5.23 (this is {transformers.__version__}), or call"
+            f"{what}: its forward {difference}. Install transformers 5.24 (this is {transformers.__version__}), or call"
             " tvm_gdn in your own forward"
         )
 
