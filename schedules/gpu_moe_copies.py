@@ -103,9 +103,10 @@ class Ring:
         view, before, stage = self.views[number]
         return view, before + self.skip // SIZES[view.dtype] + slot * stage
 
-    def fetch(self, step: Expr, slot: Expr) -> None:
-        """Ask for the operands of a step: weights first, which take longest and whose place is known first."""
-        for number, rows in reversed(tuple(enumerate(self.operands))):
+    def fetch(self, step: Expr, slot: Expr, numbers: tuple[int, ...] = (1, 0)) -> None:
+        """Ask for operands of a step: weights first, which take longest and whose place is known first."""
+        for number in numbers:
+            rows = self.operands[number]
             view, base = self.at(number, slot)
             first = T.Bind(T.Cast("int32", step) * rows.length)
 
@@ -154,17 +155,22 @@ class Ring:
 
     def run(
         self, steps: int, compute: Callable[[Expr, Expr], None], *, publish: Callable[[], None] | None = None,
-        finish: Callable[[], None] | None = None,
+        finish: Callable[[int], None] | None = None, lag: int = 0, follow: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        """Call ``compute(step, slot)`` for every step, the operands of the next `stages` - 1 being under way.
+        """Call ``compute(step, slot)`` for every step, the operands of the next `stages` - 1 - `lag` being under way.
 
         `publish` is called by every thread before the barrier behind which others use what it copied. With `finish`, `compute`
-        only begins: the next operands are asked for before it is called.
+        only begins, and ``finish(lag)`` waits for all but the last `lag` of them; the next operands are asked for between the two.
+        `follow` is called between the first weights and rows.
         """
-        ahead = self.stages - 1
+        ahead = self.stages - 1 - lag
+        if follow:
+            for step in range(min(ahead, steps)):
+                self.fetch(step, step, (1,))
+            follow()
         for step in range(ahead):
             if step < steps:
-                self.fetch(step, step)
+                self.fetch(step, step, (0,) if follow else (1, 0))
             T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
         with T.serial(steps) as step:
             T.evaluate(T.call_extern("int32", "tvm_gdn_arrived", ahead - 1))
@@ -174,11 +180,13 @@ class Ring:
             number, slot = T.Cast("int32", step), T.Bind(T.Cast("int32", step % self.stages))
             if finish:
                 compute(number, slot)
-            # The barrier also says that all threads are done with the step before, whose stage is filled now.
+            # The barrier also says that all threads are done with the step whose stage is filled now.
             with T.If(step + ahead < steps), T.Then():
                 self.fetch(step + ahead, T.Bind((step + ahead) % self.stages))
             T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
             if finish:
-                finish()
+                finish(lag)
             else:
                 compute(number, slot)
+        if finish and lag:
+            finish(0)

@@ -49,6 +49,8 @@ class Plan:
         Whether weights are asked for in 256 bytes by the cache.
     grouped : bool
         Whether four warps multiply together: 64 rows, and all columns; a stage has 128 bytes of each.
+    lag : int
+        Such products that are still under way when the next begins: 0 or 1.
     """
 
     rows: int
@@ -59,6 +61,7 @@ class Plan:
     most: float = 0
     ahead: bool = False
     grouped: bool = False
+    lag: int = 0
 
     @property
     def threads(self) -> int:
@@ -127,7 +130,7 @@ class ExpertGridTiles(GridTiles):
 
     def product(
         self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr, W: Any, e: Expr, n: Expr, shift: int,
-        sink: Callable[..., None],
+        sink: Callable[..., None], *, follow: bool = False,
     ) -> None:  # fmt: skip
         """Rows of A times columns of W[e], to the sink."""
         left, right = self._left(plan, A, row_of, m), self._right(plan, W, e, n, shift)
@@ -135,7 +138,10 @@ class ExpertGridTiles(GridTiles):
         row, column = self._place(plan)
         sums = self._zeros(plan, "float32")
         compute = self._fragments if self.unit else self._elements
-        ring.run(-(-int(A.shape[1]) // plan.depth), lambda _step, slot: compute(plan, ring, slot, sums, row, column, m))
+        ring.run(
+            -(-int(A.shape[1]) // plan.depth), lambda _step, slot: compute(plan, ring, slot, sums, row, column, m),
+            follow=self.follow if follow else None,
+        )  # fmt: skip
         self._finish(plan, row, column, m, lambda at, _r, _half, _c: sums[at], sink)
 
     def _place(self, plan: Plan) -> tuple[Expr, Expr]:
