@@ -135,7 +135,10 @@ class ExpertsHopper(ExpertsGpu):
                 16, knobs["few_columns"], knobs["few_depth"], knobs["few_stages"], min(4, knobs["few_columns"] // 8),
                 knobs["most"], knobs["ahead"],
             ),
-            Plan(64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], knobs["ahead"], True, knobs["middle_lag"]),
+            Plan(
+                64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], knobs["ahead"], True,
+                knobs["middle_lag"],
+            ),
             Plan(128, knobs["columns"], 64, knobs["stages"], 8, 0, knobs["ahead"], True, knobs["lag"]),
         )  # fmt: skip
 

@@ -160,7 +160,7 @@ class Ring:
         """Call ``compute(step, slot)`` for every step, the operands of the next `stages` - 1 - `lag` being under way.
 
         `publish` is called by every thread before the barrier behind which others use what it copied. With `finish`, `compute`
-        only begins, and ``finish(lag)`` waits for all but the last `lag` of them; the next operands are asked for between the two.
+        only begins, and ``finish(lag)`` waits for all but the last `lag` of them; the next operands are asked for in between.
         `follow` is called between the first weights and rows.
         """
         ahead = self.stages - 1 - lag

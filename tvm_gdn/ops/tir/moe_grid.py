@@ -23,10 +23,10 @@ kernel's blocks begin), `sync()`, `before(buffer, lane)` (the sum of buffer[0] u
 warp), `of(buffer, lane)` (buffer[0] of another), `next(buffer, index)` (the number there, which becomes one more),
 `store_pair(buffer, index, values)` (two neighbours from an even column on), and
 
-- `product(plan, A, row_of, m, W, e, n, shift, sink, follow=False)`: rows row_of(0) to row_of(m - 1) of A times `plan.columns` columns of W[e]
-  and as many others (raw: rows from n on, and those `shift` further on; packed: both halves of groups from n on), given to
-  ``sink(r, c, first, second)``: of row r and columns c and c + 1, the pair of values of either half. With `follow` it calls
-  `follow` itself, before it reads A.
+- `product(plan, A, row_of, m, W, e, n, shift, sink, follow=False)`: rows row_of(0) to row_of(m - 1) of A times `plan.columns`
+  columns of W[e] and as many others (raw: rows from n on, and those `shift` further on; packed: both halves of groups from n
+  on), given to ``sink(r, c, first, second)``: of row r and columns c and c + 1, the pair of values of either half. With
+  `follow` it calls `follow` itself, before it reads A.
 
 Quantized weights: rows of x, and of h, are made int8 by a kernel of their own before either product, which then takes
 ``scales=(row scales, row sums, weight scales)``. The tiles object states `quantized`, `k_step` and `zero`, and supplies

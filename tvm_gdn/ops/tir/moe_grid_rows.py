@@ -84,7 +84,7 @@ class Sorted:
 
 @dataclass(frozen=True)
 class Seen:
-    """Few pairs, whose rows stand where the pairs do: a pair has a tile if it is its expert's first, or first of a full tile more."""
+    """Few pairs, whose rows stand where the pairs do: an expert's first pair has a tile, and the first behind each full tile."""
 
     ids: Any
     top_k: Any
