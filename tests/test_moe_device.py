@@ -14,10 +14,9 @@ import test_moe_route
 import torch
 from compilers import needs_cxx
 from test_moe_experts import BOUND, LIMIT, E, error, loop, make
-from tvm_gdn.schedules import gpu_moe
 
 import tvm_gdn
-from tvm_gdn import build, cases, check, dispatch, reference, schedule
+from tvm_gdn import build, cases, check, dispatch, load, pack, reference, schedule, torch_ops
 from tvm_gdn.errors import TargetError
 from tvm_gdn.ops import OPS
 from tvm_gdn.packed_experts import pack_experts
@@ -65,14 +64,23 @@ def test_numbers(on):
 
 
 @needs_cxx
-def test_products_of_four_warps(on, monkeypatch):
-    """Hopper's plans of 64 rows and of 128, from one kernel."""
-    usual = gpu_moe.ExpertsHopper.default.__func__
-    monkeypatch.setattr(
-        gpu_moe.ExpertsHopper, "default", classmethod(lambda cls, shape: {**usual(cls, shape), "most": 2, "more": 8})
-    )
-    on("cuda-sm90")
-    check_numbers(torch.bfloat16, False, 104, 72, (17, 70))
+@pytest.mark.parametrize("lag", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_products_of_four_warps(tmp_path, lag):
+    """Hopper's plans of 64 rows and of 128, from one kernel; the next product begun before the last is done, and not."""
+    spec, shape = geometry(D=104, I=72, ids="int64")
+    goal = resolve("emulated:cuda-sm90")
+    space, _ = schedule.find_space(spec.algorithm, goal)
+    knobs = {**space.default(shape), "most": 2, "more": 24, "lag": lag, "middle_lag": lag}
+    built = build.compile_kernel(build.Request(spec, shape, knobs), goal, tmp_path)
+    pack.write(tmp_path / "pack", goal, [], [built], build.build_launcher(tmp_path, goal))
+    stored = pack.read(tmp_path / "pack")
+    kernel = load.load_kernel(stored, stored.manifest.kernels[0])
+    call = torch_ops.call_function(spec, frozenset(shape.dtype), shape.axis, kernel)
+    for tokens in (17, 70):
+        x, w13, w2, weights, ids = make(tokens, torch.bfloat16, tokens, hidden=104, inner=72)
+        out = call(x, w13, w2, weights, ids)
+        assert error(out, loop(x, w13, w2, weights, ids)) < LIMIT[torch.bfloat16]
+        assert torch.equal(out, call(x, w13, w2, weights, ids))
 
 
 @needs_cxx

@@ -53,11 +53,14 @@ static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicA
 #ifndef TVM_GDN_INSIDE
 #define TVM_GDN_INSIDE(size, at, count)
 #endif
-// Copies that nobody waits for, without PTX: at once. The emulation makes them when a thread waits, so that reading too soon shows.
+// Copies, and products of four warps, that nobody waits for, without PTX: at once. The emulation makes them when a thread waits, so
+// that reading too soon, or writing over what is still read, shows.
 #ifndef TVM_GDN_DEFER
 #define TVM_GDN_DEFER(to, from, inside) (*(uint4*)(to) = (inside) ? *(const uint4*)(from) : make_uint4(0, 0, 0, 0), 0)
 #define TVM_GDN_GROUP() 0
 #define TVM_GDN_ARRIVE(left, all) 0
+#define TVM_GDN_LATER(product) product()
+#define TVM_GDN_FINISH(left) 0
 #endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
@@ -394,16 +397,16 @@ static __device__ __forceinline__ int tvm_gdn_wgmma_products(float (&sums)[N], c
 }
 template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_bf16(float (&sums)[N], const void* left, const void* right) {
-  return tvm_gdn_wgmma_products<tvm_gdn_half_of>(sums, left, right);
+  return TVM_GDN_LATER(([&sums, left, right] { return tvm_gdn_wgmma_products<tvm_gdn_half_of>(sums, left, right); }));
 }
 template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_f16(float (&sums)[N], const void* left, const void* right) {
-  return tvm_gdn_wgmma_products<tvm_gdn_fp16_of>(sums, left, right);
+  return TVM_GDN_LATER(([&sums, left, right] { return tvm_gdn_wgmma_products<tvm_gdn_fp16_of>(sums, left, right); }));
 }
 static __device__ __forceinline__ int tvm_gdn_wgmma_publish() { return 0; }
 template <int N>
-static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&)[N], int) {
-  return 0;
+static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&)[N], int left) {
+  return TVM_GDN_FINISH(left);
 }
 static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
 static __device__ __forceinline__ int tvm_gdn_copy_ahead(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
