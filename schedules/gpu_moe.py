@@ -95,7 +95,11 @@ class ExpertsHopper(ExpertsGpu):
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Of three plans (16, 64 and 128 rows): rows per expert where they meet, columns and stages."""
+        """Of plans of 16, 64 and twice 128 rows: rows per expert where they meet, columns and stages.
+
+        Of many rows memory is the limit up to `full` of them, and the last stage had better be on its way; products are beyond
+        that, and the next is begun before the last is done.
+        """
         if not cls._grouped(geometry):
             return super().knobs(geometry)
         return {
@@ -107,22 +111,20 @@ class ExpertsHopper(ExpertsGpu):
             "more": (0, 24, 32, 48, 64, 80, 96, 128, 192, 1 << 20),
             "middle_columns": (32, 64, 128),
             "middle_stages": (3, 4, 5, 6),
-            "middle_lag": (0, 1),
             "columns": (64, 128),
             "stages": (3, 4, 5),
-            "lag": (0, 1),
+            "full": (96, 128, 160, 192),
             "partial": cls._partial(geometry),
         }
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
-        """Two blocks of few rows to a multiprocessor, one of many."""
+        """Four blocks of few rows to a multiprocessor, two of the middle, one of many."""
         if not cls._grouped(geometry):
             return super().default(geometry)
         return {
-            "most": 0.25, "few_columns": 32, "few_depth": 128, "few_stages": 4, "more": 48, "middle_columns": 64,
-            "middle_stages": 4, "middle_lag": 0, "columns": 128, "stages": 4, "lag": 0, "ahead": False,
-            "partial": cls._partial(geometry)[0],
+            "most": 0.25, "few_columns": 16, "few_depth": 128, "few_stages": 4, "more": 48, "middle_columns": 64,
+            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 
     @classmethod
@@ -135,11 +137,9 @@ class ExpertsHopper(ExpertsGpu):
                 16, knobs["few_columns"], knobs["few_depth"], knobs["few_stages"], min(4, knobs["few_columns"] // 8),
                 knobs["most"], knobs["ahead"],
             ),
-            Plan(
-                64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], knobs["ahead"], True,
-                knobs["middle_lag"],
-            ),
-            Plan(128, knobs["columns"], 64, knobs["stages"], 8, 0, knobs["ahead"], True, knobs["lag"]),
+            Plan(64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], knobs["ahead"], grouped=True),
+            Plan(128, knobs["columns"], 64, knobs["stages"], 8, knobs["full"], knobs["ahead"], grouped=True),
+            Plan(128, knobs["columns"], 64, knobs["stages"], 8, 0, knobs["ahead"], grouped=True, lag=1),
         )  # fmt: skip
 
 

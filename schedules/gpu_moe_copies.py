@@ -35,7 +35,7 @@ class Rows:
         ``index(i, k, step)``: the indices of element k of row i in the tensor; inside of it for rows that are not there too.
         `step` numbers the pieces that a thread copies in a stage; None where it goes element by element.
     there : callable
-        ``there(i)``: whether row i is there.
+        ``there(i)``: whether row i is there; True where all rows of all stages are.
     aligned : bool or expression
         Whether all rows begin at multiples of 16 bytes.
     swizzled : bool
@@ -131,11 +131,12 @@ class Ring:
             i, k = index // across, index % across * lanes
 
             def piece(i: Expr = i, k: Expr = k, step: int = step) -> None:
-                inside = T.Bind(T.And(rows.there(i), first + k < rows.limit))
-                source = T.address_of(rows.buffer[rows.index(i, T.Select(first + k < rows.limit, first + k, 0), step)])
-                to = T.address_of(view[base + rows.place(i, k)])
+                there, at = rows.there(i), first + k
+                if rows.limit % rows.length:
+                    there, at = T.And(there, at < rows.limit), T.Select(at < rows.limit, at, 0)
+                source, to = T.address_of(rows.buffer[rows.index(i, at, step)]), T.address_of(view[base + rows.place(i, k)])
                 copy = "tvm_gdn_copy_ahead" if rows.ahead else "tvm_gdn_copy"
-                T.evaluate(T.call_extern("int32", copy, to, source, T.Cast("int32", inside)))
+                T.evaluate(T.call_extern("int32", copy, to, source, 1 if there is True else T.Cast("int32", there)))
 
             when(True if (step + 1) * self.threads <= total else index < total, piece)
 

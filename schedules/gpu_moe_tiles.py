@@ -223,25 +223,23 @@ class ExpertGridTiles(GridTiles):
             )
         lanes, last, C = 16 // SIZES[W.dtype], int(W.shape[1]) - 1, plan.columns
 
+        # Rows of the first half end where those of the second begin, or where the tensor does.
+        end = last + 1 if shift == C else shift
+        full = (last + 1) % (2 * C) == 0 if shift == C else shift % C == 0
+
         def row(i: Expr) -> Expr:
             return n + i % C + T.Select(i < C, 0, shift)
 
         def there(i: Expr) -> Expr:
-            # Rows of the first half end where those of the second begin, or where the tensor does.
-            return T.And(row(i) <= last, T.Or(i >= C, n + i < self._first_end(W, shift, C)))
+            return full or T.And(row(i) <= last, T.Or(i >= C, n + i < end))
 
         def index(i: Expr, k: Expr, _step: int | None) -> tuple[Expr, ...]:
-            return e, T.min(row(i), last), k
+            return e, row(i) if full else T.min(row(i), last), k
 
         fitting = int(W.shape[2]) % lanes == 0
         if fitting:
             fitting = T.Bind(aligned(W, 0, 0, 0, elements=lanes))
         return Rows(W, 2 * C, plan.depth, plan.depth + lanes, int(W.shape[2]), index, there, fitting, ahead=plan.ahead)
-
-    @staticmethod
-    def _first_end(W: Any, shift: int, C: int) -> int:
-        rows = int(W.shape[1])
-        return rows if shift == C else shift
 
     # One step.
     def _fragments(self, plan: Plan, ring: Ring, slot: Expr, sums: Any, row: Expr, column: Expr, m: Expr) -> None:

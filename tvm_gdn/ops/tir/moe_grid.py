@@ -7,7 +7,8 @@ tiles.
 
 1. sort: one block. Counts per expert by atomic additions, offsets by a scan, then the map of tiles: a tile has up to
    `plan.rows` rows of one expert. Where a pair stands among its expert's rows may change from run to run; its numbers do not.
-   Few pairs of the first plan are not sorted: blocks look for their rows in the ids (`moe_grid_rows.py`).
+   Few pairs of the first plan are not sorted: blocks look for their rows in the ids (`moe_grid_rows.py`). Of many pairs a
+   kernel of many blocks does the last part.
 2. gate and up: a block per tile and `plan.columns` columns of h. A thread holds the same columns of both products, so the SiLU
    product is the epilogue. Blocks of one tile are neighbours, then come the other tiles of that expert: a weight comes from
    memory once, and from the L2 cache for further tiles.
@@ -43,7 +44,17 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.moe_elements import magnitude, per_step, silu_product, step_of, to_int8
-from tvm_gdn.ops.tir.moe_grid_rows import MOST_EXPERTS, MOST_SEEN, Rows, Seen, Sorted, most_tiles, sort_macro
+from tvm_gdn.ops.tir.moe_grid_rows import (
+    MOST_ALONE,
+    MOST_EXPERTS,
+    MOST_SEEN,
+    Rows,
+    Seen,
+    Sorted,
+    arrange,
+    most_tiles,
+    sort_macro,
+)
 from tvm_gdn.spec import Geometry
 
 #: Choices of a token that are read before the first of them is added.
@@ -167,6 +178,8 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
                 topk_ids, T.Cast("int32", top_k), tokens * top_k, E, _most_tiles(tiles.plans, tokens * top_k, E),
                 _rows_of_tiles(tiles.plans, tokens * top_k, E), offsets, order, place, owner, start,
             )  # fmt: skip
+            if tokens * top_k > MOST_ALONE:
+                arrange(tiles, topk_ids, top_k, tokens * top_k, E, offsets, order, place)
             experts(tiles.plans, Sorted(offsets, order, place, owner, start, top_k, tokens * top_k, E))
 
     return kernel

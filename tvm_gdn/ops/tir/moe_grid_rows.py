@@ -18,6 +18,8 @@ MOST_EXPERTS = 8192
 BATCH = 4
 #: Pairs up to which blocks look for their rows themselves; their number takes half of an int32 there.
 MOST_SEEN = 128
+#: Pairs up to which the block that counts also puts them in order: stores all over memory are slow from one block.
+MOST_ALONE = 4096
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def sort_macro(tiles: Any) -> Any:
     """Macro ``sort(ids, k, pairs, E, limit, rows, offsets, order, place, owner, start)``, one block's work.
 
     Afterwards the pairs of expert e are ``order[offsets[e]:offsets[e + 1]]``; ``place[pair]`` is where a pair stands, -1 for
-    padding; tile i of `limit` has rows from ``start[i]`` on, of expert ``owner[i]`` (-1: no tile).
+    padding; tile i of `limit` has rows from ``start[i]`` on, of expert ``owner[i]`` (-1: no tile). With more than `MOST_ALONE`
+    pairs `place` is the place among the expert's own and `order` nothing: `arrange` goes on from there.
     """
     S, warp = tiles.sorters, tiles.warp
 
@@ -218,7 +221,7 @@ def sort_macro(tiles: Any) -> Any:
                     if i * S + lane < limit and i * S + lane >= T.Cast("int64", totals[1]):
                         owner[i * S + lane] = -1
                 tiles.sync()
-                for i in T.serial((pairs + S * BATCH - 1) // (S * BATCH)):
+                for i in T.serial(T.Select(pairs <= MOST_ALONE, (pairs + S * BATCH - 1) // (S * BATCH), T.int64(0))):
                     first = T.Cast("int32", i) * (S * BATCH) + lane
                     look(ids, k, pairs, E, first, chosen)
                     for b in T.unroll(BATCH):
@@ -229,3 +232,16 @@ def sort_macro(tiles: Any) -> Any:
                             order[ranks[b] + counts[chosen[b]]] = first + b * S
 
     return sort
+
+
+def arrange(tiles: Any, ids: Any, top_k: Any, pairs: Any, E: Any, offsets: Any, order: Any, place: Any) -> None:
+    """Put many pairs in order, a thread each, behind the sort."""
+    with tiles.blocks((pairs + (tiles.adders - 1)) // tiles.adders) as block, tiles.lanes(tiles.adders) as lane:
+        tiles.follow()
+        pair = T.Bind(T.Cast("int32", block) * tiles.adders + T.Cast("int32", lane))
+        with T.If(T.Cast("int64", pair) < pairs), T.Then():
+            rank, k = T.Bind(place[pair]), T.Cast("int32", top_k)
+            with T.If(rank >= 0), T.Then():
+                at = T.Bind(rank + offsets[ids[T.truncdiv(pair, k), T.truncmod(pair, k)]])
+                T.buffer_store(place, at, [pair])
+                T.buffer_store(order, pair, [at])
