@@ -16,6 +16,8 @@ class GridTiles(WarpTiles):
     """Blocks, threads, and what they do together."""
 
     grid = True
+    #: Whether a kernel's blocks may begin before the kernel ahead of it ends.
+    early = False
 
     def __init__(self) -> None:
         super().__init__(WARP)
@@ -32,6 +34,11 @@ class GridTiles(WarpTiles):
     def sync() -> None:
         """A barrier of the block."""
         T.evaluate(T.tvm_storage_sync("shared"))
+
+    def follow(self) -> None:
+        """What the kernels ahead of this one wrote is there from now on."""
+        if self.early:
+            T.evaluate(T.call_extern("int32", "tvm_gdn_follow"))
 
     @staticmethod
     def next(buffer: Any, index: Expr) -> Any:

@@ -20,6 +20,8 @@ class ExpertsGpu:
 
     #: Bytes of shared memory that a block may have.
     shared = 99 * 1024
+    #: Whether a kernel's blocks may begin before the kernel ahead of it ends, and ask for weights.
+    early = False
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
@@ -75,7 +77,9 @@ class ExpertsGpu:
         kind = IntegerGridTiles if geometry.attr.get("scheme") in ZERO else ExpertGridTiles
         if any(plan.grouped for plan in plans):
             kind = GroupGridTiles
-        return kind(geometry, plans, knobs["partial"])
+        tiles = kind(geometry, plans, knobs["partial"])
+        tiles.early = cls.early
+        return tiles
 
 
 @schedule("moe_experts", "cuda-sm90")
@@ -83,6 +87,7 @@ class ExpertsHopper(ExpertsGpu):
     """With 227 KiB of shared memory, which two blocks share by default; raw 16-bit weights by products of four warps."""
 
     shared = 227 * 1024
+    early = True
 
     @classmethod
     def _grouped(cls, geometry: Geometry) -> bool:
@@ -90,12 +95,16 @@ class ExpertsHopper(ExpertsGpu):
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Of three plans (16, 64 and 128 rows): rows per expert where they meet, columns and stages."""
+        """Of plans of 16, 64 and twice 128 rows: rows per expert where they meet, columns and stages.
+
+        Of many rows memory is the limit up to `full` of them, and the last stage had better be on its way; products are beyond
+        that, and the next is begun before the last is done.
+        """
         if not cls._grouped(geometry):
             return super().knobs(geometry)
         return {
             "most": (0, 0.25, 1, 2, 5, 10, 16),
-            "few_columns": (32, 64),
+            "few_columns": (16, 32, 64),
             "few_depth": (64, 128, 256, 512),
             "few_stages": (2, 3, 4, 5, 6, 8),
             "ahead": (False, True),
@@ -104,17 +113,18 @@ class ExpertsHopper(ExpertsGpu):
             "middle_stages": (3, 4, 5, 6),
             "columns": (64, 128),
             "stages": (3, 4, 5),
+            "full": (96, 128, 160, 192),
             "partial": cls._partial(geometry),
         }
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
-        """Two blocks of few rows to a multiprocessor, one of many."""
+        """Four blocks of few rows to a multiprocessor, two of the middle, one of many."""
         if not cls._grouped(geometry):
             return super().default(geometry)
         return {
-            "most": 0.25, "few_columns": 32, "few_depth": 128, "few_stages": 4, "more": 48, "middle_columns": 64,
-            "middle_stages": 4, "columns": 128, "stages": 4, "ahead": False, "partial": cls._partial(geometry)[0],
+            "most": 0.25, "few_columns": 16, "few_depth": 128, "few_stages": 4, "more": 48, "middle_columns": 64,
+            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 
     @classmethod
@@ -123,10 +133,14 @@ class ExpertsHopper(ExpertsGpu):
         if not cls._grouped(geometry):
             return super().plans(geometry, **knobs)
         return (
-            Plan(16, knobs["few_columns"], knobs["few_depth"], knobs["few_stages"], 4, knobs["most"], knobs["ahead"]),
+            Plan(
+                16, knobs["few_columns"], knobs["few_depth"], knobs["few_stages"], min(4, knobs["few_columns"] // 8),
+                knobs["most"], knobs["ahead"],
+            ),
             Plan(64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], knobs["ahead"], grouped=True),
-            Plan(128, knobs["columns"], 64, knobs["stages"], 8, 0, knobs["ahead"], grouped=True),
-        )
+            Plan(128, knobs["columns"], 64, knobs["stages"], 8, knobs["full"], knobs["ahead"], grouped=True),
+            Plan(128, knobs["columns"], 64, knobs["stages"], 8, 0, knobs["ahead"], grouped=True, lag=1),
+        )  # fmt: skip
 
 
 @schedule("moe_experts", "musa")

@@ -35,7 +35,7 @@ class Rows:
         ``index(i, k, step)``: the indices of element k of row i in the tensor; inside of it for rows that are not there too.
         `step` numbers the pieces that a thread copies in a stage; None where it goes element by element.
     there : callable
-        ``there(i)``: whether row i is there.
+        ``there(i)``: whether row i is there; True where all rows of all stages are.
     aligned : bool or expression
         Whether all rows begin at multiples of 16 bytes.
     swizzled : bool
@@ -103,9 +103,10 @@ class Ring:
         view, before, stage = self.views[number]
         return view, before + self.skip // SIZES[view.dtype] + slot * stage
 
-    def fetch(self, step: Expr, slot: Expr) -> None:
-        """Ask for the operands of a step: weights first, which take longest and whose place is known first."""
-        for number, rows in reversed(tuple(enumerate(self.operands))):
+    def fetch(self, step: Expr, slot: Expr, numbers: tuple[int, ...] = (1, 0)) -> None:
+        """Ask for operands of a step: weights first, which take longest and whose place is known first."""
+        for number in numbers:
+            rows = self.operands[number]
             view, base = self.at(number, slot)
             first = T.Bind(T.Cast("int32", step) * rows.length)
 
@@ -130,11 +131,12 @@ class Ring:
             i, k = index // across, index % across * lanes
 
             def piece(i: Expr = i, k: Expr = k, step: int = step) -> None:
-                inside = T.Bind(T.And(rows.there(i), first + k < rows.limit))
-                source = T.address_of(rows.buffer[rows.index(i, T.Select(first + k < rows.limit, first + k, 0), step)])
-                to = T.address_of(view[base + rows.place(i, k)])
+                there, at = rows.there(i), first + k
+                if rows.limit % rows.length:
+                    there, at = T.And(there, at < rows.limit), T.Select(at < rows.limit, at, 0)
+                source, to = T.address_of(rows.buffer[rows.index(i, at, step)]), T.address_of(view[base + rows.place(i, k)])
                 copy = "tvm_gdn_copy_ahead" if rows.ahead else "tvm_gdn_copy"
-                T.evaluate(T.call_extern("int32", copy, to, source, T.Cast("int32", inside)))
+                T.evaluate(T.call_extern("int32", copy, to, source, 1 if there is True else T.Cast("int32", there)))
 
             when(True if (step + 1) * self.threads <= total else index < total, piece)
 
@@ -154,17 +156,22 @@ class Ring:
 
     def run(
         self, steps: int, compute: Callable[[Expr, Expr], None], *, publish: Callable[[], None] | None = None,
-        finish: Callable[[], None] | None = None,
+        finish: Callable[[int], None] | None = None, lag: int = 0, follow: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        """Call ``compute(step, slot)`` for every step, the operands of the next `stages` - 1 being under way.
+        """Call ``compute(step, slot)`` for every step, the operands of the next `stages` - 1 - `lag` being under way.
 
         `publish` is called by every thread before the barrier behind which others use what it copied. With `finish`, `compute`
-        only begins: the next operands are asked for before it is called.
+        only begins, and ``finish(lag)`` waits for all but the last `lag` of them; the next operands are asked for in between.
+        `follow` is called between the first weights and rows.
         """
-        ahead = self.stages - 1
+        ahead = self.stages - 1 - lag
+        if follow:
+            for step in range(min(ahead, steps)):
+                self.fetch(step, step, (1,))
+            follow()
         for step in range(ahead):
             if step < steps:
-                self.fetch(step, step)
+                self.fetch(step, step, (0,) if follow else (1, 0))
             T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
         with T.serial(steps) as step:
             T.evaluate(T.call_extern("int32", "tvm_gdn_arrived", ahead - 1))
@@ -174,11 +181,13 @@ class Ring:
             number, slot = T.Cast("int32", step), T.Bind(T.Cast("int32", step % self.stages))
             if finish:
                 compute(number, slot)
-            # The barrier also says that all threads are done with the step before, whose stage is filled now.
+            # The barrier also says that all threads are done with the step whose stage is filled now.
             with T.If(step + ahead < steps), T.Then():
                 self.fetch(step + ahead, T.Bind((step + ahead) % self.stages))
             T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
             if finish:
-                finish()
+                finish(lag)
             else:
                 compute(number, slot)
+        if finish and lag:
+            finish(0)

@@ -24,11 +24,11 @@ class GroupGridTiles(ExpertGridTiles):
 
     def product(
         self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr, W: Any, e: Expr, n: Expr, shift: int,
-        sink: Callable[..., None],
+        sink: Callable[..., None], *, follow: bool = False,
     ) -> None:  # fmt: skip
         """Rows of A times columns of W[e], to the sink."""
         if not plan.grouped:
-            super().product(plan, A, row_of, m, W, e, n, shift, sink)
+            super().product(plan, A, row_of, m, W, e, n, shift, sink, follow=follow)
             return
         left, right = (
             replace(rows, stride=plan.depth, swizzled=True)
@@ -49,7 +49,8 @@ class GroupGridTiles(ExpertGridTiles):
         ring.run(
             -(-int(A.shape[1]) // plan.depth), begin,
             publish=lambda: T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_publish")),
-            finish=lambda: T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_finish", sums.data)),
+            finish=lambda left: T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_finish", sums.data, left)),
+            lag=plan.lag, follow=self.follow if follow else None,
         )  # fmt: skip
 
         lane = T.Cast("int32", self.lane)

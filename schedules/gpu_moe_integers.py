@@ -34,7 +34,7 @@ class IntegerGridTiles(ExpertGridTiles):
 
     def product(
         self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr, W: Any, e: Expr, n: Expr, shift: int,
-        sink: Callable[..., None], *, scales: tuple[Any, Any, Any],
+        sink: Callable[..., None], *, scales: tuple[Any, Any, Any], follow: bool = False,
     ) -> None:  # fmt: skip
         """Rows of A times columns of W[e], in what they stand for, to the sink."""
         row_scale, row_sums, scale = scales
@@ -42,7 +42,7 @@ class IntegerGridTiles(ExpertGridTiles):
         ring = Ring(self.lane, plan.threads, plan.stages, (self._left(plan, A, row_of, m), self._right(plan, W, e, n, shift)))
         row, column = self._place(plan)
         whole = self._zeros(plan, "int32")
-        steps = -(-int(A.shape[1]) // plan.depth)
+        steps, wait = -(-int(A.shape[1]) // plan.depth), self.follow if follow else None
 
         def scaled(at: int, r: Expr, half: int, c: Expr, group: Expr) -> Expr:
             """A sum of whole numbers, in what it stands for but for its row's scale."""
@@ -52,7 +52,7 @@ class IntegerGridTiles(ExpertGridTiles):
             return T.Cast("float32", whole[at] - sums) * T.Cast("float32", scale[of])
 
         if groups == 1:
-            ring.run(steps, lambda _step, slot: self._fragments(plan, ring, slot, whole, row, column, m))
+            ring.run(steps, lambda _step, slot: self._fragments(plan, ring, slot, whole, row, column, m), follow=wait)
 
             def value(at: int, r: Expr, half: int, c: Expr) -> Expr:
                 return scaled(at, r, half, c, 0) * row_scale[row_of(r)]
@@ -79,7 +79,7 @@ class IntegerGridTiles(ExpertGridTiles):
 
                     when(T.And(group < groups, row * BLOCK < m), body)
 
-            ring.run(steps, grouped)
+            ring.run(steps, grouped, follow=wait)
 
             def value(at: int, r: Expr, half: int, c: Expr) -> Expr:
                 return total[at] * row_scale[row_of(r)]

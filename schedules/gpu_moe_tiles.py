@@ -49,6 +49,8 @@ class Plan:
         Whether weights are asked for in 256 bytes by the cache.
     grouped : bool
         Whether four warps multiply together: 64 rows, and all columns; a stage has 128 bytes of each.
+    lag : int
+        Such products that are still under way when the next begins: 0 or 1.
     """
 
     rows: int
@@ -59,6 +61,7 @@ class Plan:
     most: float = 0
     ahead: bool = False
     grouped: bool = False
+    lag: int = 0
 
     @property
     def threads(self) -> int:
@@ -127,7 +130,7 @@ class ExpertGridTiles(GridTiles):
 
     def product(
         self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr, W: Any, e: Expr, n: Expr, shift: int,
-        sink: Callable[..., None],
+        sink: Callable[..., None], *, follow: bool = False,
     ) -> None:  # fmt: skip
         """Rows of A times columns of W[e], to the sink."""
         left, right = self._left(plan, A, row_of, m), self._right(plan, W, e, n, shift)
@@ -135,7 +138,10 @@ class ExpertGridTiles(GridTiles):
         row, column = self._place(plan)
         sums = self._zeros(plan, "float32")
         compute = self._fragments if self.unit else self._elements
-        ring.run(-(-int(A.shape[1]) // plan.depth), lambda _step, slot: compute(plan, ring, slot, sums, row, column, m))
+        ring.run(
+            -(-int(A.shape[1]) // plan.depth), lambda _step, slot: compute(plan, ring, slot, sums, row, column, m),
+            follow=self.follow if follow else None,
+        )  # fmt: skip
         self._finish(plan, row, column, m, lambda at, _r, _half, _c: sums[at], sink)
 
     def _place(self, plan: Plan) -> tuple[Expr, Expr]:
@@ -217,25 +223,23 @@ class ExpertGridTiles(GridTiles):
             )
         lanes, last, C = 16 // SIZES[W.dtype], int(W.shape[1]) - 1, plan.columns
 
+        # Rows of the first half end where those of the second begin, or where the tensor does.
+        end = last + 1 if shift == C else shift
+        full = (last + 1) % (2 * C) == 0 if shift == C else shift % C == 0
+
         def row(i: Expr) -> Expr:
             return n + i % C + T.Select(i < C, 0, shift)
 
         def there(i: Expr) -> Expr:
-            # Rows of the first half end where those of the second begin, or where the tensor does.
-            return T.And(row(i) <= last, T.Or(i >= C, n + i < self._first_end(W, shift, C)))
+            return full or T.And(row(i) <= last, T.Or(i >= C, n + i < end))
 
         def index(i: Expr, k: Expr, _step: int | None) -> tuple[Expr, ...]:
-            return e, T.min(row(i), last), k
+            return e, row(i) if full else T.min(row(i), last), k
 
         fitting = int(W.shape[2]) % lanes == 0
         if fitting:
             fitting = T.Bind(aligned(W, 0, 0, 0, elements=lanes))
         return Rows(W, 2 * C, plan.depth, plan.depth + lanes, int(W.shape[2]), index, there, fitting, ahead=plan.ahead)
-
-    @staticmethod
-    def _first_end(W: Any, shift: int, C: int) -> int:
-        rows = int(W.shape[1])
-        return rows if shift == C else shift
 
     # One step.
     def _fragments(self, plan: Plan, ring: Ring, slot: Expr, sums: Any, row: Expr, column: Expr, m: Expr) -> None:

@@ -1,6 +1,6 @@
 """Times the experts next to torch's grouped_mm and SGLang's fused_moe on a CUDA device.
 
-    python tools/device_experts.py OUT.json [--models qwen3-next qwen3-moe] [--tokens 1 16 128 1024 4096]
+    python tools/device_experts.py OUT.json [--models qwen3-next qwen3-moe] [--tokens 1 16 128] [--schemes bf16 int8 int4]
 
 Captured graphs and eager calls, in interleaved rounds of one process, each contender's error to the float64 reference beside its
 time, and the floor: bytes of the touched weights at a copy's bandwidth, or the products at the device's peak (``--tflops``). Few
@@ -15,6 +15,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tvm_gdn import dispatch, reference
 from tvm_gdn.bench import contenders, device, layers, machine
 from tvm_gdn.bench.side_by_side import InTurn
 from tvm_gdn.bench.timing import ratio
+from tvm_gdn.packed_experts import STEP
 
 SECONDS = 0.3
 #: Tokens whose outputs are compared with the reference, and tokens up to which the routing changes from call to call.
@@ -38,10 +40,10 @@ def raw(w13: torch.Tensor, w2: torch.Tensor) -> Run:
     return lambda x, share, ids: tvm_gdn.fused_experts(x, w13, w2, share, ids)
 
 
-def packed(w13: torch.Tensor, w2: torch.Tensor) -> Run:
+def packed(scheme: str, w13: torch.Tensor, w2: torch.Tensor) -> Run:
     """Ours, on packed weights."""
-    pack = tvm_gdn.pack_experts(w13.cpu(), w2.cpu(), "bf16")
-    pack = replace(pack, w13=pack.w13.to(w13.device), w2=pack.w2.to(w13.device))
+    pack = tvm_gdn.pack_experts(w13.cpu(), w2.cpu(), scheme)
+    pack = replace(pack, **{name: tensor.to(w13.device) for name, tensor in pack.tensors().items() if tensor is not None})
     return lambda x, share, ids: tvm_gdn.fused_experts(x, pack, topk_weights=share, topk_ids=ids)
 
 
@@ -79,7 +81,7 @@ def sglang(w13: torch.Tensor, w2: torch.Tensor) -> Run:
     raise RuntimeError("; ".join(errors))
 
 
-CONTENDERS = {"tvm_gdn": raw, "tvm_gdn packed": packed, "grouped_mm": grouped_mm, "sglang": sglang}
+CONTENDERS = {"tvm_gdn": raw, "grouped_mm": grouped_mm, "sglang": sglang}
 
 
 def measure(
@@ -129,7 +131,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["qwen3-next", "qwen3-moe"], choices=sorted(layers.MODELS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 1024, 4096])
     parser.add_argument("--tflops", type=float, default=790.0, help="products' peak of the device, bf16")
+    parser.add_argument("--schemes", nargs="*", default=["bf16"], choices=sorted(STEP), help="packs to time as well")
     args = parser.parse_args()
+    makers = CONTENDERS | {f"tvm_gdn {scheme}": partial(packed, scheme) for scheme in args.schemes}
 
     rows = []
     for model in args.models:
@@ -139,7 +143,7 @@ def main() -> None:
             for shape in ((sizes["E"], 2 * sizes["I"], sizes["D"]), (sizes["E"], sizes["D"], sizes["I"]))
         )
         runs, missing = {}, {}
-        for name, make in CONTENDERS.items():
+        for name, make in makers.items():
             try:
                 runs[name] = make(*weights)
             except Exception as error:

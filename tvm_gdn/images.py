@@ -42,6 +42,8 @@ _MACHINES = {
 }
 #: Functions that device code calls by name.
 FUNCTIONS = "device_functions.h"
+#: The one of them by which a kernel waits for those ahead of it.
+FOLLOW = "tvm_gdn_follow"
 #: What runs device code on a CPU.
 EMULATION = "device_emulation.h"
 _CXX = ("c++", "g++", "clang++")
@@ -52,7 +54,7 @@ DISABLED_PASSES = ["s_tir.ThreadSync", "s_tir.CompactBufferAllocation"]
 
 @dataclass(frozen=True)
 class DeviceCode:
-    """Host library, image, and one line per kernel: name, parameter letters, launch dimensions."""
+    """Host library, image, and one line per kernel: name, parameter letters, launch dimensions, + if it may begin early."""
 
     library: Path
     image: Path
@@ -163,7 +165,9 @@ def _line(function: Any) -> str:
     tags = [_TAGS.get(str(tag)) for tag in function.attrs["tirx.kernel_launch_params"]]
     if None in tags:
         raise BuildError(f"launch parameters {list(function.attrs['tirx.kernel_launch_params'])} are not known to the launcher")
-    return f"{function.attrs['global_symbol']} {''.join(letters) or '-'} {''.join(map(str, tags))}"
+    # A kernel that waits for those ahead of it itself may begin before they end.
+    early = "+" if f'"{FOLLOW}"' in function.script() else ""
+    return f"{function.attrs['global_symbol']} {''.join(letters) or '-'} {''.join(map(str, tags))}{early}"
 
 
 def _capture_objects(target: TargetSpec) -> list[bytes]:

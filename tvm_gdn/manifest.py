@@ -20,7 +20,7 @@ T = TypeVar("T")
 _FILE = re.compile(r"\w[\w.+-]*", re.ASCII)
 _SYMBOL = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_KERNEL = re.compile(r"[A-Za-z_]\w{0,254} ([plisbfd]{1,128}|-) [0-6]{0,7}", re.ASCII)
+_KERNEL = re.compile(r"[A-Za-z_]\w{0,254} ([plisbfd]{1,128}|-) [0-6]{0,7}[+]?", re.ASCII)
 _SOURCE = re.compile(r"\w+-\w+", re.ASCII)
 _KINDS = {str: "text", int: "a whole number", list: "a list", dict: "a table"}
 

@@ -34,6 +34,14 @@ static __device__ __forceinline__ int tvm_gdn_move_4(void* to, const void* from)
   return 0;
 }
 
+// Waits until what the kernels ahead of this one wrote is there, where blocks may begin before that; then the next kernel's may.
+static __device__ __forceinline__ int tvm_gdn_follow() {
+#if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" : : : "memory");
+#endif
+  return 0;
+}
+
 // What stands at an address, which becomes one more.
 static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicAdd(number, 1); }
 
@@ -45,11 +53,14 @@ static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicA
 #ifndef TVM_GDN_INSIDE
 #define TVM_GDN_INSIDE(size, at, count)
 #endif
-// Copies that nobody waits for, without PTX: at once. The emulation makes them when a thread waits, so that reading too soon shows.
+// Copies, and products of four warps, that nobody waits for, without PTX: at once. The emulation makes them when a thread waits, so
+// that reading too soon, or writing over what is still read, shows.
 #ifndef TVM_GDN_DEFER
 #define TVM_GDN_DEFER(to, from, inside) (*(uint4*)(to) = (inside) ? *(const uint4*)(from) : make_uint4(0, 0, 0, 0), 0)
 #define TVM_GDN_GROUP() 0
 #define TVM_GDN_ARRIVE(left, all) 0
+#define TVM_GDN_LATER(product) product()
+#define TVM_GDN_FINISH(left) 0
 #endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
@@ -152,7 +163,8 @@ static __device__ __forceinline__ int tvm_gdn_mma_bytes(int (&sums)[NC], int at_
 }
 // Four warps multiply 64 rows of 64 16-bit numbers with as many rows as a thread has sums times two; both tiles lie in shared memory
 // at multiples of 1024 bytes, in rows of 128 bytes whose 16-byte pieces change places by the row's number. `publish`: what this
-// thread wrote is there for the matrix unit behind the next barrier. `finish` waits; until then the sums are not to be read.
+// thread wrote is there for the matrix unit behind the next barrier. `finish` waits for all products but the last `left` (0 or 1);
+// until all are done the sums are not to be read.
 #define TVM_GDN_R32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define TVM_GDN_R64 TVM_GDN_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define TVM_GDN_R128 TVM_GDN_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
@@ -194,8 +206,9 @@ static __device__ __forceinline__ int tvm_gdn_wgmma_publish() {
   return 0;
 }
 template <int N>
-static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&c)[N]) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory");
+static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&c)[N], int left) {
+  if (left == 0) asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory");
+  else asm volatile("wgmma.wait_group.sync.aligned 1;" : : : "memory");
   tvm_gdn_wgmma_hold(c);
   return 0;
 }
@@ -384,16 +397,16 @@ static __device__ __forceinline__ int tvm_gdn_wgmma_products(float (&sums)[N], c
 }
 template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_bf16(float (&sums)[N], const void* left, const void* right) {
-  return tvm_gdn_wgmma_products<tvm_gdn_half_of>(sums, left, right);
+  return TVM_GDN_LATER(([&sums, left, right] { return tvm_gdn_wgmma_products<tvm_gdn_half_of>(sums, left, right); }));
 }
 template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_f16(float (&sums)[N], const void* left, const void* right) {
-  return tvm_gdn_wgmma_products<tvm_gdn_fp16_of>(sums, left, right);
+  return TVM_GDN_LATER(([&sums, left, right] { return tvm_gdn_wgmma_products<tvm_gdn_fp16_of>(sums, left, right); }));
 }
 static __device__ __forceinline__ int tvm_gdn_wgmma_publish() { return 0; }
 template <int N>
-static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&)[N]) {
-  return 0;
+static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&)[N], int left) {
+  return TVM_GDN_FINISH(left);
 }
 static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
 static __device__ __forceinline__ int tvm_gdn_copy_ahead(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }

@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_DEVICES = 64, MAX_PARAMETERS = 128, DIMS = 6, ATTRIBUTE_DYNAMIC_SHARED = 8, CAPTURE_RELAXED = 2, DEFAULT_SHARED = 49152 };
+enum { MAX_DEVICES = 64, MAX_PARAMETERS = 128, DIMS = 6, ATTRIBUTE_DYNAMIC_SHARED = 8, CAPTURE_RELAXED = 2, DEFAULT_SHARED = 49152, LAUNCH_EARLY = 6 };
 
 /* The parts of tvm_ffi's C ABI that are used; defined by libtvm_ffi, which is loaded already. */
 typedef struct {
@@ -30,6 +30,17 @@ extern int TVMFFIFunctionCreate(void* self, int (*call)(void*, const Any*, int32
 extern void* TVMFFIEnvGetStream(int32_t device_type, int32_t device_id);
 extern void TVMFFIErrorSetRaisedFromCStr(const char* kind, const char* message);
 
+/* What cuLaunchKernelEx takes. */
+typedef struct {
+  int id, padding, value[16];
+} Attribute;
+typedef struct {
+  unsigned dims[6], shared;
+  void* stream;
+  Attribute* attributes;
+  unsigned count;
+} Launch;
+
 typedef struct {
   int (*init)(unsigned);
   int (*device_get)(int*, int);
@@ -42,6 +53,7 @@ typedef struct {
   int (*attribute)(void*, int, int);
   int (*exchange_capture)(int*);
   int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+  int (*launch_with)(const Launch*, void*, void**, void**);
   int (*error_name)(int, const char**);
 } Driver;
 
@@ -54,6 +66,7 @@ typedef struct Kernel {
   int count;
   int tags[DIMS + 1]; /* which launch dimension each extra argument is; DIMS = bytes of dynamic shared memory */
   int tag_count;
+  int early; /* may begin before the kernel ahead of it ends: it waits itself */
   void* handle; /* tvm_ffi function */
   void* functions[MAX_DEVICES];
   int shared[MAX_DEVICES];
@@ -150,10 +163,16 @@ static int on_launch(void* self, const Any* args, int32_t count, Any* result) {
     status = driver->attribute(kernel->functions[id], ATTRIBUTE_DYNAMIC_SHARED, bytes);
     if (!status) kernel->shared[id] = bytes;
   }
-  if (!status)
+  void* stream = TVMFFIEnvGetStream(device_type, id);
+  if (!status && kernel->early && driver->launch_with) {
+    Attribute early = {.id = LAUNCH_EARLY, .value = {1}};
+    Launch config = {.shared = (unsigned)bytes, .stream = stream, .attributes = &early, .count = 1};
+    for (int n = 0; n < DIMS; ++n) config.dims[n] = (unsigned)dims[n];
+    status = driver->launch_with(&config, kernel->functions[id], parameters, 0);
+  } else if (!status) {
     status = driver->launch(kernel->functions[id], (unsigned)dims[0], (unsigned)dims[1], (unsigned)dims[2], (unsigned)dims[3],
-                            (unsigned)dims[4], (unsigned)dims[5], (unsigned)bytes, TVMFFIEnvGetStream(device_type, id),
-                            parameters, 0);
+                            (unsigned)dims[4], (unsigned)dims[5], (unsigned)bytes, stream, parameters, 0);
+  }
   if (foreign) driver->context_pop(&popped);
   return status ? raise_error(image, "launching", kernel->name, status) : 0;
 }
@@ -191,7 +210,7 @@ static void* symbol(void* driver, const char* prefix, const char* name) {
   return dlsym(driver, text);
 }
 
-/* One line of the table: name, a letter per parameter (or -), launch dimensions 0 to 6 of the further arguments. */
+/* One line of the table: name, a letter per parameter (or -), launch dimensions 0 to 6 of the further arguments, + for "early". */
 static Kernel* parse(Image* image, const char* line) {
   static const char letters[] = "plisbfd";
   char tags[16] = "";
@@ -200,7 +219,8 @@ static Kernel* parse(Image* image, const char* line) {
   if (sscanf(line, "%255s %128s %15s", kernel->name, kernel->parameters, tags) != 3) return free(kernel), (Kernel*)0;
   if (!strcmp(kernel->parameters, "-")) kernel->parameters[0] = 0;
   kernel->count = (int)strlen(kernel->parameters);
-  kernel->tag_count = (int)strlen(tags);
+  kernel->tag_count = (int)strcspn(tags, "+");
+  kernel->early = tags[kernel->tag_count] == '+';
   int sound = kernel->tag_count <= DIMS + 1 && strspn(kernel->parameters, letters) == (size_t)kernel->count;
   for (int n = 0; sound && n < kernel->tag_count; ++n) {
     kernel->tags[n] = tags[n] - '0';
@@ -259,6 +279,8 @@ const char* tvm_gdn_device_open(void* library, const char* file, const char* pre
   /* HIP's takes a host function, not a module's; its devices give a block all the shared memory there is without asking. */
   address = load ? 0 : symbol(driver, prefix, "FuncSetAttribute");
   memcpy(&found->attribute, &address, sizeof address);
+  address = symbol(driver, prefix, "LaunchKernelEx");
+  memcpy(&found->launch_with, &address, sizeof address);
   address = symbol(driver, prefix, "ThreadExchangeStreamCaptureMode");
   memcpy(&found->exchange_capture, &address, sizeof address);
   char* copy = strdup(table);

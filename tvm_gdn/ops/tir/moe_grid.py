@@ -7,6 +7,8 @@ tiles.
 
 1. sort: one block. Counts per expert by atomic additions, offsets by a scan, then the map of tiles: a tile has up to
    `plan.rows` rows of one expert. Where a pair stands among its expert's rows may change from run to run; its numbers do not.
+   Few pairs of the first plan are not sorted: blocks look for their rows in the ids (`moe_grid_rows.py`). Of many pairs a
+   kernel of many blocks does the last part.
 2. gate and up: a block per tile and `plan.columns` columns of h. A thread holds the same columns of both products, so the SiLU
    product is the epilogue. Blocks of one tile are neighbours, then come the other tiles of that expert: a weight comes from
    memory once, and from the L2 cache for further tiles.
@@ -17,13 +19,15 @@ No two blocks write to one place and every sum has a fixed order: results are de
 
 How a target plugs in. Its tiles object states `plans` (the last one for all that is more), `sorters` and `adders` (threads of
 those blocks, multiples of `warp`, at most `warp` squared), `warp` and `partial` (dtype of rows to be summed), and supplies
-`blocks(count)`, `lanes(threads)`, `enter(lane)`, `sync()`, `before(buffer, lane)` (the sum of buffer[0] up to this thread of a
+`blocks(count)`, `lanes(threads)`, `enter(lane)`, `follow()` (what earlier kernels wrote is there; only then may the next
+kernel's blocks begin), `sync()`, `before(buffer, lane)` (the sum of buffer[0] up to this thread of a
 warp), `of(buffer, lane)` (buffer[0] of another), `next(buffer, index)` (the number there, which becomes one more),
 `store_pair(buffer, index, values)` (two neighbours from an even column on), and
 
-- `product(plan, A, row_of, m, W, e, n, shift, sink)`: rows row_of(0) to row_of(m - 1) of A times `plan.columns` columns of W[e]
-  and as many others (raw: rows from n on, and those `shift` further on; packed: both halves of groups from n on), given to
-  ``sink(r, c, first, second)``: of row r and columns c and c + 1, the pair of values of either half.
+- `product(plan, A, row_of, m, W, e, n, shift, sink, follow=False)`: rows row_of(0) to row_of(m - 1) of A times `plan.columns`
+  columns of W[e] and as many others (raw: rows from n on, and those `shift` further on; packed: both halves of groups from n
+  on), given to ``sink(r, c, first, second)``: of row r and columns c and c + 1, the pair of values of either half. With
+  `follow` it calls `follow` itself, before it reads A.
 
 Quantized weights: rows of x, and of h, are made int8 by a kernel of their own before either product, which then takes
 ``scales=(row scales, row sums, weight scales)``. The tiles object states `quantized`, `k_step` and `zero`, and supplies
@@ -40,12 +44,18 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.moe_elements import magnitude, per_step, silu_product, step_of, to_int8
+from tvm_gdn.ops.tir.moe_grid_rows import (
+    MOST_ALONE,
+    MOST_EXPERTS,
+    MOST_SEEN,
+    Rows,
+    Seen,
+    Sorted,
+    arrange,
+    most_tiles,
+    sort_macro,
+)
 from tvm_gdn.spec import Geometry
-
-#: Experts that a sort has room to count, in the 48 KiB of shared memory that every kernel may have.
-MOST_EXPERTS = 8192
-#: Pairs whose experts a thread of the sort asks for at once.
-BATCH = 4
 
 #: Choices of a token that are read before the first of them is added.
 AT_ONCE = 4
@@ -56,19 +66,6 @@ ALIGNED = 16
 
 def _padded(n: int) -> int:
     return -(-n // ALIGNED) * ALIGNED
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the sort leaves, and the sizes of a call."""
-
-    offsets: Any
-    order: Any
-    owner: Any
-    start: Any
-    top_k: Any
-    pairs: Any
-    experts: Any
 
 
 @dataclass(frozen=True)
@@ -84,106 +81,6 @@ class Sizes:
         if self.packed:
             return (n * (columns // 16) + c // 16) * 32 + half * 16 + c % 16
         return (n * 2 + half) * columns + c
-
-
-def sort_macro(tiles: Any) -> Any:
-    """Macro ``sort(ids, k, pairs, E, limit, rows, offsets, order, place, owner, start)``, one block's work.
-
-    Afterwards the pairs of expert e are ``order[offsets[e]:offsets[e + 1]]``; ``place[pair]`` is where a pair stands, -1 for
-    padding; tile i of `limit` has rows from ``start[i]`` on, of expert ``owner[i]`` (-1: no tile).
-    """
-    S, warp = tiles.sorters, tiles.warp
-
-    @T.inline
-    def scan(sums, both, totals, lane):
-        """Sums of two numbers over the threads before this one, in place, and over all of the block's."""
-        one = T.alloc_buffer((1,), "int32", scope="local")
-        for which in T.unroll(2):
-            one[0] = both[which]
-            tiles.before(one, lane % warp)
-            both[which] = one[0] - both[which]
-            if lane % warp == warp - 1:
-                sums[which * (S // warp) + lane // warp] = one[0]
-        tiles.sync()
-        for which in T.unroll(2):
-            one[0] = T.Select(lane % warp < S // warp, sums[which * (S // warp) + T.min(lane % warp, S // warp - 1)], 0)
-            tiles.before(one, lane % warp)
-            totals[which] = tiles.of(one, warp - 1)
-            one[0] = tiles.of(one, T.max(lane // warp - 1, 0))
-            both[which] = both[which] + T.Select(lane >= warp, one[0], 0)
-
-    @T.inline
-    def look(ids, k, pairs, E, first, chosen):
-        """Experts of BATCH pairs, S apart: all are asked for before one is needed. -1: padding, or no pair."""
-        for b in T.unroll(BATCH):
-            pair = T.min(first + b * S, T.Cast("int32", pairs) - 1)
-            e = T.Cast("int64", ids[T.truncdiv(pair, k), T.truncmod(pair, k)])
-            there = T.And(T.Cast("int64", first + b * S) < pairs, T.And(e >= 0, e < E))
-            chosen[b] = T.Select(there, T.Cast("int32", e), T.int32(-1))
-
-    @T.inline
-    def sort(ids, k, pairs, E, limit, rows, offsets, order, place, owner, start):
-        for _ in tiles.blocks(T.int64(1)):
-            for lane in tiles.lanes(S):
-                tiles.enter(lane)
-                counts = T.alloc_buffer((MOST_EXPERTS,), "int32", scope="shared")
-                sums = T.alloc_buffer((2 * S // warp,), "int32", scope="shared")
-                both = T.alloc_buffer((2,), "int32", scope="local")
-                totals = T.alloc_buffer((2,), "int32", scope="local")
-                chosen = T.alloc_buffer((BATCH,), "int32", scope="local")
-                ranks = T.alloc_buffer((BATCH,), "int32", scope="local")
-                for i in T.serial((E + S - 1) // S):
-                    if i * S + lane < E:
-                        counts[i * S + lane] = 0
-                tiles.sync()
-                for i in T.serial((pairs + S * BATCH - 1) // (S * BATCH)):
-                    first = T.Cast("int32", i) * (S * BATCH) + lane
-                    look(ids, k, pairs, E, first, chosen)
-                    for b in T.unroll(BATCH):
-                        ranks[b] = -1
-                        if chosen[b] >= 0:
-                            ranks[b] = tiles.next(counts, chosen[b])
-                    for b in T.unroll(BATCH):
-                        if T.Cast("int64", first + b * S) < pairs:
-                            place[first + b * S] = ranks[b]
-                tiles.sync()
-                # Every thread has a run of experts.
-                both[0] = 0
-                both[1] = 0
-                for i in T.serial((E + S - 1) // S):
-                    e = lane * ((E + S - 1) // S) + i
-                    if e < E:
-                        both[0] = both[0] + counts[e]
-                        both[1] = both[1] + T.truncdiv(counts[e] + (rows - 1), rows)
-                scan(sums, both, totals, lane)
-                for i in T.serial((E + S - 1) // S):
-                    e = lane * ((E + S - 1) // S) + i
-                    if e < E:
-                        ranks[0] = counts[e]
-                        counts[e] = both[0]
-                        offsets[e] = both[0]
-                        for tile in T.serial(T.truncdiv(ranks[0] + (rows - 1), rows)):
-                            owner[both[1] + tile] = T.Cast("int32", e)
-                            start[both[1] + tile] = both[0] + tile * rows
-                        both[0] = both[0] + ranks[0]
-                        both[1] = both[1] + T.truncdiv(ranks[0] + (rows - 1), rows)
-                if lane == 0:
-                    offsets[E] = totals[0]
-                for i in T.serial((limit + S - 1) // S):
-                    if i * S + lane < limit and i * S + lane >= T.Cast("int64", totals[1]):
-                        owner[i * S + lane] = -1
-                tiles.sync()
-                for i in T.serial((pairs + S * BATCH - 1) // (S * BATCH)):
-                    first = T.Cast("int32", i) * (S * BATCH) + lane
-                    look(ids, k, pairs, E, first, chosen)
-                    for b in T.unroll(BATCH):
-                        ranks[b] = place[T.min(first + b * S, T.Cast("int32", pairs) - 1)]
-                    for b in T.unroll(BATCH):
-                        if chosen[b] >= 0:
-                            place[first + b * S] = ranks[b] + counts[chosen[b]]
-                            order[ranks[b] + counts[chosen[b]]] = first + b * S
-
-    return sort
 
 
 def moe_grid(geometry: Geometry, tiles: Any) -> Any:
@@ -232,11 +129,6 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
             w2_scale = T.match_buffer(w2_scale_, (E, axis["ND"], S2, 32), dtype["w2_scale"], align=2)
         out = T.match_buffer(out_, (tokens, D), dtype["x"], align=2)
 
-        offsets = T.alloc_buffer((E + 1,), "int32")
-        order = T.alloc_buffer((tokens * top_k,), "int32")
-        place = T.alloc_buffer((tokens * top_k,), "int32")
-        owner = T.alloc_buffer((tokens * top_k,), "int32")
-        start = T.alloc_buffer((tokens * top_k,), "int32")
         hidden = T.alloc_buffer((tokens * top_k, IP), data)
         partial = T.alloc_buffer((tokens * top_k, DP), tiles.partial)
 
@@ -249,38 +141,46 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
             hidden_sums = T.alloc_buffer((tokens * top_k, S2), "int32")
 
         @T.inline
-        def first(plan):
+        def first(plan, routing):
             if quantized:
-                gate_up(
-                    plan, tiles, sizes, x_q, w13, hidden, Routing(offsets, order, owner, start, top_k, tokens * top_k, E),
-                    scales=(x_scale, x_sums, w13_scale),
-                )  # fmt: skip
+                gate_up(plan, tiles, sizes, x_q, w13, hidden, routing, scales=(x_scale, x_sums, w13_scale))
             else:
-                gate_up(plan, tiles, sizes, x, w13, hidden, Routing(offsets, order, owner, start, top_k, tokens * top_k, E))
+                gate_up(plan, tiles, sizes, x, w13, hidden, routing)
 
         @T.inline
-        def second(plan):
+        def second(plan, routing):
             if quantized:
-                down(
-                    plan, tiles, sizes, hidden_q, w2, partial, Routing(offsets, order, owner, start, top_k, tokens * top_k, E),
-                    scales=(hidden_scale, hidden_sums, w2_scale),
-                )  # fmt: skip
+                down(plan, tiles, sizes, hidden_q, w2, partial, routing, scales=(hidden_scale, hidden_sums, w2_scale))
             else:
-                down(plan, tiles, sizes, hidden, w2, partial, Routing(offsets, order, owner, start, top_k, tokens * top_k, E))
+                down(plan, tiles, sizes, hidden, w2, partial, routing)
+
+        @T.inline
+        def experts(plans, routing):
+            if quantized:
+                quantize(tiles, x, tokens, x_q, x_scale, x_sums)
+            _choose(plans, tokens * top_k, E, routing, first)
+            if quantized:
+                quantize(tiles, hidden, tokens * top_k, hidden_q, hidden_scale, hidden_sums)
+            _choose(plans, tokens * top_k, E, routing, second)
+            add_up(tiles, D, routing, topk_weights, partial, out, tokens, top_k)
 
         assert E <= MOST_EXPERTS, ("ValueError", [f"w13: at most {MOST_EXPERTS} experts on devices"])
         # No names for what is passed on: a variable of the host is memory that the device does not see.
-        sort(
-            topk_ids, T.Cast("int32", top_k), tokens * top_k, E, _most_tiles(tiles.plans, tokens * top_k, E),
-            _rows_of_tiles(tiles.plans, tokens * top_k, E), offsets, order, place, owner, start,
-        )  # fmt: skip
-        if quantized:
-            quantize(tiles, x, tokens, x_q, x_scale, x_sums)
-        _choose(tiles.plans, tokens * top_k, E, first)
-        if quantized:
-            quantize(tiles, hidden, tokens * top_k, hidden_q, hidden_scale, hidden_sums)
-        _choose(tiles.plans, tokens * top_k, E, second)
-        add_up(tiles, D, place, topk_weights, partial, out, tokens, top_k)
+        if T.And(tokens * top_k <= MOST_SEEN, _is_for(tiles.plans[0], tokens * top_k, E)):
+            experts(tiles.plans[:1], Seen(topk_ids, top_k, tokens * top_k, E))
+        else:
+            offsets = T.alloc_buffer((E + 1,), "int32")
+            order = T.alloc_buffer((tokens * top_k,), "int32")
+            place = T.alloc_buffer((tokens * top_k,), "int32")
+            owner = T.alloc_buffer((tokens * top_k,), "int32")
+            start = T.alloc_buffer((tokens * top_k,), "int32")
+            sort(
+                topk_ids, T.Cast("int32", top_k), tokens * top_k, E, _most_tiles(tiles.plans, tokens * top_k, E),
+                _rows_of_tiles(tiles.plans, tokens * top_k, E), offsets, order, place, owner, start,
+            )  # fmt: skip
+            if tokens * top_k > MOST_ALONE:
+                arrange(tiles, topk_ids, top_k, tokens * top_k, E, offsets, order, place)
+            experts(tiles.plans, Sorted(offsets, order, place, owner, start, top_k, tokens * top_k, E))
 
     return kernel
 
@@ -303,78 +203,63 @@ def _rows_of_tiles(plans: tuple[Any, ...], pairs: Any, E: Any) -> Any:
 def _most_tiles(plans: tuple[Any, ...], pairs: Any, E: Any) -> Any:
     """A bound of the number of tiles: every expert with rows has at most one that is not full."""
     *few, last = plans
-    found = _most_of(last, pairs, E)
+    found = most_tiles(last, pairs, E)
     for plan in reversed(few):
-        found = T.Select(_is_for(plan, pairs, E), _most_of(plan, pairs, E), found)
+        found = T.Select(_is_for(plan, pairs, E), most_tiles(plan, pairs, E), found)
     return found
 
 
-def _most_of(plan: Any, pairs: Any, E: Any) -> Any:
-    return T.min(pairs, pairs // plan.rows + T.min(E, pairs))
-
-
-def _choose(plans: tuple[Any, ...], pairs: Any, E: Any, products: Callable[[Any], None]) -> None:
+def _choose(plans: tuple[Any, ...], pairs: Any, E: Any, routing: Any, products: Callable[[Any, Any], None]) -> None:
     """Emit the products of every plan, and on the host the choice between them."""
     plan, *more = plans
     if not more:
-        products(plan)
+        products(plan, routing)
         return
     with T.If(_is_for(plan, pairs, E)):
         with T.Then():
-            products(plan)
+            products(plan, routing)
         with T.Else():
-            _choose(tuple(more), pairs, E, products)
+            _choose(tuple(more), pairs, E, routing, products)
 
 
-def _tiles_of(plan: Any, tiles: Any, columns: int, routing: Routing, body: Callable[..., None]) -> None:
-    """A block per tile and group of columns: calls ``body(n, e, first, m)`` where there is a tile."""
-    across = -(-columns // plan.columns)
-    with (
-        tiles.blocks(_most_of(plan, routing.pairs, routing.experts) * across) as block,
-        tiles.lanes(plan.threads) as lane,
-    ):
-        tiles.enter(lane)
-        tile, n = T.Bind(block // across), T.Bind(T.Cast("int32", block % across))
-        e = T.Bind(T.Cast("int64", routing.owner[tile]))
-        with T.If(e >= 0), T.Then():
-            first = T.Bind(routing.start[tile])
-            body(n, e, first, T.Bind(T.min(T.int32(plan.rows), routing.offsets[e + 1] - first)))
-
-
-def gate_up(plan: Any, tiles: Any, sizes: Sizes, x: Any, W: Any, hidden: Any, routing: Routing, **more: Any) -> None:
+def gate_up(plan: Any, tiles: Any, sizes: Sizes, x: Any, W: Any, hidden: Any, routing: Any, **more: Any) -> None:
     """Compute h = silu(W1 x) * (W3 x) for every pair."""
 
-    def body(n: Any, e: Any, first: Any, m: Any) -> None:
+    def body(n: Any, rows: Rows) -> None:
         def sink(r: Any, c: Any, gate: list[Any], up: list[Any]) -> None:
             column = T.Bind(n * plan.columns + c)
             # Weights beyond the last column are zeros, and so is what is stored in the columns that pad a row.
             with T.If(column < hidden.shape[1]), T.Then():
                 values = [silu_product(T.Bind(gate[i]), up[i], tiles.exp) for i in range(2)]
-                tiles.store_pair(hidden, [T.Cast("int64", first + r), column], values)
+                tiles.store_pair(hidden, [T.Cast("int64", rows.place(r)), column], values)
 
         def token(r: Any) -> Any:
-            return T.Cast("int64", T.truncdiv(routing.order[first + r], T.Cast("int32", routing.top_k)))
+            return T.Cast("int64", T.truncdiv(rows.pair(r), T.Cast("int32", routing.top_k)))
 
         base = n * (plan.columns // 16 if sizes.packed else plan.columns)
-        tiles.product(plan, x, token, m, W, e, base, sizes.inner, sink, **more)
+        tiles.product(plan, x, token, rows.count, W, rows.expert, base, sizes.inner, sink, **more)
 
-    _tiles_of(plan, tiles, sizes.inner, routing, body)
+    routing.each(plan, tiles, -(-sizes.inner // plan.columns), body)
 
 
-def down(plan: Any, tiles: Any, sizes: Sizes, hidden: Any, W: Any, partial: Any, routing: Routing, **more: Any) -> None:
+def down(plan: Any, tiles: Any, sizes: Sizes, hidden: Any, W: Any, partial: Any, routing: Any, **more: Any) -> None:
     """Compute W2 h for every pair, in fp32."""
 
-    def body(n: Any, e: Any, first: Any, m: Any) -> None:
+    def body(n: Any, rows: Rows) -> None:
+        def place(r: Any) -> Any:
+            return T.Cast("int64", rows.place(r))
+
         def sink(r: Any, c: Any, *halves: list[Any]) -> None:
             for half, values in enumerate(halves):
                 column = T.Bind(sizes.columns(n, half, c, plan.columns))
                 with T.If(column < partial.shape[1]), T.Then():
-                    tiles.store_pair(partial, [T.Cast("int64", first + r), column], values)
+                    tiles.store_pair(partial, [place(r), column], values)
 
         base = n * (plan.columns // 16 if sizes.packed else 2 * plan.columns)
-        tiles.product(plan, hidden, lambda r: T.Cast("int64", first + r), m, W, e, base, plan.columns, sink, **more)
+        tiles.product(plan, hidden, place, rows.count, W, rows.expert, base, plan.columns, sink, follow=True, **more)
 
-    _tiles_of(plan, tiles, -(-sizes.hidden // 2), routing, body)
+    # What the routing left is there since the kernel before began.
+    routing.each(plan, tiles, -(-sizes.hidden // (2 * plan.columns)), body, follow=False)
 
 
 def quantize(tiles: Any, source: Any, count: Any, target: Any, scale: Any, sums: Any) -> None:
@@ -382,6 +267,7 @@ def quantize(tiles: Any, source: Any, count: Any, target: Any, scale: Any, sums:
     warp, warps, used, groups = tiles.warp, tiles.adders // tiles.warp, int(source.shape[1]), int(sums.shape[1])
     size = int(target.shape[1]) // groups
     with tiles.blocks((count + warps - 1) // warps) as block, tiles.lanes(tiles.adders) as thread:
+        tiles.follow()
         lane = T.Bind(T.Cast("int32", thread) % warp)
         row = T.Bind(T.Cast("int64", block) * warps + T.Cast("int64", thread) // warp)
         # Rows that are not there are computed too: all threads of a warp take part in shuffles.
@@ -410,11 +296,12 @@ def quantize(tiles: Any, source: Any, count: Any, target: Any, scale: Any, sums:
             T.buffer_store(scale, step_of(largest[0]), [at])
 
 
-def add_up(tiles: Any, hidden: int, place: Any, weights: Any, partial: Any, out: Any, tokens: Any, top_k: Any) -> None:
+def add_up(tiles: Any, hidden: int, routing: Any, weights: Any, partial: Any, out: Any, tokens: Any, top_k: Any) -> None:
     """Weighted sum of a token's choices, in their order."""
     lanes = 4 if hidden % 4 == 0 else 1
     count, A = tokens * (hidden // lanes), tiles.adders
     with tiles.blocks((count + A - 1) // A) as block, tiles.lanes(A) as lane:
+        tiles.follow()
         index = T.Bind(T.Cast("int64", block) * A + lane)
         total, part, shares = (T.alloc_buffer((n,), "float32", scope="local") for n in (lanes, AT_ONCE * lanes, AT_ONCE))
         rows = T.alloc_buffer((AT_ONCE,), "int32", scope="local")
@@ -426,7 +313,7 @@ def add_up(tiles: Any, hidden: int, place: Any, weights: Any, partial: Any, out:
                 # Rows that are not there, or padding, are read as row 0: a load waits for no branch.
                 for u in range(AT_ONCE):
                     j = T.Bind(group * AT_ONCE + u)
-                    row = T.Bind(T.Select(j < top_k, place[t * top_k + T.min(j, top_k - 1)], T.int32(-1)))
+                    row = T.Bind(T.Select(j < top_k, routing.position(t, T.min(j, top_k - 1)), T.int32(-1)))
                     T.buffer_store(rows, row, [u])
                     with T.vectorized(lanes) as i:
                         value = partial[T.Cast("int64", T.max(row, 0)), c + i]

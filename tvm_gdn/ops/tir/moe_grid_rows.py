@@ -1,0 +1,247 @@
+"""Which rows of one expert a block of the experts' products has (`moe_grid.py`).
+
+Many (token, choice) pairs are sorted by one block before the products begin. Few pairs are not: every block of the products
+looks at all ids itself, which takes less time than a kernel between the routing and the first weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script import tirx as T
+
+#: Experts that a sort has room to count, in the 48 KiB of shared memory that every kernel may have.
+MOST_EXPERTS = 8192
+#: Pairs whose experts a thread of the sort asks for at once.
+BATCH = 4
+#: Pairs up to which blocks look for their rows themselves; their number takes half of an int32 there.
+MOST_SEEN = 128
+#: Pairs up to which the block that counts also puts them in order: stores all over memory are slow from one block.
+MOST_ALONE = 4096
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one expert.
+
+    Attributes
+    ----------
+    expert, count : expression
+        The expert, and how many rows there are.
+    pair : callable
+        ``pair(r)``: the pair that row r belongs to.
+    place : callable
+        ``place(r)``: where row r stands in scratch memory.
+    """
+
+    expert: Any
+    count: Any
+    pair: Callable[[Any], Any]
+    place: Callable[[Any], Any]
+
+
+Body = Callable[[Any, Rows], None]
+
+
+def most_tiles(plan: Any, pairs: Any, E: Any) -> Any:
+    """A bound of the number of tiles: every expert with rows has at most one that is not full."""
+    return T.min(pairs, pairs // plan.rows + T.min(E, pairs))
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """What the sort leaves, and the sizes of a call."""
+
+    offsets: Any
+    order: Any
+    positions: Any
+    owner: Any
+    start: Any
+    top_k: Any
+    pairs: Any
+    experts: Any
+
+    def position(self, t: Any, j: Any) -> Any:
+        """Where the row of a token's choice stands; -1 for padding."""
+        return self.positions[t * self.top_k + j]
+
+    def each(self, plan: Any, tiles: Any, across: int, body: Body, follow: bool = True) -> None:
+        """A block per tile and group of columns: calls ``body(n, rows)`` where there is a tile."""
+        with (
+            tiles.blocks(most_tiles(plan, self.pairs, self.experts) * across) as block,
+            tiles.lanes(plan.threads) as lane,
+        ):
+            tiles.enter(lane)
+            if follow:
+                tiles.follow()
+            tile, n = T.Bind(block // across), T.Bind(T.Cast("int32", block % across))
+            e = T.Bind(T.Cast("int64", self.owner[tile]))
+            with T.If(e >= 0), T.Then():
+                first = T.Bind(self.start[tile])
+                count = T.Bind(T.min(T.int32(plan.rows), self.offsets[e + 1] - first))
+                body(n, Rows(e, count, lambda r: self.order[first + r], lambda r: first + r))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Few pairs, whose rows stand where the pairs do: an expert's first pair has a tile, and the first behind each full tile."""
+
+    ids: Any
+    top_k: Any
+    pairs: Any
+    experts: Any
+
+    def _expert(self, pair: Any) -> Any:
+        k = T.Cast("int32", self.top_k)
+        return T.Cast("int64", self.ids[T.truncdiv(pair, k), T.truncmod(pair, k)])
+
+    def position(self, t: Any, j: Any) -> Any:
+        """Where the row of a token's choice stands; -1 for padding."""
+        e = T.Bind(T.Cast("int64", self.ids[t, j]))
+        return T.Select(T.And(e >= 0, e < self.experts), T.Cast("int32", t * self.top_k + j), T.int32(-1))
+
+    def each(self, plan: Any, tiles: Any, across: int, body: Body, follow: bool = True) -> None:
+        """A block per pair and group of columns: calls ``body(n, rows)`` where the pair has a tile."""
+        warp, half = tiles.warp, 1 << 16
+        with tiles.blocks(self.pairs * across) as block, tiles.lanes(plan.threads) as lane:
+            tiles.enter(lane)
+            if follow:
+                tiles.follow()
+            own, n = T.Bind(T.Cast("int32", block // across)), T.Bind(T.Cast("int32", block % across))
+            members = T.alloc_buffer((plan.rows,), "int32", scope="shared")
+            # Pairs of this expert: below, those from this one on; above, those before it.
+            counts, found = (T.alloc_buffer((1,), "int32", scope="local") for _ in range(2))
+            e, mine, last = T.Bind(self._expert(own)), T.Bind(lane % warp), T.Cast("int32", self.pairs) - 1
+            T.buffer_store(found, T.int32(0), [0])
+            with T.serial((self.pairs + (warp - 1)) // warp) as step:
+                pair = T.Bind(T.Cast("int32", step) * warp + mine)
+                same = T.Bind(T.And(pair <= last, self._expert(T.min(pair, last)) == e))
+                T.buffer_store(counts, T.Select(same, T.Select(pair < own, T.int32(half), T.int32(1)), T.int32(0)), [0])
+                tiles.before(counts, mine)
+                at = T.Bind((found[0] + counts[0]) % half - 1)
+                # All warps find the same; one writes it down.
+                with T.If(T.And(T.And(same, pair >= own), T.And(at < plan.rows, lane < warp))), T.Then():
+                    T.buffer_store(members, pair, [at])
+                T.buffer_store(found, found[0] + tiles.of(counts, warp - 1), [0])
+            tiles.sync()
+            here = T.And(T.And(e >= 0, e < self.experts), found[0] // half % plan.rows == 0)
+            with T.If(here), T.Then():
+                count = T.Bind(T.min(T.int32(plan.rows), found[0] % half))
+                body(n, Rows(e, count, lambda r: members[r], lambda r: members[r]))
+
+
+def sort_macro(tiles: Any) -> Any:
+    """Macro ``sort(ids, k, pairs, E, limit, rows, offsets, order, place, owner, start)``, one block's work.
+
+    Afterwards the pairs of expert e are ``order[offsets[e]:offsets[e + 1]]``; ``place[pair]`` is where a pair stands, -1 for
+    padding; tile i of `limit` has rows from ``start[i]`` on, of expert ``owner[i]`` (-1: no tile). With more than `MOST_ALONE`
+    pairs `place` is the place among the expert's own and `order` nothing: `arrange` goes on from there.
+    """
+    S, warp = tiles.sorters, tiles.warp
+
+    @T.inline
+    def scan(sums, both, totals, lane):
+        """Sums of two numbers over the threads before this one, in place, and over all of the block's."""
+        one = T.alloc_buffer((1,), "int32", scope="local")
+        for which in T.unroll(2):
+            one[0] = both[which]
+            tiles.before(one, lane % warp)
+            both[which] = one[0] - both[which]
+            if lane % warp == warp - 1:
+                sums[which * (S // warp) + lane // warp] = one[0]
+        tiles.sync()
+        for which in T.unroll(2):
+            one[0] = T.Select(lane % warp < S // warp, sums[which * (S // warp) + T.min(lane % warp, S // warp - 1)], 0)
+            tiles.before(one, lane % warp)
+            totals[which] = tiles.of(one, warp - 1)
+            one[0] = tiles.of(one, T.max(lane // warp - 1, 0))
+            both[which] = both[which] + T.Select(lane >= warp, one[0], 0)
+
+    @T.inline
+    def look(ids, k, pairs, E, first, chosen):
+        """Experts of BATCH pairs, S apart: all are asked for before one is needed. -1: padding, or no pair."""
+        for b in T.unroll(BATCH):
+            pair = T.min(first + b * S, T.Cast("int32", pairs) - 1)
+            e = T.Cast("int64", ids[T.truncdiv(pair, k), T.truncmod(pair, k)])
+            there = T.And(T.Cast("int64", first + b * S) < pairs, T.And(e >= 0, e < E))
+            chosen[b] = T.Select(there, T.Cast("int32", e), T.int32(-1))
+
+    @T.inline
+    def sort(ids, k, pairs, E, limit, rows, offsets, order, place, owner, start):
+        for _ in tiles.blocks(T.int64(1)):
+            for lane in tiles.lanes(S):
+                tiles.enter(lane)
+                tiles.follow()
+                counts = T.alloc_buffer((MOST_EXPERTS,), "int32", scope="shared")
+                sums = T.alloc_buffer((2 * S // warp,), "int32", scope="shared")
+                both = T.alloc_buffer((2,), "int32", scope="local")
+                totals = T.alloc_buffer((2,), "int32", scope="local")
+                chosen = T.alloc_buffer((BATCH,), "int32", scope="local")
+                ranks = T.alloc_buffer((BATCH,), "int32", scope="local")
+                for i in T.serial((E + S - 1) // S):
+                    if i * S + lane < E:
+                        counts[i * S + lane] = 0
+                tiles.sync()
+                for i in T.serial((pairs + S * BATCH - 1) // (S * BATCH)):
+                    first = T.Cast("int32", i) * (S * BATCH) + lane
+                    look(ids, k, pairs, E, first, chosen)
+                    for b in T.unroll(BATCH):
+                        ranks[b] = -1
+                        if chosen[b] >= 0:
+                            ranks[b] = tiles.next(counts, chosen[b])
+                    for b in T.unroll(BATCH):
+                        if T.Cast("int64", first + b * S) < pairs:
+                            place[first + b * S] = ranks[b]
+                tiles.sync()
+                # Every thread has a run of experts.
+                both[0] = 0
+                both[1] = 0
+                for i in T.serial((E + S - 1) // S):
+                    e = lane * ((E + S - 1) // S) + i
+                    if e < E:
+                        both[0] = both[0] + counts[e]
+                        both[1] = both[1] + T.truncdiv(counts[e] + (rows - 1), rows)
+                scan(sums, both, totals, lane)
+                for i in T.serial((E + S - 1) // S):
+                    e = lane * ((E + S - 1) // S) + i
+                    if e < E:
+                        ranks[0] = counts[e]
+                        counts[e] = both[0]
+                        offsets[e] = both[0]
+                        for tile in T.serial(T.truncdiv(ranks[0] + (rows - 1), rows)):
+                            owner[both[1] + tile] = T.Cast("int32", e)
+                            start[both[1] + tile] = both[0] + tile * rows
+                        both[0] = both[0] + ranks[0]
+                        both[1] = both[1] + T.truncdiv(ranks[0] + (rows - 1), rows)
+                if lane == 0:
+                    offsets[E] = totals[0]
+                for i in T.serial((limit + S - 1) // S):
+                    if i * S + lane < limit and i * S + lane >= T.Cast("int64", totals[1]):
+                        owner[i * S + lane] = -1
+                tiles.sync()
+                for i in T.serial(T.Select(pairs <= MOST_ALONE, (pairs + S * BATCH - 1) // (S * BATCH), T.int64(0))):
+                    first = T.Cast("int32", i) * (S * BATCH) + lane
+                    look(ids, k, pairs, E, first, chosen)
+                    for b in T.unroll(BATCH):
+                        ranks[b] = place[T.min(first + b * S, T.Cast("int32", pairs) - 1)]
+                    for b in T.unroll(BATCH):
+                        if chosen[b] >= 0:
+                            place[first + b * S] = ranks[b] + counts[chosen[b]]
+                            order[ranks[b] + counts[chosen[b]]] = first + b * S
+
+    return sort
+
+
+def arrange(tiles: Any, ids: Any, top_k: Any, pairs: Any, E: Any, offsets: Any, order: Any, place: Any) -> None:
+    """Put many pairs in order, a thread each, behind the sort."""
+    with tiles.blocks((pairs + (tiles.adders - 1)) // tiles.adders) as block, tiles.lanes(tiles.adders) as lane:
+        tiles.follow()
+        pair = T.Bind(T.Cast("int32", block) * tiles.adders + T.Cast("int32", lane))
+        with T.If(T.Cast("int64", pair) < pairs), T.Then():
+            rank, k = T.Bind(place[pair]), T.Cast("int32", top_k)
+            with T.If(rank >= 0), T.Then():
+                at = T.Bind(rank + offsets[ids[T.truncdiv(pair, k), T.truncmod(pair, k)]])
+                T.buffer_store(place, at, [pair])
+                T.buffer_store(order, pair, [at])
