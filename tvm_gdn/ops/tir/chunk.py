@@ -183,11 +183,17 @@ class _Chunks:
                     self._value_head(work, start, m, index, zero)
 
     def prepare(self, work: _Work, kept: tuple[Any, ...], unit: Expr, at: Expr) -> None:
-        """Compute and keep what one chunk of one value head needs besides its state: tokens from `at` of the sequence."""
+        """Compute and keep what one chunk of one value head needs besides its state: tokens from `at` of the sequence.
+
+        Of lower-triangular tiles the blocks on and below the diagonal are kept.
+        """
         tiles, C, exp, zero, one = self.tiles, self.C, self.tiles.exp, T.float32(0), T.float32(1)
-        P = tiles.tile(C, C, dtype=self.data)
         start = T.Bind(work.first + at)
         m = T.Bind(T.min(T.int64(C), work.length - at))
+        *summands, P, factors_kept = [
+            tiles.window(buffer, unit * (C * cols), C, cols, (cols, 1))
+            for buffer, cols in zip(kept, (*(C for _ in kept[1:]), FACTORS), strict=True)
+        ]
         factors = tiles.tile(C, FACTORS)
         column = [tiles.block(factors, 0, number, C, 1) for number in range(FACTORS)]
         G, n, r, beta = self.G, self.k_factor, self.q_factor, self.beta
@@ -199,16 +205,16 @@ class _Chunks:
         else:
             tiles.scan(G, self._rows(work.g, work, start, work.hv, 1), m)
         tiles.sync()
-        for tile, factor, scale in ((self.k, n, one), (self.q, r, work.scale)):
-            with T.If(work.l2norm != 0):
-                with T.Then():
-                    tiles.row_sum(
-                        factor, lambda _i, _j, x: x * x, tile, finish=lambda s, a=scale: a / T.sqrt(s + T.float32(NORM_EPS))
-                    )
-                with T.Else():
-                    tiles.map(factor, lambda _i, _j, a=scale: a)
         tiles.pack(self.k_left, self.k_right)
         tiles.pack(self.q_left)
+        if self.data != "bfloat16":
+            tiles.sync()
+        for operand, factor, scale in ((self.k_left, n, one), (self.q_left, r, work.scale)):
+            with T.If(work.l2norm != 0):
+                with T.Then():
+                    tiles.squares(factor, operand, lambda s, a=scale: a / T.sqrt(s + T.float32(NORM_EPS)))
+                with T.Else():
+                    tiles.map(factor, lambda _i, _j, a=scale: a)
         tiles.sync()
         last = tiles.block(G, C - 1, 0, 1, 1)
         tiles.map(column[0], lambda _i, _j, x, a, b: x * a * exp(b), beta, n, G)
@@ -216,38 +222,20 @@ class _Chunks:
         tiles.map(column[2], lambda _i, _j, a, b, e: a * exp(e - b), n, G, last)
         tiles.map(column[3], lambda _i, _j, x: x, beta)
         tiles.map(column[4], lambda _i, _j, e: exp(e), last)
+
+        def decayed(i: Expr, j: Expr, kk: Expr, qk: Expr, *values: Expr) -> tuple[Expr, Expr]:
+            a, b, f, h, s, w = values
+            decay = h * exp(a - b)
+            return T.Select(j < i, kk * (f * w) * decay, zero), T.Select(j <= i, qk * s * decay, zero)
+
         sources = (G, tiles.turn(G), n, tiles.turn(n), r, beta)
-        tiles.mma(
-            self.A, self.k_left, self.k_right, lower="result", sources=sources,
-            finish=lambda i, j, x, a, b, f, h, _r, w: T.Select(j < i, x * f * h * w * exp(a - b), zero),
-        )  # fmt: skip
-        tiles.mma(
-            P, self.q_left, self.k_right, lower="result", sources=sources,
-            finish=lambda i, j, x, a, b, _f, h, r, _w: T.Select(j <= i, x * r * h * exp(a - b), zero),
-        )  # fmt: skip
-        tiles.sync()
-        *summands_kept, P_kept, factors_kept = kept
-
-        def keep_tile(buffer: Any, tile: Tile) -> None:
-            tiles.store(tiles.window(buffer, unit * (C * tile.cols), C, tile.cols, (tile.cols, 1)), tile)
-
-        keep_tile(P_kept, P)
-        keep_tile(factors_kept, factors)
+        tiles.triangles((self.A, P), (self.k_left, self.q_left), self.k_right, finish=decayed, sources=sources)
         # Less memory, more chunks side by side.
         tiles.release(self.k, self.q)
-        tiles.zero(self.inverse)
-        tiles.release(P)
         self._invert(T.int64(C))
         tiles.sync()
-        tiles.release(self.A, factors)
-        summands = [tiles.tile(C, C, dtype=dtype) for dtype in _summands(self.data)]
-        tiles.map(summands[0], lambda _i, _j, x: x, self.inverse)
-        if len(summands) > 1:
-            # Every element is a thread's own: what it just stored it can read without waiting.
-            tiles.map(summands[1], lambda _i, _j, x, high: x - high, self.inverse, summands[0])
-        tiles.sync()
-        for buffer, tile in zip(summands_kept, summands, strict=True):
-            keep_tile(buffer, tile)
+        tiles.store(factors_kept, factors)
+        tiles.keep(summands, self.inverse)
 
     def carry(self, work: _Work, kept: tuple[Any, ...], unit: Expr, heads: Expr) -> None:
         """Advance the worker's state over all tokens of its sequence, with what was kept from `unit` on."""
@@ -501,6 +489,18 @@ class _Chunks:
         tiles.invert_diagonal(T_, A, wanted)
         size = BLOCK
         while size < self.C:
+            if tiles.chained:
+
+                def pieces(pair: Expr, size: int = size) -> tuple[Tile, ...]:
+                    low = pair * (2 * size)
+                    high = low + size
+                    places = (T_, high, low), (T_, high, high), (A, high, low), (T_, low, low)
+                    return tuple(tiles.block(tile, row, col, size, size) for tile, row, col in places)
+
+                tiles.sync()
+                tiles.chain((wanted + size - 1) // (2 * size), pieces, lambda _i, _j, x: -x)
+                size *= 2
+                continue
             with T.serial((wanted + size - 1) // (2 * size)) as pair:
                 low = pair * (2 * size)
                 high = low + size
