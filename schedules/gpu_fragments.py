@@ -168,8 +168,10 @@ class FragmentTiles(WarpTiles):
             for dtype, itemsize in ITEMSIZE.items()
         }
         self.words = T.decl_buffer((size // 4,), "uint32", data=memory.data, scope="shared.dyn")
-        if states:
-            self._state = self.tile(self.K, self.v_tile, "register")
+        if not states:
+            # Loads and products write all that is read.
+            return
+        self._state = self.tile(self.K, self.v_tile, "register")
         # What products round up to is multiplied by zeros; what an earlier block left there may be no number.
         with T.serial(ceil_div(size // 16, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + lane))

@@ -58,15 +58,19 @@ class TriangleTiles(ElementTiles):
         lefts: tuple[Operand, ...],
         right: Operand,
         *,
+        common: ElementFunction,
         finish: Callable[..., tuple[Expr, ...]],
         sources: tuple[Tile, ...] = (),
     ) -> None:
-        """``results = finish(i, j, *(X right for X in lefts), *sources)``, in blocks on and below the diagonal."""
+        """``results = finish(i, j, common(*sources), *(X right for X in lefts), *sources)``, in blocks on and below the diagonal.
+
+        `common` is computed once for all results, sources are ``(n, 1)`` or ``(1, n)``.
+        """
         packs = [operand.packed for operand in lefts]
         width, parts, high = max(packed.parts for packed in packs), right.packed.parts, right.cols // BLOCK
         a, b = self._registers("uint32", 4 * width * len(lefts)), self._registers("uint32", 4 * parts)
         sums = self._registers("float32", 8 * len(lefts))
-        pair = self._registers("float32", 2)
+        shared, values = self.scalars(1), self.scalars(4 * len(sources))
 
         def block(number: Expr) -> None:
             mi = T.Bind(sum((T.Cast("int32", number >= n * (n + 1) // 2) for n in range(1, high)), T.int32(0)))
@@ -85,16 +89,27 @@ class TriangleTiles(ElementTiles):
                         for n in range(2):
                             place = (number_left * width + x) * 4
                             self._multiply(sums, number_left * 8 + n * 4, a, place, b, y * 4 + n * 2)
+            # Before anything is written, behind which the compiler would load them again.
+            corners = [self._elements(mi, ni * 2 + n) for n in range(2)]
+            for at, source in enumerate(sources):
+                for e in range(2 if source.cols == 1 else 4):
+                    i, j = corners[0][e * 2] if source.cols == 1 else corners[e // 2][e % 2]
+                    T.buffer_store(values, self._get(source, i, j), [at * 4 + e])
+
+            def element(n: int, e: int) -> tuple[Expr, ...]:
+                i, j = corners[n][e]
+                own = [values[at * 4 + (e // 2 if x.cols == 1 else n * 2 + e % 2)] for at, x in enumerate(sources)]
+                T.buffer_store(shared, common(*own), [0])
+                return finish(i, j, shared[0], *(sums[left * 8 + n * 4 + e] for left in range(len(lefts))), *own)
+
             for n in range(2):
-                places = self._elements(mi, ni * 2 + n)
                 for e in (0, 2):
-                    found = []
+                    pairs = [self.scalars(2) for _ in results]
                     for other in range(2):
-                        i, j = places[e + other]
-                        products = [sums[left * 8 + n * 4 + e + other] for left in range(len(lefts))]
-                        found.append(finish(i, j, *products, *(self._get(source, i, j) for source in sources)))
-                    for dst, first, second in zip(results, *found, strict=True):
-                        self._put_pair(dst, pair, first, second, *places[e])
+                        for to, value in zip(pairs, element(n, e + other), strict=True):
+                            T.buffer_store(to, value, [other])
+                    for dst, numbers in zip(results, pairs, strict=True):
+                        self._put_pair(dst, numbers, *corners[n][e])
 
         self._in_turn(high * (high + 1) // 2, block)
 
@@ -102,21 +117,18 @@ class TriangleTiles(ElementTiles):
         """Elements from a fragment of a right operand to the one beside it."""
         return 8 * (operand.packed.stride if operand.transposed else 1)
 
-    def _put_pair(self, dst: Any, pair: Any, first: Expr, second: Expr, i: Expr, j: Expr) -> None:
+    def _put_pair(self, dst: Any, pair: Any, i: Expr, j: Expr) -> None:
         """Two neighbouring elements, as one word where that is known to be possible."""
         if isinstance(dst, Window) and dst.buffer.dtype == "bfloat16":
-            T.evaluate(T.call_extern("int32", "tvm_gdn_split", T.address_of(dst.buffer[i, j]), 0, 1, first, second))
-            return
-        if isinstance(dst, Tile) and dst.storage.dtype == "float32":
+            T.evaluate(T.call_extern("int32", "tvm_gdn_split", T.address_of(dst.buffer[i, j]), 0, 1, pair[0], pair[1]))
+        elif isinstance(dst, Tile) and dst.storage.dtype == "float32":
             self._place(dst.storage)
             dst.storage.version += 1
-            T.buffer_store(pair, first, [0])
-            T.buffer_store(pair, second, [1])
             to = T.address_of(self.views["float32"][self._index(dst, i, j)])
             T.evaluate(T.call_extern("int32", "tvm_gdn_move_8", to, T.address_of(pair[0])))
-            return
-        self._put(dst, first, i, j)
-        self._put(dst, second, i, j + 1)
+        else:
+            for other in range(2):
+                self._put(dst, pair[other], i, j + other)
 
     def chain(self, count: Expr, pieces: Callable[[Expr], tuple[Tile, ...]], finish: ElementFunction) -> None:
         """``dst = finish(i, j, (left middle) right)`` of `count` pieces ``(dst, left, middle, right)``, all at once.

@@ -212,7 +212,7 @@ class _Chunks:
         for operand, factor, scale in ((self.k_left, n, one), (self.q_left, r, work.scale)):
             with T.If(work.l2norm != 0):
                 with T.Then():
-                    tiles.squares(factor, operand, lambda s, a=scale: a / T.sqrt(s + T.float32(NORM_EPS)))
+                    tiles.squares(factor, operand, lambda s, a=scale: a * T.rsqrt(s + T.float32(NORM_EPS)))
                 with T.Else():
                     tiles.map(factor, lambda _i, _j, a=scale: a)
         tiles.sync()
@@ -223,13 +223,14 @@ class _Chunks:
         tiles.map(column[3], lambda _i, _j, x: x, beta)
         tiles.map(column[4], lambda _i, _j, e: exp(e), last)
 
-        def decayed(i: Expr, j: Expr, kk: Expr, qk: Expr, *values: Expr) -> tuple[Expr, Expr]:
-            a, b, f, h, s, w = values
-            decay = h * exp(a - b)
+        def finish(i: Expr, j: Expr, decay: Expr, kk: Expr, qk: Expr, *values: Expr) -> tuple[Expr, Expr]:
+            _a, _b, f, _h, s, w = values
             return T.Select(j < i, kk * (f * w) * decay, zero), T.Select(j <= i, qk * s * decay, zero)
 
-        sources = (G, tiles.turn(G), n, tiles.turn(n), r, beta)
-        tiles.triangles((self.A, P), (self.k_left, self.q_left), self.k_right, finish=decayed, sources=sources)
+        tiles.triangles(
+            (self.A, P), (self.k_left, self.q_left), self.k_right, finish=finish,
+            common=lambda a, b, _f, h, _r, _w: h * exp(a - b), sources=(G, tiles.turn(G), n, tiles.turn(n), r, beta),
+        )  # fmt: skip
         # Less memory, more chunks side by side.
         tiles.release(self.k, self.q)
         self._invert(T.int64(C))
