@@ -171,8 +171,8 @@ class ElementTiles(FragmentTiles):
             own = T.And(lane % 4 == 0, T.Cast("int64", row) < limit)
             when(own, lambda: self._put(dst, part[0] if finish is None else finish(part[0]), row, 0))
 
-    def scan(self, dst: Tile, src: Window, rows: Expr) -> None:
-        """One column: the last warp, by shuffles. Several: a thread per column, row by row."""
+    def scan(self, dst: Tile, src: Window, rows: Expr, *, turn: int = 0) -> None:
+        """One column: a warp, the last but `turn`, by shuffles. Several: a thread per column, row by row."""
         total = self.scalars(3)
         if dst.cols > 1:
             with T.serial(ceil_div(dst.cols, self.threads)) as step:
@@ -184,8 +184,8 @@ class ElementTiles(FragmentTiles):
                             when(i < rows, lambda: T.buffer_store(total, total[0] + self._get(src, i, j), [0]))
                             self._put(dst, total[0], i, j)
             return
-        lane = T.Cast("int32", self.lane) - (self.threads - WARP)
-        with T.If(lane >= 0):
+        lane = T.Cast("int32", self.lane) - (self.threads - WARP * (1 + turn % self.warps))
+        with T.If(T.And(lane >= 0, lane < WARP)):
             with T.Then():
                 T.buffer_store(total, T.float32(0), [1])
                 for first in range(0, dst.rows, WARP):

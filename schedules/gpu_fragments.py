@@ -133,16 +133,20 @@ class FragmentTiles(WarpTiles):
         Whether states are stored ``[V, K]``.
     ahead : int
         Warps of blocks that compute what does not depend on states first, a block per chunk; 0 for one pass.
+    together : int
+        Value heads of one q/k head that such a block takes.
     arenas : mapping, optional
         Bytes of shared memory of blocks without and with a state; what `used` says after a kernel was built.
     """
 
     span = 1
 
-    def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0) -> None:
+    def __init__(
+        self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0, together: int = 1
+    ) -> None:
         super().__init__(warps * WARP)
         self.ahead, self.sizes = ahead > 0, {False: ahead or warps, True: warps}
-        self.states = True
+        self.states, self.together = True, together
         self.K, self.V, self.v_tile, self.chunk = K, V, v_tile, chunk
         self.warps, self.threads, self.data, self.v_first = warps, warps * WARP, data, v_first
         self.arenas, self.used = {False: 0, True: 0}, {False: 0, True: 0}

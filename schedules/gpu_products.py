@@ -250,7 +250,7 @@ class GpuChunkTiles(TriangleTiles):
         return i, j if dst.cols % 8 == 0 else T.min(j, dst.cols - 1)
 
     def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
-        """A thread per column of a block: forward substitution in registers."""
+        """A thread per column of a block: forward substitution in registers. Triangles may stand one above the other."""
         x, row = self.scalars(BLOCK), self.scalars(BLOCK)
         blocks = dst.rows // BLOCK
         self._place(dst.storage)
@@ -258,6 +258,7 @@ class GpuChunkTiles(TriangleTiles):
         with T.serial(ceil_div(blocks * BLOCK, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
             b, j = index // BLOCK, index % BLOCK
+            left = T.Bind(b % (dst.cols // BLOCK) * BLOCK)
             inside = T.Cast("int64", b) * BLOCK < rows
             with T.If(inside if blocks * BLOCK % self.threads == 0 else T.And(inside, b < blocks)):
                 with T.Then():
@@ -265,9 +266,9 @@ class GpuChunkTiles(TriangleTiles):
                         T.buffer_store(x, T.Select(j == i, T.float32(1), T.float32(0)), [i])
                         for k in range(0, i, 4):
                             # The rows of a tile begin at multiples of 16 bytes.
-                            source = T.address_of(self.views["float32"][self._index(a, b * BLOCK + i, b * BLOCK + k)])
+                            source = T.address_of(self.views["float32"][self._index(a, b * BLOCK + i, left + k)])
                             move(T.address_of(row[k]), source, 16)
                         for k in range(i):
                             T.buffer_store(x, x[i] - row[k] * x[k], [i])
                     for i in range(BLOCK):
-                        self._put(dst, x[i], b * BLOCK + i, b * BLOCK + j)
+                        self._put(dst, x[i], b * BLOCK + i, left + j)

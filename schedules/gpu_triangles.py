@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm_gdn.schedules.gpu import move
 from tvm_gdn.schedules.gpu_elements import ElementTiles
 from tvm_gdn.schedules.gpu_fragments import BLOCK, ITEMSIZE, WARP, Operand, Packed, Tile, Window, ceil_div, when
 
@@ -54,23 +55,24 @@ class TriangleTiles(ElementTiles):
 
     def triangles(
         self,
-        results: tuple[Any, ...],
         lefts: tuple[Operand, ...],
         right: Operand,
+        of: Callable[[int], tuple[tuple[Any, ...], tuple[Tile, ...]]],
+        each: Callable[[Callable[[int, Any], None]], None],
         *,
         common: ElementFunction,
         finish: Callable[..., tuple[Expr, ...]],
-        sources: tuple[Tile, ...] = (),
     ) -> None:
         """``results = finish(i, j, common(*sources), *(X right for X in lefts), *sources)``, in blocks on and below the diagonal.
 
-        `common` is computed once for all results, sources are ``(n, 1)`` or ``(1, n)``.
+        ``each(body)`` emits ``body(number, _)`` for every value head, ``of(number)`` are its results and sources. `common` is
+        computed once for all results of an element; sources are ``(n, 1)`` or ``(1, n)``.
         """
         packs = [operand.packed for operand in lefts]
         width, parts, high = max(packed.parts for packed in packs), right.packed.parts, right.cols // BLOCK
         a, b = self._registers("uint32", 4 * width * len(lefts)), self._registers("uint32", 4 * parts)
         sums = self._registers("float32", 8 * len(lefts))
-        shared, values = self.scalars(1), self.scalars(4 * len(sources))
+        shared = self.scalars(1)
 
         def block(number: Expr) -> None:
             mi = T.Bind(sum((T.Cast("int32", number >= n * (n + 1) // 2) for n in range(1, high)), T.int32(0)))
@@ -89,8 +91,12 @@ class TriangleTiles(ElementTiles):
                         for n in range(2):
                             place = (number_left * width + x) * 4
                             self._multiply(sums, number_left * 8 + n * 4, a, place, b, y * 4 + n * 2)
-            # Before anything is written, behind which the compiler would load them again.
+            each(lambda head, _: write(mi, ni, *of(head)))
+
+        def write(mi: Expr, ni: Expr, results: tuple[Any, ...], sources: tuple[Tile, ...]) -> None:
             corners = [self._elements(mi, ni * 2 + n) for n in range(2)]
+            values = self.scalars(4 * len(sources))
+            # Before anything is written, behind which the compiler would load them again.
             for at, source in enumerate(sources):
                 for e in range(2 if source.cols == 1 else 4):
                     i, j = corners[0][e * 2] if source.cols == 1 else corners[e // 2][e % 2]
@@ -124,8 +130,7 @@ class TriangleTiles(ElementTiles):
         elif isinstance(dst, Tile) and dst.storage.dtype == "float32":
             self._place(dst.storage)
             dst.storage.version += 1
-            to = T.address_of(self.views["float32"][self._index(dst, i, j)])
-            T.evaluate(T.call_extern("int32", "tvm_gdn_move_8", to, T.address_of(pair[0])))
+            move(T.address_of(self.views["float32"][self._index(dst, i, j)]), T.address_of(pair[0]), 8)
         else:
             for other in range(2):
                 self._put(dst, pair[other], i, j + other)
@@ -201,6 +206,20 @@ class TriangleTiles(ElementTiles):
             wanted = j // BLOCK <= i // BLOCK
             wanted = wanted if pieces % self.threads == 0 else T.And(index < pieces, wanted)
             when(wanted, lambda places=places, source=source: T.evaluate(T.call_extern("int32", "tvm_gdn_sum_of", *places, source)))
+
+    def fill(self, window: Window, *sources: Tile, row: Callable[..., tuple[Expr, ...]]) -> None:
+        """Rows of a window of the kernel's own memory: ``row(*values)`` of sources ``(n, 1)`` or ``(1, 1)``, a thread per row."""
+        numbers = self.scalars(window.cols)
+        with T.serial(ceil_div(window.rows, self.threads)) as step:
+            i = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+
+            def whole() -> None:
+                for at, value in enumerate(row(*(self._get(source, i, 0) for source in sources))):
+                    T.buffer_store(numbers, value, [at])
+                for at in range(0, window.cols, 4):
+                    move(T.address_of(window.buffer[i, at]), T.address_of(numbers[at]), 16)
+
+            when(True if window.rows % self.threads == 0 else i < window.rows, whole)
 
     # What products share.
     def _in_turn(self, count: Expr, body: Callable[[Expr], None]) -> None:
