@@ -144,7 +144,7 @@ class TriangleTiles(ElementTiles):
         high = size // BLOCK
         terms = self._terms(*(Packed(parts, 0, 0, 0, exact=False),) * 2)
         a, b = self._registers("uint32", 4 * parts), self._registers("uint32", 2 * parts)
-        inner, outer = self._registers("float32", size // 2), self._registers("float32", 8)
+        inner, outer = self._registers("float32", size // 2), self._registers("float32", size // 2)
 
         def fragment(name: str, registers: Any, tile: Tile, i: Expr, j: Expr) -> None:
             address = T.address_of(self.views["float32"][self._index(tile, i, j)])
@@ -156,37 +156,28 @@ class TriangleTiles(ElementTiles):
                 self._multiply(sums, at, a, x * 4, b, y * 2)
 
         def block(number: Expr) -> None:
-            dst, left, middle, right = pieces(number // (high * high))
-            mi, ni = number // high % high, number % high
+            dst, left, middle, right = pieces(number // high)
+            mi = number % high
             for e in range(size // 2):
                 T.buffer_store(inner, T.float32(0), [e])
-            for e in range(8):
                 T.buffer_store(outer, T.float32(0), [e])
 
             def first_product(k: int) -> None:
                 fragment("a", a, left, mi * BLOCK, k * BLOCK)
-                for n in range(high):
-                    # Of the sums, rows of `right` below the block's columns are wanted.
-                    def columns(n: int = n) -> None:
-                        for half in range(2):
-                            multiply(inner, n * 8 + half * 4, middle, k * BLOCK, n * BLOCK + half * 8)
-
-                    when(True if n == high - 1 else n >= ni, columns)
-
-            def second_product(k: int) -> None:
-                T.evaluate(T.call_extern("int32", "tvm_gdn_split_sums", a.data, parts, inner.data, k * 8))
-                for half in range(2):
-                    multiply(outer, half * 4, right, k * BLOCK, ni * BLOCK + half * 8)
+                for n in range(size // 8):
+                    multiply(inner, n * 4, middle, k * BLOCK, n * 8)
 
             for k in range(high):
                 when(True if k == 0 else mi >= k, lambda k=k: first_product(k))
             for k in range(high):
-                when(True if k == high - 1 else ni <= k, lambda k=k: second_product(k))
-            for half in range(2):
-                for e, (i, j) in enumerate(self._elements(mi, ni * 2 + half)):
-                    self._put(dst, finish(i, j, outer[half * 4 + e]), i, j)
+                T.evaluate(T.call_extern("int32", "tvm_gdn_split_sums", a.data, parts, inner.data, k * 8))
+                for n in range(2 * (k + 1)):
+                    multiply(outer, n * 4, right, k * BLOCK, n * 8)
+            for n in range(size // 8):
+                for e, (i, j) in enumerate(self._elements(mi, n)):
+                    self._put(dst, finish(i, j, outer[n * 4 + e]), i, j)
 
-        self._in_turn(count * (high * high), block)
+        self._in_turn(count * high, block)
 
     def keep(self, windows: tuple[Window, ...], tile: Tile) -> None:
         """Windows of the kernel's own memory whose sum is a lower-triangular fp32 tile, each rounded to its dtype.
@@ -202,10 +193,10 @@ class TriangleTiles(ElementTiles):
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
             i, j = index // (tile.cols // lanes), index % (tile.cols // lanes) * lanes
             source = T.address_of(self.views["float32"][self._index(tile, i, j)])
-            places = [T.address_of(window.buffer[i, j]) for window in windows]
+            places = (*(T.address_of(window.buffer[i, j]) for window in windows), source)
             wanted = j // BLOCK <= i // BLOCK
             wanted = wanted if pieces % self.threads == 0 else T.And(index < pieces, wanted)
-            when(wanted, lambda places=places, source=source: T.evaluate(T.call_extern("int32", "tvm_gdn_sum_of", *places, source)))
+            when(wanted, lambda places=places: T.evaluate(T.call_extern("int32", "tvm_gdn_sum_of", *places)))
 
     def fill(self, window: Window, *sources: Tile, row: Callable[..., tuple[Expr, ...]]) -> None:
         """Rows of a window of the kernel's own memory: ``row(*values)`` of sources ``(n, 1)`` or ``(1, 1)``, a thread per row."""
