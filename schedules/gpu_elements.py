@@ -175,14 +175,21 @@ class ElementTiles(FragmentTiles):
         """One column: a warp, the last but `turn`, by shuffles. Several: a thread per column, row by row."""
         total = self.scalars(3)
         if dst.cols > 1:
+            fetched = self.scalars(BLOCK)
             with T.serial(ceil_div(dst.cols, self.threads)) as step:
                 j = T.Bind(T.Cast("int32", step * self.threads + self.lane))
                 with T.If(j < dst.cols):
                     with T.Then():
                         T.buffer_store(total, T.float32(0), [0])
-                        with T.serial(dst.rows) as i:
-                            when(i < rows, lambda: T.buffer_store(total, total[0] + self._get(src, i, j), [0]))
-                            self._put(dst, total[0], i, j)
+                        with T.serial(dst.rows // BLOCK) as block:
+                            # Rows that do not wait for one another first.
+                            for row in range(BLOCK):
+                                i = block * BLOCK + row
+                                T.buffer_store(fetched, T.float32(0), [row])
+                                when(i < rows, lambda i=i, row=row: T.buffer_store(fetched, self._get(src, i, j), [row]))
+                            for row in range(BLOCK):
+                                T.buffer_store(total, total[0] + fetched[row], [0])
+                                self._put(dst, total[0], block * BLOCK + row, j)
             return
         lane = T.Cast("int32", self.lane) - (self.threads - WARP * (1 + turn % self.warps))
         with T.If(T.And(lane >= 0, lane < WARP)):
@@ -205,20 +212,35 @@ class ElementTiles(FragmentTiles):
                     T.buffer_store(total, last, [1])
 
     def pair_sum(self, dst: Tile, function: ElementFunction, left: tuple[Tile, ...], right: tuple[Tile, ...], rows: Expr) -> None:
-        """A thread per pair of rows."""
-        cols = left[0].cols
-        part = self.scalars(1)
-        pairs = BLOCK * BLOCK
-        with T.serial(ceil_div(ceil_div(rows, BLOCK) * pairs, self.threads)) as step:
+        """Columns on the threads of a warp; a warp takes rows n and 15 - n of a block, which have 17 pairs with rows above them."""
+        cols, part, half = left[0].cols, self.scalars(1), BLOCK // 2
+        blocks = ceil_div(rows, BLOCK)
+        with T.serial(ceil_div(blocks * (BLOCK * BLOCK), self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
-            b, i, j = index // pairs, index // BLOCK % BLOCK, index % BLOCK
-            with T.If(T.Cast("int64", b) * BLOCK < rows):
-                with T.Then():
-                    T.buffer_store(part, T.float32(0), [0])
-                    with T.If(j <= i):
-                        with T.Then():
-                            with T.serial(cols) as c:
-                                x = [self._get(tile, b * BLOCK + i, c) for tile in left]
-                                y = [self._get(tile, b * BLOCK + j, c) for tile in right]
-                                T.buffer_store(part, part[0] + function(*x, *y), [0])
-                    self._put(dst, part[0], b * BLOCK + i, b * BLOCK + j)
+            i, j = index // BLOCK, index % BLOCK
+            above = T.And(j > i % BLOCK, T.Cast("int64", i) < blocks * BLOCK)
+            when(above, lambda: self._put(dst, T.float32(0), i, i // BLOCK * BLOCK + j))
+        lane, warp = T.Bind(T.Cast("int32", self.lane) % WARP), T.Bind(T.Cast("int32", self.lane) // WARP)
+        with T.serial(ceil_div(blocks * half, self.warps)) as step:
+            number = T.Bind(T.Cast("int32", step * self.warps) + warp)
+            # Beyond the last block no row is written; all threads take part in the shuffles.
+            own = T.Cast("int64", number) < blocks * half
+            block = T.Bind(T.min(number // half, dst.rows // BLOCK - 1) * BLOCK)
+            first = number % half
+            with T.serial(BLOCK + 1) as pair:
+                i = T.Bind(block + T.Select(pair <= first, first, BLOCK - 1 - first))
+                j = T.Bind(block + T.Select(pair <= first, pair, pair - first - 1))
+                T.buffer_store(part, T.float32(0), [0])
+                for start in range(0, cols, WARP):
+                    c = lane + start
+
+                    def add(c: Expr = c) -> None:
+                        x = [self._get(tile, i, c) for tile in left]
+                        y = [self._get(tile, j, c) for tile in right]
+                        T.buffer_store(part, part[0] + function(*x, *y), [0])
+
+                    when(True if start + WARP <= cols else c < cols, add)
+                for bit in (1, 2, 4, 8, 16):
+                    other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), part[0], bit, WARP, WARP)
+                    T.buffer_store(part, part[0] + other, [0])
+                when(T.And(own, lane == 0), lambda: self._put(dst, part[0], i, j))
