@@ -211,36 +211,53 @@ class ElementTiles(FragmentTiles):
                     last = T.tvm_warp_shuffle(T.uint32(0xFFFFFFFF), total[0], WARP - 1, WARP, WARP)
                     T.buffer_store(total, last, [1])
 
-    def pair_sum(self, dst: Tile, function: ElementFunction, left: tuple[Tile, ...], right: tuple[Tile, ...], rows: Expr) -> None:
+    def pair_sum(
+        self,
+        dsts: tuple[Tile, ...],
+        weight: ElementFunction,
+        lefts: tuple[Tile, ...],
+        own: tuple[Tile, ...],
+        right: tuple[Tile, ...],
+        rows: Expr,
+    ) -> None:
         """Columns on the threads of a warp; a warp takes rows n and 15 - n of a block, which have 17 pairs with rows above them."""
-        cols, part, half = left[0].cols, self.scalars(1), BLOCK // 2
-        blocks = ceil_div(rows, BLOCK)
+        cols, half, blocks = own[0].cols, BLOCK // 2, ceil_div(rows, BLOCK)
+        sums, weights = self.scalars(len(dsts)), self.scalars(1)
         with T.serial(ceil_div(blocks * (BLOCK * BLOCK), self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
             i, j = index // BLOCK, index % BLOCK
             above = T.And(j > i % BLOCK, T.Cast("int64", i) < blocks * BLOCK)
-            when(above, lambda: self._put(dst, T.float32(0), i, i // BLOCK * BLOCK + j))
+            with T.If(above):
+                with T.Then():
+                    for dst in dsts:
+                        self._put(dst, T.float32(0), i, i // BLOCK * BLOCK + j)
         lane, warp = T.Bind(T.Cast("int32", self.lane) % WARP), T.Bind(T.Cast("int32", self.lane) // WARP)
         with T.serial(ceil_div(blocks * half, self.warps)) as step:
             number = T.Bind(T.Cast("int32", step * self.warps) + warp)
             # Beyond the last block no row is written; all threads take part in the shuffles.
-            own = T.Cast("int64", number) < blocks * half
-            block = T.Bind(T.min(number // half, dst.rows // BLOCK - 1) * BLOCK)
+            mine = T.And(T.Cast("int64", number) < blocks * half, lane == 0)
+            block = T.Bind(T.min(number // half, dsts[0].rows // BLOCK - 1) * BLOCK)
             first = number % half
             with T.serial(BLOCK + 1) as pair:
                 i = T.Bind(block + T.Select(pair <= first, first, BLOCK - 1 - first))
                 j = T.Bind(block + T.Select(pair <= first, pair, pair - first - 1))
-                T.buffer_store(part, T.float32(0), [0])
+                for at in range(len(dsts)):
+                    T.buffer_store(sums, T.float32(0), [at])
                 for start in range(0, cols, WARP):
                     c = lane + start
 
                     def add(c: Expr = c) -> None:
-                        x = [self._get(tile, i, c) for tile in left]
-                        y = [self._get(tile, j, c) for tile in right]
-                        T.buffer_store(part, part[0] + function(*x, *y), [0])
+                        x, y = [self._get(tile, i, c) for tile in own], [self._get(tile, j, c) for tile in right]
+                        T.buffer_store(weights, weight(*x, *y), [0])
+                        for at, left in enumerate(lefts):
+                            T.buffer_store(sums, sums[at] + self._get(left, i, c) * weights[0], [at])
 
                     when(True if start + WARP <= cols else c < cols, add)
                 for bit in (1, 2, 4, 8, 16):
-                    other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), part[0], bit, WARP, WARP)
-                    T.buffer_store(part, part[0] + other, [0])
-                when(T.And(own, lane == 0), lambda: self._put(dst, part[0], i, j))
+                    for at in range(len(dsts)):
+                        other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), sums[at], bit, WARP, WARP)
+                        T.buffer_store(sums, sums[at] + other, [at])
+                with T.If(mine):
+                    with T.Then():
+                        for at, dst in enumerate(dsts):
+                            self._put(dst, sums[at], i, j)
