@@ -220,7 +220,7 @@ class ElementTiles(FragmentTiles):
         right: tuple[Tile, ...],
         rows: Expr,
     ) -> None:
-        """Columns on the threads of a warp; a warp takes rows n and 15 - n of a block, which have 17 pairs with rows above them."""
+        """Columns on the threads of a warp, which takes rows n and 15 - n of a block: together they have 17 pairs."""
         cols, half, blocks = own[0].cols, BLOCK // 2, ceil_div(rows, BLOCK)
         sums, weights = self.scalars(len(dsts)), self.scalars(1)
         with T.serial(ceil_div(blocks * (BLOCK * BLOCK), self.threads)) as step:

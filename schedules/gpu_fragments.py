@@ -187,8 +187,11 @@ class FragmentTiles(WarpTiles):
             when(index < size // 16, clear)
         self.sync()
 
-    def sync(self, *, loads: bool = True) -> None:
-        """A barrier of the block, after this thread's copies have arrived."""
+    def sync(self, *, loads: bool = True, warp: bool = False) -> None:
+        """A barrier of the block, after this thread's copies have arrived; `warp`: of the warp, for what none copies."""
+        if warp:
+            T.evaluate(T.call_extern("int32", "tvm_gdn_warp_sync"))
+            return
         if loads and self.copying:
             self.copying = False
             T.evaluate(T.call_extern("int32", "tvm_gdn_copied"))

@@ -250,7 +250,10 @@ class GpuChunkTiles(TriangleTiles):
         return i, j if dst.cols % 8 == 0 else T.min(j, dst.cols - 1)
 
     def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
-        """A thread per column of a block: forward substitution in registers. Triangles may stand one above the other."""
+        """A thread per column of a block: forward substitution in registers.
+
+        Triangles may stand one above the other. Two blocks go to the warp that gets their merge in `chain`.
+        """
         x, row = self.scalars(BLOCK), self.scalars(BLOCK)
         blocks = dst.rows // BLOCK
         self._place(dst.storage)

@@ -25,8 +25,11 @@ class TriangleTiles(ElementTiles):
     #: Whether `squares`, `triangles`, `chain` and `keep` are there.
     chained = True
 
-    def squares(self, dst: Tile, operand: Operand, finish: Callable[[Expr], Expr]) -> None:
-        """``dst[i, 0] = finish(sum_j x[i, j]^2)``: the diagonal of X X^T, whose right fragments are the left ones' registers."""
+    def squares(self, dst: Tile, operand: Operand, finish: Callable[[Expr], Expr], *, turn: int = 0) -> None:
+        """``dst[i, 0] = finish(sum_j x[i, j]^2)``: the diagonal of X X^T, whose right fragments are the left ones' registers.
+
+        `turn`: the how many-th of such operations beside each other this is; each begins with the warps that the last left idle.
+        """
         packed, lane = operand.packed, T.Cast("int32", self.lane) % WARP
         terms = self._terms(packed, packed)
         left, right = self._registers("uint32", 4 * packed.parts), self._registers("uint32", 4 * packed.parts)
@@ -51,7 +54,8 @@ class TriangleTiles(ElementTiles):
 
             when(lane // 8 == lane % 4, diagonal)
 
-        self._in_turn(ceil_div(operand.rows, BLOCK), block)
+        blocks = ceil_div(operand.rows, BLOCK)
+        self._in_turn(blocks, block, turn * blocks)
 
     def triangles(
         self,
@@ -198,11 +202,14 @@ class TriangleTiles(ElementTiles):
             wanted = wanted if pieces % self.threads == 0 else T.And(index < pieces, wanted)
             when(wanted, lambda places=places: T.evaluate(T.call_extern("int32", "tvm_gdn_sum_of", *places)))
 
-    def fill(self, window: Window, *sources: Tile, row: Callable[..., tuple[Expr, ...]]) -> None:
-        """Rows of a window of the kernel's own memory: ``row(*values)`` of sources ``(n, 1)`` or ``(1, 1)``, a thread per row."""
-        numbers = self.scalars(window.cols)
+    def fill(self, window: Window, *sources: Tile, row: Callable[..., tuple[Expr, ...]], turn: int = 0) -> None:
+        """Rows of a window of the kernel's own memory: ``row(*values)`` of sources ``(n, 1)`` or ``(1, 1)``, a thread per row.
+
+        The last threads begin, which have less to do before; `turn` as in `squares`.
+        """
+        numbers, shift = self.scalars(window.cols), (turn + 1) * window.rows
         with T.serial(ceil_div(window.rows, self.threads)) as step:
-            i = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+            i = T.Bind(T.Cast("int32", step * self.threads + (self.lane + shift) % self.threads))
 
             def whole() -> None:
                 for at, value in enumerate(row(*(self._get(source, i, 0) for source in sources))):
@@ -213,9 +220,9 @@ class TriangleTiles(ElementTiles):
             when(True if window.rows % self.threads == 0 else i < window.rows, whole)
 
     # What products share.
-    def _in_turn(self, count: Expr, body: Callable[[Expr], None]) -> None:
-        """Call ``body(number)`` for `count` pieces of work, a piece per warp at a time."""
-        warp = T.Bind(T.Cast("int32", self.lane) // WARP)
+    def _in_turn(self, count: Expr, body: Callable[[Expr], None], first: int = 0) -> None:
+        """Call ``body(number)`` for `count` pieces of work, a piece per warp at a time, beginning with the warp `first`."""
+        warp = T.Bind((T.Cast("int32", self.lane) // WARP + -first % self.warps) % self.warps)
         with T.serial(ceil_div(count, self.warps)) as step:
             number = T.Bind(T.Cast("int32", step * self.warps) + warp)
             even = isinstance(count, int) and count % self.warps == 0

@@ -231,10 +231,10 @@ class _Chunks:
         tiles.pack(self.q_left)
         if self.data != "bfloat16":
             tiles.sync()
-        for operand, factor, scale in ((self.k_left, n, one), (self.q_left, r, work.scale)):
+        for turn, (operand, factor, scale) in enumerate(((self.k_left, n, one), (self.q_left, r, work.scale))):
             with T.If(work.l2norm != 0):
                 with T.Then():
-                    tiles.squares(factor, operand, lambda s, a=scale: a * T.rsqrt(s + T.float32(NORM_EPS)))
+                    tiles.squares(factor, operand, lambda s, a=scale: a * T.rsqrt(s + T.float32(NORM_EPS)), turn=turn)
                 with T.Else():
                     tiles.map(factor, lambda _i, _j, a=scale: a)
         tiles.sync()
@@ -257,6 +257,7 @@ class _Chunks:
             tiles.fill(
                 window(number, factors_kept, FACTORS), head.beta, n, r, head.G, tiles.block(head.G, C - 1, 0, 1, 1),
                 row=lambda w, f, s, a, e: (w * f * exp(a), s * exp(a), f * exp(e - a), w, exp(e), zero, zero, zero),
+                turn=number,
             )  # fmt: skip
 
         each(keep_factors)
@@ -532,7 +533,8 @@ class _Chunks:
                     places = (T_, below, col), (T_, below, col + size), (A, below, col), (T_, row, col)
                     return tuple(tiles.block(tile, row, col, size, size) for tile, row, col in places)
 
-                tiles.sync()
+                # A warp merges what it inverted itself.
+                tiles.sync(warp=size == BLOCK)
                 tiles.chain(pairs, pieces, lambda _i, _j, x: -x)
                 size *= 2
                 continue
