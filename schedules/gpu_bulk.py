@@ -263,9 +263,7 @@ class BulkTiles(WarpTiles):
             move(T.address_of(raw[0]), T.address_of(W[place]), PIECE)
             gate = four["d"][i % FOUR] if self.channel_gate else d[0]
             for n in range(self.piece):
-                T.buffer_store(
-                    new, T.Cast("float32", raw[n]) * gate + four["x"][i % FOUR] * us[n // FOUR][n % FOUR], [0]
-                )
+                T.buffer_store(new, T.Cast("float32", raw[n]) * gate + four["x"][i % FOUR] * us[n // FOUR][n % FOUR], [0])
                 T.buffer_store(sums, sums[n] + new[0] * four["y"][i % FOUR], [n])
                 T.buffer_store(raw, T.Cast(self.pool, new[0]), [n])
             move(T.address_of(W[place]), T.address_of(raw[0]), PIECE)
@@ -294,7 +292,12 @@ class BulkColumnTiles(BulkTiles):
         #: Threads side by side on a column; columns that a thread computes on.
         self.across = self.K // self.piece
         self.count = self.V * self.across // self.threads
-        if self.V != self.threads or self.across > WARP or self.across & (self.across - 1) or self.V % (self.across * self.pieces):
+        if (
+            self.V != self.threads
+            or self.across > WARP
+            or self.across & (self.across - 1)
+            or self.V % (self.across * self.pieces)
+        ):
             raise ValueError(f"{self.threads} threads cannot share {self.V} columns of {self.K} rows in {self.pieces} pieces")
 
     def _more(self) -> dict[str, int]:

@@ -16,8 +16,8 @@ from tvm_gdn.spec import Geometry
 THREADS, PIECES = (32, 64, 128, 256), (1, 2, 4)
 #: More heads than calls have.
 EVERY = 1 << 30
-#: Heads of all sequences up to which states are in registers, and threads along V, columns of each and workers per block of these;
-#: by whether the pool is fp32.
+#: Heads of all sequences up to which states are in registers, and threads along V, columns of each and workers per block there; by
+#: whether the pool is fp32.
 FEW = {True: (64, 2, 4, 4), False: (128, 2, 8, 2)}
 
 
@@ -37,7 +37,7 @@ class RecurrentHopper(RecurrentGpu):
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Those of states in registers, heads up to which they are there, threads of a block beyond that and copies of a state."""
+        """Those of states in registers, heads up to which they are there; threads of a block beyond that, copies of a state."""
         knobs = super().knobs(geometry)
         if not cls.placed(geometry):
             return knobs

@@ -185,8 +185,9 @@ def test_states_that_the_copy_engine_moves(tmp_path, op, case, few):
         case["with"] = (*case["with"], "cu_seqlens")
     arguments = cases.draw(spec, case)
     geometry = check.geometry_of(spec, arguments)
-    knobs = {**schedule.choose(spec, geometry, target).space.default(geometry), "few": few}
-    assert knobs["place"] == "bulk"
+    default = schedule.choose(spec, geometry, target).space.default(geometry)
+    assert default["threads"] == case["K"]  # else all states are in registers
+    knobs = {**default, "few": few}
     function = with_knobs(target, tmp_path, op, arguments, **knobs)
     calls = [arguments]
     if "T" in case:

@@ -1,6 +1,6 @@
 """Times this package next to kernels of others on a CUDA device: SGLang's packed decode, flash-linear-attention, torch.
 
-    python tools/device_peers.py OUT.json [decode] [prefill] [conv] [norm]
+    python tools/device_peers.py OUT.json [decode] [update] [prefill] [conv] [norm]
 
 Captured graphs and eager calls, in interleaved rounds of one process, each contender's error to the float64 reference beside its
 time. Peers that are not installed, or that fail, are named with the reason. Qwen3-Next's heads: H 16, HV 32, K = V = 128.
@@ -43,6 +43,19 @@ def sglang_packed(arguments: Mapping[str, Any]) -> Callable[[], Any]:
         )[0]  # fmt: skip
 
     return call
+
+
+def sglang_update(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """SGLang's steps on a pool, whose states are V-first; gates are given."""
+    from sglang.kernels.ops.attention.fla.fused_recurrent import fused_recurrent_gated_delta_rule_update as function
+
+    a = arguments
+    pool = a["initial_state_source"].transpose(-1, -2).contiguous()
+    call = torch.no_grad()(function)
+    return lambda: call(
+        *(a[name] for name in ("q", "k", "v", "g", "beta")), pool.shape[-1] ** -0.5, pool, a["initial_state_indices"],
+        use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
 
 
 def fla_chunk(arguments: Mapping[str, Any]) -> Callable[[], Any]:
@@ -145,6 +158,13 @@ def main() -> None:
                 case = {"B": batch, "S": batch, **HEADS, "state_dtype": state, "with": POOL, "use_qk_l2norm_in_kernel": True}
                 check = {**case, "B": min(batch, 8), "S": min(batch, 8)}
                 rows.append(compare("packed_decode_gated_delta_rule", case, {"sglang": sglang_packed}, check))
+    if "update" in wanted:
+        for state in ("float32", "bfloat16"):
+            for batch in (1, 32, 256):
+                case = {"B": batch, "T": 1, "S": batch, **HEADS, "state_dtype": state, "with": POOL}
+                case |= {"use_qk_l2norm_in_kernel": True}
+                check = {**case, "B": min(batch, 8), "S": min(batch, 8)}
+                rows.append(compare("fused_recurrent_gated_delta_rule_update", case, {"sglang": sglang_update}, check))
     if "prefill" in wanted:
         for tokens in (1024, 8192, 32768):
             case = {

@@ -495,7 +495,9 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         if parent < 0:
                             load_initial(W, hv, j0)
                         elif buffer_slot >= 0 and buffer_slot < C and parent < P:
-                            tiles.load(W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0))
+                            tiles.load(
+                                W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0)
+                            )
                         else:
                             tiles.zero(W)
 
