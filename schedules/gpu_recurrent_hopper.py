@@ -16,7 +16,7 @@ from tvm_gdn.spec import Geometry
 THREADS, PIECES = (32, 64, 128, 256), (1, 2, 4)
 #: More heads than calls have.
 EVERY = 1 << 30
-#: Heads of all sequences up to which states are in registers, and threads along V, columns of each and workers per block there; by
+#: Heads of all sequences up to which states are in registers; threads along V, columns of each and workers per block there. By
 #: whether the pool is fp32.
 FEW = {True: (64, 2, 4, 4), False: (128, 2, 8, 2)}
 
