@@ -63,6 +63,11 @@ class RecurrentGpu:
         staged = cls._staged(geometry) if cls.placed(geometry) else None
         if staged is not None:
             return staged
+        return {**cls.in_registers(geometry), **({"place": REGISTERS} if cls.placed(geometry) else {})}
+
+    @classmethod
+    def in_registers(cls, geometry: Geometry) -> dict[str, Any]:
+        """Knobs of states in registers."""
         knobs = cls.knobs(geometry)
         choices = [
             (n * math.gcd(geometry.axis["K"], WARP // n), -abs(c - 4), n, c)
@@ -77,7 +82,6 @@ class RecurrentGpu:
             "column_lanes": lanes,
             "columns": columns,
             "group": math.gcd(2, geometry.axis["V"] // (lanes * columns)) if whole else 1,
-            **({"place": REGISTERS} if cls.placed(geometry) else {}),
         }
 
     @classmethod

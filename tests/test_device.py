@@ -167,6 +167,47 @@ def test_states_that_pass_through_shared_memory(emulated, tmp_path, case, knobs)
 
 
 @needs_cxx
+@pytest.mark.parametrize(
+    ("op", "case", "few"),
+    [
+        (DECODE, {"state_dtype": "float32"}, 4),
+        (DECODE, {"state_dtype": "bfloat16", "state_v_first": True}, 0),
+        # Several tokens, and none; states of less than fp32 are not rounded between tokens: those calls have a plan of their own.
+        (UPDATE, {"state_dtype": "float32", "lengths": (2, 0, 1), "S": 4}, 0),
+        (UPDATE, {"state_dtype": "bfloat16", "T": 3}, 0),
+    ],
+    ids=lambda value: str(value.get("state_dtype", "")) if isinstance(value, dict) else str(value),
+)
+def test_states_that_the_copy_engine_moves(tmp_path, op, case, few):
+    spec, target = OPS[op], resolve(f"{PREFIX}cuda-sm90")
+    case = {**SMALL, "B": 3, "S": 4, "K": 64, "V": 64, "dtype": "bfloat16", "use_qk_l2norm_in_kernel": True, **case}
+    if "lengths" in case:
+        case["with"] = (*case["with"], "cu_seqlens")
+    arguments = cases.draw(spec, case)
+    geometry = check.geometry_of(spec, arguments)
+    default = schedule.choose(spec, geometry, target).space.default(geometry)
+    assert default["threads"] == case["K"]  # else all states are in registers
+    knobs = {**default, "few": few}
+    function = with_knobs(target, tmp_path, op, arguments, **knobs)
+    calls = [arguments]
+    if "T" in case:
+        calls.append(cases.draw(spec, {**case, "T": 1}))
+    elif few:
+        calls.append(cases.draw(spec, {**case, "B": few // case["HV"]}))
+    for given in calls:
+        want, pool = parity.expected(spec, given), given["initial_state_source"]
+        assert all(parity.rms_ratio(torch.zeros_like(value), value) > 0.5 for value in want.values())
+        odd = torch.empty(pool.numel() + 1, dtype=pool.dtype)[1:].view(pool.shape)
+        for place in (pool.clone(), odd.copy_(pool)):
+            errors, limits = parity.compare(
+                spec, parity.run(spec, {**cases.clone(given), "initial_state_source": place}, function), want
+            )
+            assert all(errors[name] <= limits[name] for name in limits), errors
+            others = [n for n in range(len(pool)) if n not in given["initial_state_indices"]]
+            assert others and torch.equal(place[others], pool[others])
+
+
+@needs_cxx
 def test_a_pool_at_an_odd_address_is_no_misaligned_access(emulated):
     arguments = cases.draw(OPS[DECODE], {**SMALL, "dtype": "float32"})
     want = parity.expected(OPS[DECODE], arguments)

@@ -53,6 +53,27 @@ extern "C" __global__ void __launch_bounds__(256) fragments(float* __restrict__ 
 }
 """
 
+# The copy engine brings 256 numbers; `DROPPED` is left out.
+BULK = """
+extern "C" __global__ void __launch_bounds__(256) bulk(float* __restrict__ x, float* __restrict__ y);
+extern "C" __global__ void __launch_bounds__(256) bulk(float* __restrict__ x, float* __restrict__ y) {
+  __shared__ alignas(64) unsigned long long arrival[1];
+  __shared__ alignas(64) float tile[256];
+  tile[threadIdx.x] = -1;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    tvm_gdn_bulk_open(arrival);
+    tvm_gdn_bulk_read(tile, x, 1024, arrival);
+  }
+  __syncthreads();
+  tvm_gdn_bulk_wait(arrival);
+  tile[threadIdx.x] += 1;
+  tvm_gdn_bulk_publish();
+  __syncthreads();
+  if (threadIdx.x == 0) tvm_gdn_bulk_write(y, tile, 1024);
+}
+"""
+
 
 def compiled(folder, source, name, target):
     image = folder / f"{name}-{target}-{len(list(folder.iterdir()))}.emulation"
@@ -164,3 +185,36 @@ def test_a_fragment_outside_of_its_registers_ends_the_process(tmp_path, size):
     else:
         assert done.returncode != 0
         assert "a fragment outside of its registers in block (0, 0, 0)" in done.stderr
+
+
+@needs_cxx
+def test_copies_of_the_engine_are_there_when_they_are_waited_for(tmp_path, monkeypatch):
+    image = compiled(tmp_path, images.with_functions(BULK), "bulk", "cuda-sm90")
+    hasty = compiled(tmp_path, images.with_functions(BULK.replace("  tvm_gdn_bulk_wait(arrival);\n", "")), "bulk", "cuda-sm90")
+    for seed in (0, 1, 2):
+        x, y = launched(image, "bulk", seed, monkeypatch)
+        assert torch.equal(y, x + 1)
+        x, y = launched(hasty, "bulk", seed, monkeypatch)
+        assert not torch.equal(y, x + 1)
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("dropped", "message"),
+    [
+        ("    tvm_gdn_bulk_open(arrival);\n", "not open"),
+        ("    tvm_gdn_bulk_read(tile, x, 1024, arrival);\n", "nobody asked for"),
+        (", 1024, arrival", "not aligned"),
+    ],
+)
+def test_misused_copies_end_the_process(tmp_path, dropped, message):
+    source = BULK.replace(dropped, ", 1020, arrival" if dropped.startswith(",") else "")
+    image = compiled(tmp_path, images.with_functions(source), "bulk", "cuda-sm90")
+    program = (
+        "import pytest, sys; sys.path.insert(0, 'tests'); import test_emulation as t; "
+        f"t.launched({str(image)!r}, 'bulk', 1, pytest.MonkeyPatch())"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=build.builder_environment())
+    assert done.returncode == -6
+    assert message in done.stderr

@@ -48,11 +48,20 @@ def test_every_operator_resolves_on_every_target(name, target):
     assert choice.origin in {"default", "tuned", "generic"}
 
 
-@pytest.mark.parametrize("name", ["chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule_update"])
+@pytest.mark.parametrize(
+    ("name", "target", "more"),
+    [
+        ("chunk_gated_delta_rule", "x86-avx512", {}),
+        ("fused_recurrent_gated_delta_rule_update", "x86-avx512", {}),
+        ("packed_decode_gated_delta_rule", "cuda-sm90", {"state_dtype": "bfloat16"}),
+        ("packed_decode_gated_delta_rule", "cuda-sm90", {"state_v_first": True}),
+        ("fused_recurrent_gated_delta_rule_update", "cuda-sm90", {}),
+    ],
+)
 @pytest.mark.parametrize(("K", "V"), SHAPES)
-def test_defaults_are_among_the_choices_for_any_shape(name, K, V):
-    shape = geometry(name, K, V)
-    space, _ = schedule.find_space(OPS[name].algorithm, named("x86-avx512"))
+def test_defaults_are_among_the_choices_for_any_shape(name, target, more, K, V):
+    shape = geometry(name, K, V, **more)
+    space, _ = schedule.find_space(OPS[name].algorithm, named(target))
     assert schedule.fits(space.default(shape), space.knobs(shape))
     space.tiles(shape, **space.default(shape))
 

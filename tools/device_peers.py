@@ -1,6 +1,6 @@
-"""Times this package next to Triton kernels of others on a CUDA device: SGLang's packed decode and flash-linear-attention.
+"""Times this package next to kernels of others on a CUDA device: SGLang's packed decode, flash-linear-attention, torch.
 
-    python tools/device_peers.py OUT.json [decode] [prefill]
+    python tools/device_peers.py OUT.json [decode] [update] [prefill] [conv] [norm]
 
 Captured graphs and eager calls, in interleaved rounds of one process, each contender's error to the float64 reference beside its
 time. Peers that are not installed, or that fail, are named with the reason. Qwen3-Next's heads: H 16, HV 32, K = V = 128.
@@ -45,6 +45,19 @@ def sglang_packed(arguments: Mapping[str, Any]) -> Callable[[], Any]:
     return call
 
 
+def sglang_update(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """SGLang's steps on a pool, whose states are V-first; gates are given."""
+    from sglang.kernels.ops.attention.fla.fused_recurrent import fused_recurrent_gated_delta_rule_update as function
+
+    a = arguments
+    pool = a["initial_state_source"].transpose(-1, -2).contiguous()
+    call = torch.no_grad()(function)
+    return lambda: call(
+        *(a[name] for name in ("q", "k", "v", "g", "beta")), pool.shape[-1] ** -0.5, pool, a["initial_state_indices"],
+        use_qk_l2norm_in_kernel=True,
+    )  # fmt: skip
+
+
 def fla_chunk(arguments: Mapping[str, Any]) -> Callable[[], Any]:
     """Flash-linear-attention's chunked form."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule as function
@@ -55,6 +68,43 @@ def fla_chunk(arguments: Mapping[str, Any]) -> Callable[[], Any]:
         a["q"], a["k"], a["v"], a["g"], a["beta"], initial_state=a["initial_state"], output_final_state=True,
         use_qk_l2norm_in_kernel=a["use_qk_l2norm_in_kernel"],
     )  # fmt: skip
+
+
+def fla_conv(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """Flash-linear-attention's convolution of whole sequences, channels innermost."""
+    from fla.modules.causal_conv1d import causal_conv1d as function
+
+    a = arguments
+    call = torch.no_grad()(function)
+    return lambda: call(a["x"].transpose(1, 2), a["weight"], activation=a["activation"])[0].transpose(1, 2)
+
+
+def fla_conv_update(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """Flash-linear-attention's convolution of one token; its states hold the token too."""
+    from fla.modules.causal_conv1d import causal_conv1d_update as function
+
+    a = arguments
+    x, slots = a["x"].squeeze(2), a["conv_state_indices"].long()
+    cache = torch.nn.functional.pad(a["conv_state"][slots], (1, 0)).contiguous()
+    call = torch.no_grad()(function)
+    return lambda: call(x, cache, weight=a["weight"], activation=a["activation"])[0].unsqueeze(2)
+
+
+def torch_conv(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """Torch's own: a grouped convolution and SiLU."""
+    x, weight = arguments["x"], arguments["weight"]
+    D, W = weight.shape
+    call = torch.no_grad()(torch.nn.functional.conv1d)
+    return lambda: torch.nn.functional.silu(call(x, weight[:, None], padding=W - 1, groups=D)[..., : x.shape[2]])
+
+
+def fla_norm(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """Flash-linear-attention's gated norm."""
+    from fla.modules.norm.fused_norm_gate import rms_norm_gated as function
+
+    a = arguments
+    call = torch.no_grad()(function)
+    return lambda: call(a["x"], a["z"], a["weight"], None, activation="swish", eps=a["eps"])
 
 
 def compare(
@@ -108,6 +158,13 @@ def main() -> None:
                 case = {"B": batch, "S": batch, **HEADS, "state_dtype": state, "with": POOL, "use_qk_l2norm_in_kernel": True}
                 check = {**case, "B": min(batch, 8), "S": min(batch, 8)}
                 rows.append(compare("packed_decode_gated_delta_rule", case, {"sglang": sglang_packed}, check))
+    if "update" in wanted:
+        for state in ("float32", "bfloat16"):
+            for batch in (1, 32, 256):
+                case = {"B": batch, "T": 1, "S": batch, **HEADS, "state_dtype": state, "with": POOL}
+                case |= {"use_qk_l2norm_in_kernel": True}
+                check = {**case, "B": min(batch, 8), "S": min(batch, 8)}
+                rows.append(compare("fused_recurrent_gated_delta_rule_update", case, {"sglang": sglang_update}, check))
     if "prefill" in wanted:
         for tokens in (1024, 8192, 32768):
             case = {
@@ -120,6 +177,18 @@ def main() -> None:
             }
             case |= {"use_qk_l2norm_in_kernel": True}
             rows.append(compare("chunk_gated_delta_rule", case, {"fla": fla_chunk}, {**case, "T": 1000}))
+    if "conv" in wanted:
+        conv = {"D": 8192, "W": 4, "dtype": "bfloat16", "state_dtype": "bfloat16", "activation": "silu"}
+        for batch in (1, 32, 256):
+            case = {**conv, "B": batch, "T": 1, "S": batch, "with": ("conv_state_indices",)}
+            rows.append(compare("causal_conv1d_update", case, {"fla": fla_conv_update}))
+        for tokens in (1024, 8192):
+            case = {**conv, "B": 1, "T": tokens, "with": ()}
+            rows.append(compare("causal_conv1d_fn", case, {"fla": fla_conv, "torch": torch_conv}, {**case, "T": 100}))
+    if "norm" in wanted:
+        for tokens in (1, 32, 256, 1024, 8192):
+            case = {"M": tokens, "G": HEADS["HV"], "D": 128, "with": ("z",), "dtype": "bfloat16"}
+            rows.append(compare("rms_norm_gated", case, {"fla": fla_norm}, {**case, "M": min(tokens, 64)}))
     with open(sys.argv[1], "w", encoding="utf-8") as file:  # noqa: PTH123
         json.dump({**machine.stamp(), "device": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)
 

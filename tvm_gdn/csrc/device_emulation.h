@@ -175,6 +175,16 @@ struct Copy {
   const void* from;
   int inside, group;
 };
+// A barrier of the copy engine: 8 bytes of shared memory.
+struct Arrival {
+  unsigned opened, arrived;
+};
+struct Bulk {
+  void* to;
+  const void* from;
+  int bytes;
+  Arrival* arrival;
+};
 struct Fiber {
   Context context;
   State state;
@@ -192,6 +202,7 @@ struct Block {
   int current = 0;
   std::function<void()> body;
   std::vector<char> shared;
+  std::vector<Bulk> bulks;  // asked for, not waited for
 };
 static thread_local Block* block;
 
@@ -236,6 +247,29 @@ static inline int finish(int left) {
 #define TVM_GDN_DEFER emulation::defer
 #define TVM_GDN_GROUP emulation::end_group
 #define TVM_GDN_ARRIVE emulation::arrive
+static const unsigned OPENED = 0x6f70656e;
+static inline int open_arrival(void* barrier) { return *(Arrival*)barrier = {OPENED, 0}, 0; }
+static inline int arrive_once(void* barrier) {
+  Arrival* arrival = (Arrival*)barrier;
+  if (arrival->opened != OPENED || arrival->arrived) fail("an arrival at a barrier that is not open, or a second one");
+  return arrival->arrived = 1, 0;
+}
+static inline int bulk_read(void* to, const void* from, int bytes, void* barrier) {
+  if (((uintptr_t)to | (uintptr_t)from | (uintptr_t)bytes) & 15) fail("a copy of bytes that are not aligned");
+  block->bulks.push_back({to, from, bytes, (Arrival*)barrier});
+  return arrive_once(barrier);
+}
+// The engine writes when it has been waited for: what is changed in between, or not waited for, shows.
+static inline int bulk_write(void* to, const void* from, int bytes) {
+  if (((uintptr_t)to | (uintptr_t)from | (uintptr_t)bytes) & 15) fail("a copy of bytes that are not aligned");
+  return memcpy(to, from, (size_t)bytes), 0;
+}
+static inline int bulk_wait(void* barrier);
+#define TVM_GDN_OPEN emulation::open_arrival
+#define TVM_GDN_READ emulation::bulk_read
+#define TVM_GDN_SKIP emulation::arrive_once
+#define TVM_GDN_WAIT emulation::bulk_wait
+#define TVM_GDN_WRITE emulation::bulk_write
 static inline void* dynamic_shared() { return block->shared.data(); }
 
 static void entry() {
@@ -251,6 +285,19 @@ static inline void pause(State state, int width = EMULATED_WARP) {
   me.state = state;
   me.width = width;
   me.context.change(own->main);
+}
+static inline int bulk_wait(void* barrier) {
+  Arrival* arrival = (Arrival*)barrier;
+  if (arrival->opened != OPENED) fail("waiting for a barrier that is not open");
+  for (int turn = 0; !arrival->arrived; ++turn) {
+    if (turn == 1 << 16) fail("waiting for copies that nobody asked for");
+    pause(RUN);
+  }
+  auto& bulks = block->bulks;
+  for (const Bulk& bulk : bulks)
+    if (bulk.arrival == arrival) memcpy(bulk.to, bulk.from, (size_t)bulk.bytes);
+  bulks.erase(std::remove_if(bulks.begin(), bulks.end(), [=](const Bulk& bulk) { return bulk.arrival == arrival; }), bulks.end());
+  return 0;
 }
 static inline int lane() { return block->current % EMULATED_WARP; }
 static inline Fiber& peer(int other) {
@@ -291,6 +338,7 @@ static void run_block(Block& own, int threads, std::mt19937* random) {
     fiber.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / (blockDim.x * blockDim.y)};
     fiber.context.make(fiber.stack.data(), fiber.stack.size(), entry);
   }
+  own.bulks.clear();
   int alive = threads;
   while (alive) {
     bool progress = false;

@@ -61,6 +61,12 @@ static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicA
 #define TVM_GDN_ARRIVE(left, all) 0
 #define TVM_GDN_LATER(product) product()
 #define TVM_GDN_FINISH(left) 0
+// The same of the copy engine's: opening a barrier, reading to shared memory, an arrival without a copy, waiting, writing.
+#define TVM_GDN_OPEN(barrier) 0
+#define TVM_GDN_READ(to, from, bytes, barrier) (memcpy(to, from, bytes), 0)
+#define TVM_GDN_SKIP(barrier) 0
+#define TVM_GDN_WAIT(barrier) 0
+#define TVM_GDN_WRITE(to, from, bytes) (memcpy(to, from, bytes), 0)
 #endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
@@ -225,6 +231,41 @@ static __device__ __forceinline__ int tvm_gdn_arrived(int left) {
     case 3: asm volatile("cp.async.wait_group 3;" : : : "memory"); break;
     default: asm volatile("cp.async.wait_group 4;" : : : "memory");
   }
+  return 0;
+}
+// The copy engine of sm_90 moves `bytes`, a multiple of 16, between aligned addresses. What one thread asks for is there when
+// waiting for its barrier (8 bytes of shared memory, used once) returns; others wait for it only behind a barrier of theirs, after
+// `open`. `skip`: nothing is copied for it. `publish`: what this thread wrote is there for the engine behind the next barrier.
+// `write` returns when shared memory has been read.
+static __device__ __forceinline__ int tvm_gdn_bulk_open(void* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.proxy.async.shared::cta;" : : "r"(TVM_GDN_SHARED(barrier)) : "memory");
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_bulk_read(void* to, const void* from, int bytes, void* barrier) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+      : : "r"(TVM_GDN_SHARED(to)), "l"(from), "r"(bytes), "r"(TVM_GDN_SHARED(barrier)) : "memory");
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_bulk_skip(void* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" : : "r"(TVM_GDN_SHARED(barrier)) : "memory");
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_bulk_wait(void* barrier) {
+  asm volatile(
+      "{\n.reg .pred done;\nTRY:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra TRY;\n}"
+      : : "r"(TVM_GDN_SHARED(barrier)) : "memory");
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_bulk_publish() {
+  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_bulk_write(void* to, const void* from, int bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;"
+      : : "l"(to), "r"(TVM_GDN_SHARED(from)), "r"(bytes) : "memory");
   return 0;
 }
 // Two numbers as a pair of bf16 numbers; what these leave of them stays.
@@ -409,6 +450,12 @@ static __device__ __forceinline__ int tvm_gdn_copy_ahead(void* to, const void* f
 static __device__ __forceinline__ int tvm_gdn_copied() { return TVM_GDN_ARRIVE(0, true); }
 static __device__ __forceinline__ int tvm_gdn_group() { return TVM_GDN_GROUP(); }
 static __device__ __forceinline__ int tvm_gdn_arrived(int left) { return TVM_GDN_ARRIVE(left, false); }
+static __device__ __forceinline__ int tvm_gdn_bulk_open(void* barrier) { return TVM_GDN_OPEN(barrier); }
+static __device__ __forceinline__ int tvm_gdn_bulk_read(void* to, const void* from, int bytes, void* barrier) { return TVM_GDN_READ(to, from, bytes, barrier); }
+static __device__ __forceinline__ int tvm_gdn_bulk_skip(void* barrier) { return TVM_GDN_SKIP(barrier); }
+static __device__ __forceinline__ int tvm_gdn_bulk_wait(void* barrier) { return TVM_GDN_WAIT(barrier); }
+static __device__ __forceinline__ int tvm_gdn_bulk_publish() { return 0; }
+static __device__ __forceinline__ int tvm_gdn_bulk_write(void* to, const void* from, int bytes) { return TVM_GDN_WRITE(to, from, bytes); }
 static __device__ __forceinline__ unsigned tvm_gdn_bfloat16(float x) {
   union {
     float value;

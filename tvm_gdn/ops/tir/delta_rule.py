@@ -14,7 +14,9 @@ What differs between the operators (gates given or computed, separate or packed 
 states, verification) is decided here, while the function is parsed, from the geometry. What differs between targets comes from
 `tiles` (see `schedules/cpu.py`): how workers map to threads or blocks, where the state tile lives, and the two matrix-vector
 operations. `tiles.direct` says that a state may be updated in the pool's own memory instead of in a local copy, and
-`tiles.state_first` that a one-token step asks for its state before the token's data.
+`tiles.state_first` that a one-token step asks for its state before the token's data. Tiles that have several plans supply
+``plan(heads, tokens, emit)``: it calls ``emit()`` for each, behind the host's choice by the number of sequences times value
+heads, and of a sequence's tokens (-1 where the host does not know it).
 """
 
 from __future__ import annotations
@@ -55,8 +57,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     """
     has = geometry.dtype
     dtype_of = lambda name, default="float32": has.get(name, default)  # noqa: E731
-    K, V, VT = geometry.axis["K"], geometry.axis["V"], tiles.v_tile
-    NV = V // VT
+    K, V = geometry.axis["K"], geometry.axis["V"]
     v_first = bool(geometry.attr.get("state_v_first", False))
     state_shape = (V, K) if v_first else (K, V)
     # TVM 0.27 wants a stride literal in the dtype of its axis: int64 where the axis is a symbol (heads).
@@ -92,7 +93,10 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     span = tiles.span if chunked else 1
     ahead = chunked and advance.ahead
     size, together = (tiles.chunk, tiles.together) if ahead else (1, 1)
-    NW = 1 if convolved else NV  # workers per head, or heads
+
+    def workers() -> int:
+        """Workers per head, or heads."""
+        return 1 if convolved else V // tiles.v_tile
 
     def gate_dims(batch: Any, token: Any, head: Any) -> tuple[Any, ...]:
         """The packed decode step has one token and so no token axis on a and b."""
@@ -118,6 +122,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         """Element of a gate tensor in fp32."""
         return T.Cast("float32", buffer[gate_dims(batch, token, head)])
 
+    plan = getattr(tiles, "plan", lambda _heads, _tokens, emit: emit())
     log_decay, sigmoid = gate_macros(tiles, 1)
     if convolved:
         W, L, conv_dtype = geometry.axis["W"], geometry.axis["L"], dtype_of("conv_state")
@@ -336,235 +341,248 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             T.bool(False), number * HV + head, at,
                         )  # fmt: skip
 
-        # Workers of a sequence: one per v tile of every `span` value heads (the last of a q/k head may have fewer).
-        per_key: T.let[T.int64] = pick(span > 1 or convolved, HV // T.max(heads, T.int64(1)), T.int64(1))
-        per_head: T.let[T.int64] = (per_key + span - 1) // span
-        units: T.let[T.int64] = pick(convolved, heads, pick(span > 1, heads * per_head, HV))
-        for block in tiles.workers(n_seq * units * NW):
-            for lane in tiles.lanes():
-                tiles.enter(lane)
-                w: T.let[T.int64] = T.Cast("int64", tiles.worker(block, lane))
-                # Workers fit in 32 bits, where a division is several times cheaper than in 64, above all on GPUs.
-                n: T.let[T.int64] = div(w, units * NW)
-                place: T.let[T.int64] = mod(div(w, NW), units)
-                j0: T.let[T.int64] = mod(w, NW) * VT
-                h: T.let[T.int64] = pick(convolved, place, pick(span > 1, div(place, per_head), div(place, div(HV, heads))))
-                hv: T.let[T.int64] = pick(
-                    convolved, h * per_key, pick(span > 1, h * per_key + mod(place, per_head) * span, place)
-                )
-                count: T.let[T.int64] = pick(span > 1, T.min(T.int64(span), (h + 1) * per_key - hv), T.int64(1))
-                row: T.let[T.int64] = pick(varlen, T.int64(0), n)
-                first: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n), T.int64(0))
-                length: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)
-                slot: T.let[T.int64] = pick(slots_given, int64(initial_state_indices, n), n)
-                buffer_slot: T.let[T.int64] = pick(buffer_slots_given, int64(intermediate_state_indices, n), n)
-
-                if not chunked:
-                    x, y, d, dx = tiles.k_vector(), tiles.k_vector(), tiles.k_vector(), tiles.k_vector()
-                    u, z = tiles.v_vector(), tiles.v_vector()
-                    m = tiles.scalars(5)
-                    if fused_gate:
-                        gate, rate = tiles.scalars(1), tiles.scalars(1)
-
-                if convolved:
-                    value = tiles.v_vector()
-                    conv_slot: T.let[T.int64] = pick("conv_state_indices" in has, int64(conv_state_indices, n), n)
-                    conv_usable: T.let[T.bool] = conv_slot >= 0 and conv_slot < SC and conv_slot != pad_slot_id
-                    conv_from: T.let[T.int64] = T.Select(conv_usable, conv_slot, T.int64(0))
-
-                @T.inline
-                def convolve_lanes(to, at, c, width):
-                    taps, old = tiles.scalars((W + 1) * width), tiles.array(max(L, 1) * width, conv_dtype)
-                    acc = tiles.scalars(width)
-                    dense: T.let[T.bool] = h2 == 1 and h1 == L
-                    conv.load_taps(taps, 0, width, conv_weight, conv_weight_flat, w1 == 1 and w0 == W, conv_bias, c, width)
-                    conv.load_state(
-                        old, conv_state, conv_state_flat, dense, conv_from * h0 + c * L, conv_from, conv_usable, c, width
+        @T.inline
+        def over_sequences():
+            # Workers of a sequence: one per v tile of every `span` value heads (the last of a q/k head may have fewer).
+            per_key: T.let[T.int64] = pick(span > 1 or convolved, HV // T.max(heads, T.int64(1)), T.int64(1))
+            per_head: T.let[T.int64] = (per_key + span - 1) // span
+            units: T.let[T.int64] = pick(convolved, heads, pick(span > 1, heads * per_head, HV))
+            for block in tiles.workers(n_seq * units * workers()):
+                for lane in tiles.lanes():
+                    tiles.enter(lane)
+                    w: T.let[T.int64] = T.Cast("int64", tiles.worker(block, lane))
+                    # Workers fit in 32 bits, where a division is several times cheaper than in 64, above all on GPUs.
+                    n: T.let[T.int64] = div(w, units * workers())
+                    place: T.let[T.int64] = mod(div(w, workers()), units)
+                    j0: T.let[T.int64] = mod(w, workers()) * tiles.v_tile
+                    h: T.let[T.int64] = pick(convolved, place, pick(span > 1, div(place, per_head), div(place, div(HV, heads))))
+                    hv: T.let[T.int64] = pick(
+                        convolved, h * per_key, pick(span > 1, h * per_key + mod(place, per_head) * span, place)
                     )
-                    conv.head(acc, taps, 0, width, old, True, mixed_qkv, n, c, T.int64(0), T.int64(0), width)
-                    conv.activate(acc, width, silus[width])
-                    for lane in T.vectorized(width):
-                        to[at + lane] = acc[lane]
-                    if conv_usable:
-                        conv.keep(old, mixed_qkv, n, c, T.int64(0), T.int64(1), width)
-                        conv.store_state(old, conv_state, conv_state_flat, dense, conv_from * h0 + c * L, conv_from, c, width)
+                    count: T.let[T.int64] = pick(span > 1, T.min(T.int64(span), (h + 1) * per_key - hv), T.int64(1))
+                    row: T.let[T.int64] = pick(varlen, T.int64(0), n)
+                    first: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n), T.int64(0))
+                    length: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)
+                    slot: T.let[T.int64] = pick(slots_given, int64(initial_state_indices, n), n)
+                    buffer_slot: T.let[T.int64] = pick(buffer_slots_given, int64(intermediate_state_indices, n), n)
 
-                @T.inline
-                def convolve(to, c, size):
-                    """The next output of `size` channels of the packed row from c on, in fp32; their state moves by one."""
-                    for i in T.serial(size // tiles.vector):
-                        convolve_lanes(to, i * tiles.vector, c + i * tiles.vector, tiles.vector)
-                    for i in T.serial(size % tiles.vector):
-                        convolve_lanes(to, size - size % tiles.vector + i, c + size - size % tiles.vector + i, 1)
+                    if not chunked:
+                        x, y, d, dx = tiles.k_vector(), tiles.k_vector(), tiles.k_vector(), tiles.k_vector()
+                        u, z = tiles.v_vector(), tiles.v_vector()
+                        m = tiles.scalars(5)
+                        if fused_gate:
+                            gate, rate = tiles.scalars(1), tiles.scalars(1)
 
-                @T.inline
-                def load_qk(t):
                     if convolved:
-                        convolve(x, (heads + h) * K, K)
-                        convolve(y, h * K, K)
-                    elif packed:
-                        tiles.read(x, mixed_qkv, n, (heads + h) * K)
-                        tiles.read(y, mixed_qkv, n, h * K)
-                    else:
-                        tiles.read(x, k, row, first + t, h, T.int64(0))
-                        tiles.read(y, q, row, first + t, h, T.int64(0))
+                        value = tiles.v_vector()
+                        conv_slot: T.let[T.int64] = pick("conv_state_indices" in has, int64(conv_state_indices, n), n)
+                        conv_usable: T.let[T.bool] = conv_slot >= 0 and conv_slot < SC and conv_slot != pad_slot_id
+                        conv_from: T.let[T.int64] = T.Select(conv_usable, conv_slot, T.int64(0))
 
-                @T.inline
-                def normalize_qk():
-                    m[3] = T.float32(1)
-                    m[4] = scale
-                    if use_qk_l2norm_in_kernel != 0:
-                        tiles.dot(m, 2, x, x)
-                        m[3] = T.float32(1) / T.sqrt(m[2] + T.float32(NORM_EPS))
-                        tiles.dot(m, 2, y, y)
-                        m[4] = scale / T.sqrt(m[2] + T.float32(NORM_EPS))
-                    for i in tiles.rows(K):
-                        x[i] = x[i] * m[3]
-                        y[i] = y[i] * m[4]
+                    @T.inline
+                    def convolve_lanes(to, at, c, width):
+                        taps, old = tiles.scalars((W + 1) * width), tiles.array(max(L, 1) * width, conv_dtype)
+                        acc = tiles.scalars(width)
+                        dense: T.let[T.bool] = h2 == 1 and h1 == L
+                        conv.load_taps(taps, 0, width, conv_weight, conv_weight_flat, w1 == 1 and w0 == W, conv_bias, c, width)
+                        conv.load_state(
+                            old, conv_state, conv_state_flat, dense, conv_from * h0 + c * L, conv_from, conv_usable, c, width
+                        )
+                        conv.head(acc, taps, 0, width, old, True, mixed_qkv, n, c, T.int64(0), T.int64(0), width)
+                        conv.activate(acc, width, silus[width])
+                        for lane in T.vectorized(width):
+                            to[at + lane] = acc[lane]
+                        if conv_usable:
+                            conv.keep(old, mixed_qkv, n, c, T.int64(0), T.int64(1), width)
+                            conv.store_state(old, conv_state, conv_state_flat, dense, conv_from * h0 + c * L, conv_from, c, width)
 
-                @T.inline
-                def load_gates(t, hv):
-                    """D = exp(g) for every row of the state, m[1] = beta."""
-                    m[0] = T.float32(0)
-                    if fused_gate:
-                        gate[0] = gate_at(a, row, first + t, hv) + T.Cast("float32", dt_bias[hv])
-                        rate[0] = tiles.exp(T.Cast("float32", A_log[hv]))
-                        log_decay(gate, rate, softplus_beta, softplus_threshold)
-                        m[0] = gate[0]
-                        gate[0] = gate_at(b, row, first + t, hv)
-                        sigmoid(gate)
-                        m[1] = gate[0]
-                    else:
-                        if gated and not channel_gate:
-                            m[0] = T.Cast("float32", g[row, first + t, hv])
-                        m[1] = T.Cast("float32", beta[row, first + t, hv])
-                    if channel_gate:
-                        for i in tiles.rows(K):
-                            d[i] = tiles.exp(T.Cast("float32", g[row, first + t, hv, tiles.row(i)]))
-                    else:
-                        m[0] = tiles.exp(m[0])
-                        for i in tiles.rows(K):
-                            d[i] = m[0]
+                    @T.inline
+                    def convolve(to, c, size):
+                        """The next output of `size` channels of the packed row from c on, in fp32; their state moves by one."""
+                        for i in T.serial(size // tiles.vector):
+                            convolve_lanes(to, i * tiles.vector, c + i * tiles.vector, tiles.vector)
+                        for i in T.serial(size % tiles.vector):
+                            convolve_lanes(to, size - size % tiles.vector + i, c + size - size % tiles.vector + i, 1)
 
-                @T.inline
-                def fetch(t, hv, j0):
-                    """All of a token that does not depend on the state, v in z: loads before what waits for them."""
-                    if not convolved:
-                        for j in tiles.cols(VT):
-                            if packed:
-                                z[j] = T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)])
-                            else:
-                                z[j] = T.Cast("float32", v[row, first + t, hv, j0 + tiles.col(j)])
-                        load_qk(t)
-                    load_gates(t, hv)
-                    if not convolved:
-                        normalize_qk()
-                    for i in tiles.rows(K):
-                        dx[i] = d[i] * x[i]
-
-                @T.inline
-                def apply(W, t, hv, j0):
-                    tiles.gemv(u, W, dx)
-                    for j in tiles.cols(VT):
+                    @T.inline
+                    def load_qk(t):
                         if convolved:
-                            u[j] = (value[j] - u[j]) * m[1]
+                            convolve(x, (heads + h) * K, K)
+                            convolve(y, h * K, K)
+                        elif packed:
+                            tiles.read(x, mixed_qkv, n, (heads + h) * K)
+                            tiles.read(y, mixed_qkv, n, h * K)
                         else:
-                            u[j] = (z[j] - u[j]) * m[1]
-                    tiles.ger_gemv(z, W, d, x, u, y)
-                    for j in tiles.cols(VT):
-                        o[row, first + t, hv, j0 + tiles.col(j)] = T.Cast(data, z[j])
+                            tiles.read(x, k, row, first + t, h, T.int64(0))
+                            tiles.read(y, q, row, first + t, h, T.int64(0))
 
-                @T.inline
-                def load_initial(W, hv, j0):
-                    if pool:
-                        if slot >= 0 and slot < S:
-                            tiles.load(W, tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
+                    @T.inline
+                    def normalize_qk():
+                        m[3] = T.float32(1)
+                        m[4] = scale
+                        if use_qk_l2norm_in_kernel != 0:
+                            tiles.dot(m, 2, x, x)
+                            m[3] = T.float32(1) / T.sqrt(m[2] + T.float32(NORM_EPS))
+                            tiles.dot(m, 2, y, y)
+                            m[4] = scale / T.sqrt(m[2] + T.float32(NORM_EPS))
+                        for i in tiles.rows(K):
+                            x[i] = x[i] * m[3]
+                            y[i] = y[i] * m[4]
+
+                    @T.inline
+                    def load_gates(t, hv):
+                        """D = exp(g) for every row of the state, m[1] = beta."""
+                        m[0] = T.float32(0)
+                        if fused_gate:
+                            gate[0] = gate_at(a, row, first + t, hv) + T.Cast("float32", dt_bias[hv])
+                            rate[0] = tiles.exp(T.Cast("float32", A_log[hv]))
+                            log_decay(gate, rate, softplus_beta, softplus_threshold)
+                            m[0] = gate[0]
+                            gate[0] = gate_at(b, row, first + t, hv)
+                            sigmoid(gate)
+                            m[1] = gate[0]
+                        else:
+                            if gated and not channel_gate:
+                                m[0] = T.Cast("float32", g[row, first + t, hv])
+                            m[1] = T.Cast("float32", beta[row, first + t, hv])
+                        if channel_gate:
+                            for i in tiles.rows(K):
+                                d[i] = tiles.exp(T.Cast("float32", g[row, first + t, hv, tiles.row(i)]))
+                        else:
+                            m[0] = tiles.exp(m[0])
+                            for i in tiles.rows(K):
+                                d[i] = m[0]
+
+                    @T.inline
+                    def fetch(t, hv, j0):
+                        """All of a token that does not depend on the state, v in z: loads before what waits for them."""
+                        if not convolved:
+                            for j in tiles.cols(tiles.v_tile):
+                                if packed:
+                                    z[j] = T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)])
+                                else:
+                                    z[j] = T.Cast("float32", v[row, first + t, hv, j0 + tiles.col(j)])
+                            load_qk(t)
+                        load_gates(t, hv)
+                        if not convolved:
+                            normalize_qk()
+                        for i in tiles.rows(K):
+                            dx[i] = d[i] * x[i]
+
+                    @T.inline
+                    def apply(W, t, hv, j0):
+                        tiles.gemv(u, W, dx)
+                        for j in tiles.cols(tiles.v_tile):
+                            if convolved:
+                                u[j] = (value[j] - u[j]) * m[1]
+                            else:
+                                u[j] = (z[j] - u[j]) * m[1]
+                        tiles.ger_gemv(z, W, d, x, u, y)
+                        for j in tiles.cols(tiles.v_tile):
+                            o[row, first + t, hv, j0 + tiles.col(j)] = T.Cast(data, z[j])
+
+                    @T.inline
+                    def load_initial(W, hv, j0):
+                        if pool:
+                            if slot >= 0 and slot < S:
+                                tiles.load(W, tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
+                            else:
+                                tiles.zero(W)
+                        elif separate:
+                            tiles.load(W, tiles.view(initial_state, n * i0 + hv * (K * V), j0))
                         else:
                             tiles.zero(W)
-                    elif separate:
-                        tiles.load(W, tiles.view(initial_state, n * i0 + hv * (K * V), j0))
-                    else:
-                        tiles.zero(W)
 
-                @T.inline
-                def load_parent(W, t, hv, j0):
-                    """The state after the parent's step; the initial state where there is no parent."""
-                    parent: T.let[T.int64] = int64(retrieve_parent_token, n, t)
-                    if parent < 0:
-                        load_initial(W, hv, j0)
-                    elif buffer_slot >= 0 and buffer_slot < C and parent < P:
-                        tiles.load(W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0))
-                    else:
-                        tiles.zero(W)
+                    @T.inline
+                    def load_parent(W, t, hv, j0):
+                        """The state after the parent's step; the initial state where there is no parent."""
+                        parent: T.let[T.int64] = int64(retrieve_parent_token, n, t)
+                        if parent < 0:
+                            load_initial(W, hv, j0)
+                        elif buffer_slot >= 0 and buffer_slot < C and parent < P:
+                            tiles.load(
+                                W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0)
+                            )
+                        else:
+                            tiles.zero(W)
 
-                @T.inline
-                def steps(W, hv, j0):
-                    for t in T.serial(length):
-                        if tree:
-                            if t > 0:
-                                load_parent(W, t, hv, j0)
-                        fetch(t, hv, j0)
-                        apply(W, t, hv, j0)
-                        if buffered:
-                            if buffer_slot >= 0 and buffer_slot < C and t < P:
-                                tiles.store(
-                                    tiles.view(intermediate_states_buffer, buffer_slot * c0 + t * c1 + hv * (K * V), j0), W
-                                )
+                    @T.inline
+                    def steps(W, hv, j0):
+                        for t in T.serial(length):
+                            if tree:
+                                if t > 0:
+                                    load_parent(W, t, hv, j0)
+                            fetch(t, hv, j0)
+                            apply(W, t, hv, j0)
+                            if buffered:
+                                if buffer_slot >= 0 and buffer_slot < C and t < P:
+                                    tiles.store(
+                                        tiles.view(intermediate_states_buffer, buffer_slot * c0 + t * c1 + hv * (K * V), j0), W
+                                    )
 
-                @T.inline
-                def store_final(W, hv, j0):
-                    if pool:
-                        if slot >= 0 and slot < S and disable_state_update == 0:
-                            tiles.store(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), W)
-                    if final:
-                        tiles.store(tiles.view(final_state, (n * HV + hv) * (K * V), j0), W)
+                    @T.inline
+                    def store_final(W, hv, j0):
+                        if pool:
+                            if slot >= 0 and slot < S and disable_state_update == 0:
+                                tiles.store(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), W)
+                        if final:
+                            tiles.store(tiles.view(final_state, (n * HV + hv) * (K * V), j0), W)
 
-                @T.inline
-                def through_local(hv, j0):
-                    local = tiles.state()
-                    if packed:
-                        # One token, whose loads need not wait for the slot's number as the state's do.
-                        if tiles.state_first:
+                    @T.inline
+                    def through_local(hv, j0):
+                        local = tiles.state()
+                        if packed:
+                            # One token, whose loads need not wait for the slot's number as the state's do.
+                            if tiles.state_first:
+                                load_initial(local, hv, j0)
+                            fetch(0, hv, j0)
+                            if not tiles.state_first:
+                                load_initial(local, hv, j0)
+                            apply(local, 0, hv, j0)
+                            store_final(local, hv, j0)
+                        elif tiles.state_first:
+                            # Without tokens nothing waits for what would be asked for, and the state stays as it is.
+                            if length > 0:
+                                load_initial(local, hv, j0)
+                                steps(local, hv, j0)
+                                store_final(local, hv, j0)
+                        else:
                             load_initial(local, hv, j0)
-                        fetch(0, hv, j0)
-                        if not tiles.state_first:
-                            load_initial(local, hv, j0)
-                        apply(local, 0, hv, j0)
-                    else:
-                        load_initial(local, hv, j0)
-                        steps(local, hv, j0)
-                    store_final(local, hv, j0)
+                            steps(local, hv, j0)
+                            store_final(local, hv, j0)
 
-                @T.inline
-                def over_states(hv, j0):
-                    if direct_pool:
-                        if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
-                            steps(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), hv, j0)
+                    @T.inline
+                    def over_states(hv, j0):
+                        if direct_pool:
+                            if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
+                                steps(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), hv, j0)
+                            else:
+                                through_local(hv, j0)
                         else:
                             through_local(hv, j0)
-                    else:
-                        through_local(hv, j0)
 
-                if chunked:
-                    for i in T.serial(count):
-                        load_initial(tiles.state(i), hv + i, j0)
-                    advance(
-                        q, k, v, g, beta, o, row, first, length, h, hv, count, j0, scale, use_qk_l2norm_in_kernel,
-                        pick(pool, slot < 0 or slot >= S, T.bool(not separate)),
-                        pick(varlen, first // size + n, n * per_row) * HV + hv, HV,
-                    )  # fmt: skip
-                    tiles.sync()
-                    for i in T.serial(count):
-                        store_final(tiles.state(i), hv + i, j0)
-                    tiles.leave()
-                elif convolved:
-                    load_qk(0)
-                    normalize_qk()
-                    for i in T.serial(per_key):
-                        for tile in T.serial(NV):
-                            convolve(value, 2 * heads * K + (hv + i) * V + tile * VT, VT)
-                            over_states(hv + i, tile * VT)
-                else:
-                    over_states(hv, j0)
+                    if chunked:
+                        for i in T.serial(count):
+                            load_initial(tiles.state(i), hv + i, j0)
+                        advance(
+                            q, k, v, g, beta, o, row, first, length, h, hv, count, j0, scale, use_qk_l2norm_in_kernel,
+                            pick(pool, slot < 0 or slot >= S, T.bool(not separate)),
+                            pick(varlen, first // size + n, n * per_row) * HV + hv, HV,
+                        )  # fmt: skip
+                        tiles.sync()
+                        for i in T.serial(count):
+                            store_final(tiles.state(i), hv + i, j0)
+                        tiles.leave()
+                    elif convolved:
+                        load_qk(0)
+                        normalize_qk()
+                        for i in T.serial(per_key):
+                            for tile in T.serial(V // tiles.v_tile):
+                                convolve(value, 2 * heads * K + (hv + i) * V + tile * tiles.v_tile, tiles.v_tile)
+                                over_states(hv + i, tile * tiles.v_tile)
+                    else:
+                        over_states(hv, j0)
+
+        plan(n_seq * HV, pick(varlen, T.int64(-1), TK), over_sequences)
 
     return kernel
