@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from math import gcd
+from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import local_array, sum_lanes
+from tvm_gdn.schedules.cpu import local_array, sum_lanes, transpose_16
 from tvm_gdn.schedules.cpu_tiles import BLOCK, Tile, TileMemory, ceil_div
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
@@ -81,11 +82,38 @@ class ElementTiles(TileMemory):
                     dst.put(src.get(start + i, base, unit, lane), start + i, base, unit, lane)
 
     def _copy_v_first(self, dst: Tile, src: Tile) -> None:
-        """Between a [V, K] state in memory and a tile."""
-        with T.serial(self.units(1, dst, src)) as j:
-            with T.serial(self.K) as i:
-                unit = self.nr
-                dst.put(src.get(i, j // unit, unit, j % unit), i, j // unit, unit, j % unit)
+        """Between a [V, K] state in memory and a tile: blocks of 16 x 16 transposed in registers, or element by element."""
+        unit = self.nr
+        if self.K % BLOCK or unit % BLOCK:
+            with T.serial(self.units(1, dst, src)) as j:
+                with T.serial(self.K) as i:
+                    dst.put(src.get(i, j // unit, unit, j % unit), i, j // unit, unit, j % unit)
+            return
+        lanes = T.ramp(0, 1, BLOCK)
+        state = (src if src.v_first else dst).buffer
+        # The last axis of a buffer is the one that vectors run along.
+        columns = T.decl_buffer(
+            (self.v_tile, self.K), state.dtype, data=state.data, elem_offset=state.elem_offset, strides=(self.K, 1)
+        )
+        with T.serial(self.units(BLOCK, dst, src)) as cb:
+            with T.serial(self.K // BLOCK) as rb:
+
+                def line(tile: Tile, n: int, cb: Expr = cb, rb: Expr = rb) -> tuple[Any, list[Any]]:
+                    """16 elements that follow each other: of the n-th column of the block in memory, of the n-th row of a tile."""
+                    if tile.v_first:
+                        return columns, [cb * BLOCK + n, T.ramp(rb * BLOCK, 1, BLOCK)]
+                    return tile.buffer, tile.at(rb * BLOCK + n, cb, BLOCK, lanes)
+
+                def get(n: int) -> Any:
+                    buffer, index = line(src, n)
+                    return buffer[tuple(index)] if buffer.dtype == "float32" else T.Cast(f"float32x{BLOCK}", buffer[tuple(index)])
+
+                def put(n: int, value: Any) -> None:
+                    buffer, index = line(dst, n)
+                    dtype = buffer.dtype
+                    T.buffer_store(buffer, value if dtype == "float32" else T.Cast(f"{dtype}x{BLOCK}", value), index)
+
+                transpose_16(get, put)
 
     def row_sum(self, dst: Tile, function: ElementFunction, *sources: Tile, rows: Expr | None = None) -> None:
         """Partial sums per lane, then across the lanes."""

@@ -24,6 +24,18 @@ AHEAD = 8
 RAW_ROWS = 4
 
 
+def _lanes(vector: Any) -> Any:
+    """Indices of the lanes of a vector among several."""
+    return T.ramp(vector * LANES, 1, LANES)
+
+
+def _clear(acc: Any, height: int, vectors: int) -> None:
+    """Accumulators = 0."""
+    with T.unroll(height) as r:
+        for c in range(vectors):
+            T.buffer_store(acc, T.broadcast(T.Cast(acc.dtype, 0), LANES), [r, _lanes(c)])
+
+
 class ExpertTiles(TeamTiles):
     """Tile operations of one geometry.
 
@@ -40,7 +52,9 @@ class ExpertTiles(TeamTiles):
     columns : int
         Most output columns that are summed up at once, a multiple of 32.
     rows : int
-        Most rows of the micro-kernel, a power of two.
+        Most rows of the micro-kernel.
+    vectors : int
+        Accumulators of 16 columns that the registers hold.
     floor : int
         Reading weights takes as long as multiplying them with so many blocks of 16 rows.
     hints : bool
@@ -55,6 +69,7 @@ class ExpertTiles(TeamTiles):
         columns: int,
         rows: int,
         floor: int,
+        vectors: int = 24,
         few: int = 4,
         raw: bool = False,
         hints: bool = True,
@@ -63,7 +78,8 @@ class ExpertTiles(TeamTiles):
         self.operand, self.prelude, self.k_step = weights.operand, weights.prelude, weights.k_step
         self.quantized, self.zero = weights.quantized, weights.zero
         self.pad = PAD_BYTES // {"float32": 4, "bfloat16": 2, "int8": 1}[self.operand]
-        self.top, self.few, self.raw, self.hints = rows, few, raw, hints
+        self.top, self.few, self.raw, self.hints, self.vectors = rows, few, raw, hints, vectors
+        self.raw_rows = RAW_ROWS if vectors >= RAW_ROWS**2 else RAW_ROWS // 2
         self.product = self._raw_product() if raw else self._product()
 
     def begin(self, steps: int) -> None:
@@ -118,69 +134,80 @@ class ExpertTiles(TeamTiles):
         count = int(scale.shape[2]) if self.quantized else 1
         return 0 if count == 1 else count // int(steps)
 
+    def _run(
+        self, acc: Any, A: Any, first: Any, W: Any, e: Any, n: Any, s: Any, line: Any, count: int, height: int, halves: tuple[int, ...]
+    ) -> None:
+        """Accumulators += `count` lines of step s, from `line` on, times `height` rows."""
+        weights, width = self.weights, len(halves) * LANES
+        each = min(count, weights.folds or count)
+        for start in range(0, count, each):
+            sums = local_array(height, width, dtype="int32") if weights.folds else acc
+            if weights.folds:
+                _clear(sums, height, len(halves))
+            with T.unroll(each) as i:
+                at = line + start + i
+                words = local_array(len(halves), LANES, dtype="int32")
+                for c, half in enumerate(halves):
+                    T.buffer_store(words, weights.line(W, e, n, s, at, half), [c, _lanes(0)])
+                with T.unroll(height) as r:
+                    for c in range(len(halves)):
+                        k = s * self.k_step + at * weights.per
+                        T.buffer_store(sums, weights.dot(sums[r, _lanes(c)], A, first + r, k, words[c, _lanes(0)]), [r, _lanes(c)])
+            if weights.folds:
+                with T.unroll(height) as r:
+                    for c in range(len(halves)):
+                        T.buffer_store(acc, weights.fold(acc[r, _lanes(c)], sums[r, _lanes(c)]), [r, _lanes(c)])
+
     def _micro(self) -> Any:
-        """C[r, :] = rows first + r of A times the 32 columns of group n, r < height."""
-        weights, k_step = self.weights, self.weights.k_step
-        lines, per, quantized, groups = weights.lines, weights.per, weights.quantized, self.groups
+        """C[r, :] = rows first + r of A times the 32 columns of group n, r < height; half of them at a time if registers are few."""
+        weights, groups, run, vectors = self.weights, self.groups, self._run, self.vectors
+        lines, quantized = weights.lines, weights.quantized
 
         @T.inline
-        def clear(acc, height):
-            for r in T.unroll(height):
-                for c in T.unroll(2):
-                    acc[r, T.ramp(c * LANES, 1, LANES)] = T.broadcast(T.Cast(acc.dtype, 0), LANES)
-
-        @T.inline
-        def run(acc, A, first, W, e, n, s, line0, count, height):
-            for i in T.unroll(count):
-                w = local_array(2, LANES, dtype="int32")
-                w[0, T.ramp(0, 1, LANES)] = weights.line(W, e, n, s, line0 + i, 0)
-                w[1, T.ramp(0, 1, LANES)] = weights.line(W, e, n, s, line0 + i, 1)
-                for r in T.unroll(height):
-                    for c in T.unroll(2):
-                        acc[r, T.ramp(c * LANES, 1, LANES)] = weights.dot(
-                            acc[r, T.ramp(c * LANES, 1, LANES)],
-                            A,
-                            first + r,
-                            s * k_step + (line0 + i) * per,
-                            w[c, T.ramp(0, 1, LANES)],
-                        )
-
-        @T.inline
-        def micro(height, C, A, sums, first, W, scale, e, n, steps):
-            acc = local_array(height, 2 * LANES, dtype=weights.sum)
-            clear(acc, height)
+        def part(height, halves, C, A, sums, first, W, scale, e, n, steps):
+            acc = local_array(height, len(halves) * LANES, dtype=weights.sum)
+            _clear(acc, height, len(halves))
             if groups(scale, steps) == 0:
                 for s in T.serial(steps):
                     self.ask(W, e, n, s)
-                    for part in T.serial(lines // UNROLLED):
-                        run(acc, A, first, W, e, n, s, part * UNROLLED, UNROLLED, height)
+                    for turn in T.serial(lines // UNROLLED):
+                        run(acc, A, first, W, e, n, s, turn * UNROLLED, UNROLLED, height, halves)
                 for r in T.unroll(height):
-                    for c in T.unroll(2):
+                    for c in T.unroll(len(halves)):
                         if quantized:
-                            C[r, T.ramp(c * LANES, 1, LANES)] = T.Cast(
-                                "float32x16",
-                                acc[r, T.ramp(c * LANES, 1, LANES)] - T.broadcast(sums[first + r, 0], LANES),
-                            ) * T.Cast("float32x16", scale[e, n, 0, T.ramp(c * LANES, 1, LANES)])
+                            C[r, _lanes(halves[0] + c)] = T.Cast(
+                                "float32x16", acc[r, _lanes(c)] - T.broadcast(sums[first + r, 0], LANES)
+                            ) * T.Cast("float32x16", scale[e, n, 0, _lanes(halves[0] + c)])
                         else:
-                            C[r, T.ramp(c * LANES, 1, LANES)] = acc[r, T.ramp(c * LANES, 1, LANES)]
+                            C[r, _lanes(halves[0] + c)] = acc[r, _lanes(c)]
             else:
-                scaled = local_array(height, 2 * LANES)
-                clear(scaled, height)
+                scaled = local_array(height, len(halves) * LANES)
+                _clear(scaled, height, len(halves))
                 for s in T.serial(steps):
                     self.ask(W, e, n, s)
                     for g in T.serial(groups(scale, steps)):
-                        run(acc, A, first, W, e, n, s, g * (lines // groups(scale, steps)), lines // groups(scale, steps), height)
+                        run(
+                            acc, A, first, W, e, n, s, g * (lines // groups(scale, steps)), lines // groups(scale, steps), height,
+                            halves,
+                        )  # fmt: skip
                         for r in T.unroll(height):
-                            for c in T.unroll(2):
-                                scaled[r, T.ramp(c * LANES, 1, LANES)] = scaled[r, T.ramp(c * LANES, 1, LANES)] + T.Cast(
+                            for c in T.unroll(len(halves)):
+                                scaled[r, _lanes(c)] = scaled[r, _lanes(c)] + T.Cast(
                                     "float32x16",
-                                    acc[r, T.ramp(c * LANES, 1, LANES)]
-                                    - T.broadcast(sums[first + r, s * (groups(scale, steps)) + g], LANES),
-                                ) * T.Cast("float32x16", scale[e, n, s * (groups(scale, steps)) + g, T.ramp(c * LANES, 1, LANES)])
-                        clear(acc, height)
+                                    acc[r, _lanes(c)] - T.broadcast(sums[first + r, s * (groups(scale, steps)) + g], LANES),
+                                ) * T.Cast("float32x16", scale[e, n, s * (groups(scale, steps)) + g, _lanes(halves[0] + c)])
+                        _clear(acc, height, len(halves))
                 for r in T.unroll(height):
-                    for c in T.unroll(2):
-                        C[r, T.ramp(c * LANES, 1, LANES)] = scaled[r, T.ramp(c * LANES, 1, LANES)]
+                    for c in T.unroll(len(halves)):
+                        C[r, _lanes(halves[0] + c)] = scaled[r, _lanes(c)]
+
+        @T.inline
+        def micro(height, C, A, sums, first, W, scale, e, n, steps):
+            if 2 * height <= vectors:
+                part(height, (0, 1), C, A, sums, first, W, scale, e, n, steps)
+            else:
+                part(height, (0,), C, A, sums, first, W, scale, e, n, steps)
+                part(height, (1,), C, A, sums, first, W, scale, e, n, steps)
 
         return micro
 
@@ -244,23 +271,24 @@ class ExpertTiles(TeamTiles):
 
     def _along_rows(self) -> Any:
         weights, run = self.weights, self.weights.run
-        limit = min(self.few, 4)
+        raw_rows = self.raw_rows
+        limit = min(self.few, raw_rows)
 
         @T.inline
         def columns(height, C, A, elements, first, W, raw, e, base, at, K):
-            """C[:, at : at + 4] for rows base to base + 4 of the raw weights."""
-            acc = local_array(height, RAW_ROWS * LANES)
+            """C[:, at : at + raw_rows] for rows base to base + raw_rows of the raw weights."""
+            acc = local_array(height, raw_rows * LANES)
             for r in T.unroll(height):
-                for c in T.unroll(RAW_ROWS):
+                for c in T.unroll(raw_rows):
                     acc[r, T.ramp(c * LANES, 1, LANES)] = T.broadcast(T.float32(0), LANES)
             for k in T.serial(K // run):
                 for r in T.unroll(height):
-                    for c in T.unroll(RAW_ROWS):
+                    for c in T.unroll(raw_rows):
                         acc[r, T.ramp(c * LANES, 1, LANES)] = weights.dot_row(
                             acc[r, T.ramp(c * LANES, 1, LANES)], A, first + r, W, e, T.min(base + c, raw.shape[1] - 1), k * run
                         )
             for r in T.unroll(height):
-                for c in T.unroll(RAW_ROWS):
+                for c in T.unroll(raw_rows):
                     part = local_array(LANES)
                     part[T.ramp(0, 1, LANES)] = acc[r, T.ramp(c * LANES, 1, LANES)]
                     C[r, at + c] = sum_lanes(part, LANES)
@@ -272,9 +300,9 @@ class ExpertTiles(TeamTiles):
         @T.inline
         def micro(height, C, A, elements, first, W, raw, e, n, shift, K):
             for half in T.serial(2):
-                for q in T.serial(LANES // RAW_ROWS):
-                    base = n * LANES + half * shift + q * RAW_ROWS
-                    columns(height, C, A, elements, first, W, raw, e, base, half * LANES + q * RAW_ROWS, K)
+                for q in T.serial(LANES // raw_rows):
+                    base = n * LANES + half * shift + q * raw_rows
+                    columns(height, C, A, elements, first, W, raw, e, base, half * LANES + q * raw_rows, K)
 
         choose = self._blocks(micro, limit)
 

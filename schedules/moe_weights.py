@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.x86_products import IR, dpbf16, dpbusd
+from tvm_gdn.schedules.x86_products import BYTES, IR, dpbf16, dpbusd, helper
 
 LANES = 16
 
@@ -23,7 +23,8 @@ class Float:
     """Products in fp32 by multiply-add; bf16 and fp16 weights are widened in registers."""
 
     quantized, prelude, operand, sum, matrix = False, "", "float32", "float32", ""
-    zero = 0
+    #: Lines whose products are summed in words of their own, before `fold` adds them to the accumulators; 0: none.
+    zero = folds = 0
 
     def __init__(self, scheme: str) -> None:
         self.scheme = scheme
@@ -76,22 +77,26 @@ class DotBf16(Float):
 class Int8:
     """Bytes, weights unsigned (stored with 128 added), rows signed, summed in int32: exact, whatever adds them up.
 
-    `zero` times a row's sum is what the 128 adds to every product with it.
+    `zero` times a row's sum is what the 128 adds to every product with it. `dots`: instructions for it, ``"vnni"``, ``"avx2"``
+    (products of pairs of 16-bit numbers: those of bytes would saturate) or none.
     """
 
-    quantized, prelude, operand, sum, matrix = True, "", "int8", "int32", "bsud"
-    zero, k_step, per, lines = 128, 64, 4, LANES
+    quantized, operand, sum, matrix = True, "int8", "int32", "bsud"
+    zero, k_step, per, lines, folds = 128, 64, 4, LANES, 0
 
-    def __init__(self, vnni: bool) -> None:
-        self.vnni = vnni
+    def __init__(self, dots: str = "") -> None:
+        self.dots = dots
+        self.prelude = BYTES if dots == "avx2" else ""
 
     line = Float.line
 
     def dot(self, acc: Any, A: Any, row: Any, k: Any, line: Any) -> Any:
         """Accumulator plus the products of a line with one row's word at k."""
         word = A[row, k // 4]
-        if self.vnni:
+        if self.dots == "vnni":
             return dpbusd(acc, line, _all(word))
+        if self.dots == "avx2":
+            return helper("dot_pairs", acc, line, _all(word))
         for i in range(4):
             signed = T.shift_right(T.shift_left(word, T.int32(24 - 8 * i)), T.int32(24))
             acc = acc + T.bitwise_and(T.shift_right(line, _all(8 * i)), _all(255)) * _all(signed)
@@ -101,14 +106,29 @@ class Int8:
 class Int4(Int8):
     """Nibbles, stored with 8 added; a word's low nibbles belong to the first 16 columns, its high ones to the others.
 
-    The matrix unit takes them as signed bytes, which they become when they are widened.
+    The matrix unit takes them as signed bytes, which they become when they are widened. In AVX2 products of bytes are summed as
+    16-bit pairs, which hold those of 8 lines: 16 * 15 * 128 < 2^15.
     """
 
     zero, k_step, lines, matrix = 8, 128, 32, "bssd"
 
+    def __init__(self, dots: str = "") -> None:
+        super().__init__(dots)
+        self.folds = 8 if dots == "avx2" else 0
+
     def line(self, W: Any, e: Any, n: Any, s: Any, line: Any, half: int) -> Any:
         """A line of one half of the 32 columns, a nibble per byte."""
         return nibbles(W[e, n, s, T.ramp(line * LANES, 1, LANES)], half)
+
+    def dot(self, acc: Any, A: Any, row: Any, k: Any, line: Any) -> Any:
+        """As of bytes; where they are folded, sums of 16-bit pairs."""
+        if self.folds:
+            return helper("dot_bytes", acc, line, _all(A[row, k // 4]))
+        return super().dot(acc, A, row, k, line)
+
+    def fold(self, acc: Any, sums: Any) -> Any:
+        """Accumulator plus both numbers of every pair."""
+        return helper("add_pairs", acc, sums, sums)
 
 
 def nibbles(words: Any, half: int) -> Any:

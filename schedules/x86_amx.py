@@ -52,6 +52,7 @@ class AmxChunkTiles(OperandTiles):
         finish: ElementFunction | None = None,
         sources: tuple[Tile, ...] = (),
         into: tuple[Any, ...] = (),
+        wanted: Expr | None = None,
     ) -> None:
         """32 x 32 results in four tile registers, two more for each side."""
         if isinstance(a, Operand):
@@ -77,7 +78,7 @@ class AmxChunkTiles(OperandTiles):
                 self._results(lambda n, x, y: self.unit.store(n, dst.buffer, *self._place(dst, io, jo, x, y)))
             else:
                 self._results(lambda n, x, y: self.unit.store(n, self.scratch, lambda r: [x * ROWS + r, y * ROWS], GRANULE))
-                self._finish(dst, io, jo, start, finish, sources, into)
+                self._finish(dst, io, jo, start, finish, sources, into, wanted)
 
         if lower == "result":
             with T.serial(row_blocks) as io:
@@ -131,6 +132,7 @@ class AmxChunkTiles(OperandTiles):
         finish: ElementFunction | None,
         sources: tuple[Tile, ...],
         into: tuple[Any, ...],
+        wanted: Expr | None,
     ) -> None:
         """From sums in the scratch tile to elements of the result, and to operands made of it."""
         written = not into or start is not None
@@ -159,5 +161,6 @@ class AmxChunkTiles(OperandTiles):
                     if written:
                         with T.vectorized(ROWS) as lane:
                             dst.put(pair[n, lane], i + n, jo * 2 + y, ROWS, lane)
-                for operand in into:
-                    self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])
+                with where(wanted):
+                    for operand in into:
+                        self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])

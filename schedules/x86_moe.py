@@ -15,16 +15,16 @@ from tvm_gdn.spec import Geometry
 STAGED_BYTES = 1 << 20
 
 
-def weights_of(geometry: Geometry, *, bf16: bool = False, vnni: bool = False) -> Any:
+def weights_of(geometry: Geometry, *, bf16: bool = False, dots: str = "") -> Any:
     """How the weights of a geometry are multiplied, given what the target's vector unit has.
 
     The dtype of the activations decides the precision: fp32 activations are multiplied in fp32 whatever the weights are.
     """
     scheme = geometry.attr.get("scheme")
     if scheme in {"int4", "int4_kgroup"}:
-        return Int4(vnni)
+        return Int4(dots)
     if scheme == "int8":
-        return Int8(vnni)
+        return Int8(dots)
     if bf16 and geometry.dtype["x"] == "bfloat16" and (scheme == "bf16" or _is_raw_bf16(geometry)):
         return DotBf16()
     return Float(scheme or "fp32")
@@ -44,14 +44,16 @@ def _is_raw(geometry: Geometry) -> bool:
 class ExpertsX86:
     """Vectors of 16 columns; fp32 multiply-add, bytes by integer multiplication."""
 
-    bf16 = vnni = False
+    bf16, dots = False, ""
+    #: Rows of the micro-kernel, and accumulators of 16 columns that registers hold.
+    rows, vectors = 4, 24
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
         """Rows of the micro-kernel; rows staged at once; output columns summed up at once; what few rows cost."""
         del geometry
         return {
-            "rows": (2, 4, 8),
+            "rows": (2, 4, 6, 8),
             "block": (32, 64, 128, 256),
             "columns": (64, 128, 256, 512),
             "floor": (1, 2, 6, 12),
@@ -62,27 +64,41 @@ class ExpertsX86:
         """As many staged rows as leave most of the L2 cache to the weights."""
         size = 4 if geometry.dtype["x"] == "float32" else 2
         fitting = [rows for rows in cls.knobs(geometry)["block"] if rows * geometry.axis["D"] * size <= STAGED_BYTES]
-        return {"rows": 4, "block": max(fitting, default=32), "columns": 512, "floor": 2}
+        return {"rows": cls.rows, "block": max(fitting, default=32), "columns": 512, "floor": 2}
 
     @classmethod
     def tiles(cls, geometry: Geometry, **knobs: Any) -> ExpertTiles:
         """Tile operations on vectors."""
-        weights = weights_of(geometry, bf16=cls.bf16, vnni=cls.vnni)
-        return ExpertTiles(weights, raw=_is_raw(geometry), **knobs)
+        weights = weights_of(geometry, bf16=cls.bf16, dots=cls.dots)
+        return ExpertTiles(weights, raw=_is_raw(geometry), vectors=cls.vectors, **knobs)
+
+
+@schedule("moe_experts", "x86-avx2")
+class ExpertsAvx2(ExpertsX86):
+    """Bytes by products of pairs; 6 x 16 accumulators in 12 of 16 registers."""
+
+    dots, rows, vectors = "avx2", 6, 6
+
+
+@schedule("moe_experts", "x86-avx512")
+class ExpertsAvx512(ExpertsX86):
+    """The same products on 32 registers."""
+
+    dots = "avx2"
 
 
 @schedule("moe_experts", "x86-avx512-bf16")
 class ExpertsAvx512Bf16(ExpertsX86):
     """Dot products of bf16 pairs and of bytes."""
 
-    bf16 = vnni = True
+    bf16, dots = True, "vnni"
 
 
 @schedule("moe_experts", "x86-amx")
 class ExpertsAmx(ExpertsX86):
     """Matrix tiles for many rows of an expert, dot products for few; fp32 and fp16 stay with the vector unit."""
 
-    bf16 = vnni = True
+    bf16, dots = True, "vnni"
     emulated = False
 
     @classmethod
@@ -108,7 +124,7 @@ class ExpertsAmx(ExpertsX86):
         """Tile operations on matrix tiles, where products have that form."""
         if not cls._has_tiles(geometry):
             return super().tiles(geometry, **knobs)
-        weights = weights_of(geometry, bf16=cls.bf16, vnni=cls.vnni)
+        weights = weights_of(geometry, bf16=cls.bf16, dots=cls.dots)
         depth = _words_per_scale(geometry)
         return AmxExpertTiles(weights, raw=_is_raw(geometry), depth=depth, emulated=cls.emulated, **knobs)
 
@@ -124,5 +140,5 @@ def _words_per_scale(geometry: Geometry) -> int:
 class ExpertsAmxEmulated(ExpertsAmx):
     """The same without the instructions: for tests on any CPU."""
 
-    bf16 = vnni = False
+    bf16, dots = False, ""
     emulated = True

@@ -225,6 +225,24 @@ class OperandTiles(ChunkTiles):
         tile = super().state(index)
         return State(tile.buffer, tile.rows, tile.cols, tile.panel, values=True, index=T.Cast("int32", index))
 
+    def load(self, dst: Tile, src: Tile, rows: Expr | None = None) -> None:
+        """A state's operand is made of its rows on their way."""
+        if not isinstance(dst, State) or src.v_first:
+            super().load(dst, src, rows)
+            if isinstance(dst, State):
+                self.pack(self.operand(dst, "right"))
+            return
+        operand = self.operand(dst, "right")
+        pair = local_array(2, ROWS)
+        with T.serial(dst.rows // 2) as p:
+            with T.serial(self.units(ROWS, dst)) as cb:
+                for n in (0, 1):
+                    with T.vectorized(ROWS) as lane:
+                        T.buffer_store(pair, src.get(p * 2 + n, cb, ROWS, lane), [n, lane])
+                    with T.vectorized(ROWS) as lane:
+                        dst.put(pair[n, lane], p * 2 + n, cb, ROWS, lane)
+                self._split_rows(operand, p * 2, pair[0, LANES], pair[1, LANES], [p // ROWS, cb, p % ROWS])
+
     def block(self, tile: Tile, row: Expr, col: Expr, rows: int, cols: int) -> Tile:
         """Part of a row-major tile."""
         return Block(tile.buffer, rows, cols, 0, tile.row + row, tile.col + col)

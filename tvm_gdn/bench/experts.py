@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,9 +46,12 @@ class Layer:
 
     def __init__(self, sizes: dict[str, int], schemes: Sequence[str], peers: bool, report: Report) -> None:
         self.sizes, self.report = sizes, report
-        self.w13, self.w2 = layers.weights(sizes, torch.bfloat16)
         self.runs: dict[str, tuple[str, Run, float]] = {}
         self.children: dict[str, kt_kernel.Layer] = {}
+        # They load while this process packs.
+        for build, kinds in kt_kernel.KINDS.items() if peers else ():
+            self._kt_kernel(build, [scheme for scheme in schemes if scheme in kinds])
+        self.w13, self.w2 = layers.weights(sizes, torch.bfloat16)
         plain = (self.w13.nbytes + self.w2.nbytes) / sizes["E"]
         for scheme in schemes:
             # What has more digits than the drawn weights is packed from them all the same: fp32 products of bf16 numbers.
@@ -65,8 +67,11 @@ class Layer:
             self._transformers(plain)
         for scheme in schemes:
             self._onnxruntime(scheme)
-        for build in kt_kernel.BUILDS:
-            self._kt_kernel(build, [scheme for scheme in schemes if scheme in kt_kernel.KINDS])
+        for build, child in list(self.children.items()):
+            try:
+                child.ready()
+            except TvmGdnError as error:
+                self._lose(build, error)
 
     def _raw(self, x: torch.Tensor, share: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return tvm_gdn.fused_experts(x, self.w13, self.w2, share, ids)
@@ -108,13 +113,14 @@ class Layer:
 
     def _kt_kernel(self, build: str, schemes: list[str]) -> None:
         reason = kt_kernel.missing(build)
-        if not reason and schemes:
-            try:
-                self.children[build] = kt_kernel.Layer(build, schemes, self.sizes, torch.get_num_threads())
-            except TvmGdnError as error:
-                reason = str(error)
         if reason:
             self.report.missing[f"kt-kernel {build}"] = reason
+        elif schemes:
+            self.children[build] = kt_kernel.Layer(build, schemes, self.sizes, torch.get_num_threads())
+
+    def _lose(self, build: str, error: TvmGdnError) -> None:
+        self.report.missing[f"kt-kernel {build}"] = str(error)
+        self.children.pop(build).close()
 
     def close(self) -> None:
         """End the children."""
@@ -144,11 +150,15 @@ class Layer:
             x_of = torch.Tensor.float if scheme == "fp32" or name.startswith("onnxruntime") else torch.Tensor.bfloat16
             add(name, scheme, [functools.partial(run, x_of(x), share, ids) for x, share, ids in drawn], each)
         each_of = {scheme: each for scheme, _, each in self.runs.values()}
-        for (build, child), (scheme, _) in itertools.product(self.children.items(), kt_kernel.KINDS.items()):
-            if f"tvm_gdn {scheme}" in self.runs:
-                calls = [kt_kernel.Call(child, scheme, routing) for routing in drawn]
-                # Its layouts hold as many bytes as ours, but for scales.
-                add(f"kt-kernel {build} {scheme}", scheme, calls, each_of[scheme])
+        for build, child in list(self.children.items()):
+            for scheme in child.schemes:
+                try:
+                    calls = [kt_kernel.Call(child, scheme, routing) for routing in drawn]
+                    # Its layouts hold as many bytes as ours, but for scales.
+                    add(f"kt-kernel {build} {scheme}", scheme, calls, each_of[scheme])
+                except TvmGdnError as error:
+                    self._lose(build, error)
+                    break
         counts, imbalance, entropy = loads[0]
         return found, {
             "tokens": tokens, "touched_experts": touched, "imbalance": imbalance.item(), "entropy": entropy.item(),

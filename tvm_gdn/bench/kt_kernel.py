@@ -22,9 +22,13 @@ from tvm_gdn.errors import TvmGdnError
 
 INSTALL = "pip install --no-deps kt-kernel (its dependencies would replace torch)"
 #: Builds of the wheel that are compared, and the CPU features (of /proc/cpuinfo) that each needs.
-BUILDS = {"avx512_bf16": ("avx512_bf16", "avx512_vnni"), "amx": ("amx_bf16", "amx_int8")}
-#: Scheme -> class of the extension.
-KINDS = {"bf16": "AMXBF16_MOE", "int8": "AMXInt8_MOE", "int4": "AMXInt4_MOE"}
+BUILDS = {"avx2": ("avx2", "fma"), "avx512_bf16": ("avx512_bf16", "avx512_vnni"), "amx": ("amx_bf16", "amx_int8")}
+_WIDE = {"bf16": "AMXBF16_MOE", "int8": "AMXInt8_MOE", "int4": "AMXInt4_MOE"}
+#: Build -> scheme -> class of the extension. The one for AVX2 has no int8; its int4 has a scale for every group of weights.
+KINDS = {"avx2": {"bf16": "AVX2BF16_MOE", "int4_kgroup": "AVX2RawInt4_MOE"}, "avx512_bf16": _WIDE, "amx": _WIDE}
+#: Weights of a scale, where it is not a channel's.
+GROUP = 32
+_KEPT: list[Any] = []
 #: Most tokens of a call; it reserves scratch for so many.
 LONGEST = 8192
 
@@ -54,25 +58,32 @@ class Layer:
     build : str
         One of `BUILDS`.
     schemes : list of str
-        Of `KINDS`.
+        Of the build's `KINDS`.
     sizes : dict
         D, I, E, k, as in `layers.MODELS`; the child draws `layers.weights` of them in bf16.
     threads : int
         Of the child's pool.
 
-    Raises
-    ------
-    TvmGdnError
-        The child could not load the extension or the weights.
+    The child loads while this process goes on; `ready` waits for it.
     """
 
     def __init__(self, build: str, schemes: list[str], sizes: dict[str, int], threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
-        arguments = (other, str(extension(build)), schemes, sizes, threads)
+        self.schemes = schemes
+        arguments = (other, str(extension(build)), {scheme: KINDS[build][scheme] for scheme in schemes}, sizes, threads)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         other.close()
+
+    def ready(self) -> None:
+        """Return once the weights are loaded.
+
+        Raises
+        ------
+        TvmGdnError
+            The child could not load the extension or the weights.
+        """
         self._answer()
 
     def ask(self, *request: Any) -> Any:
@@ -117,7 +128,7 @@ class Call:
         return taken
 
 
-def _serve(pipe: Connection, file: str, schemes: list[str], sizes: dict[str, int], threads: int) -> None:
+def _serve(pipe: Connection, file: str, kinds: dict[str, str], sizes: dict[str, int], threads: int) -> None:
     """The child: load, then answer requests until None comes."""
     try:
         # It greets and logs on the standard output, where the parent's results go.
@@ -130,7 +141,7 @@ def _serve(pipe: Connection, file: str, schemes: list[str], sizes: dict[str, int
         pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
         infer = module.CPUInfer(pool)
         drawn = layers.weights(sizes, torch.bfloat16)
-        loaded = {scheme: _load(module, infer, KINDS[scheme], *drawn, sizes["k"]) for scheme in schemes}
+        loaded = {scheme: _load(module, infer, kind, scheme, *drawn, sizes["k"]) for scheme, kind in kinds.items()}
         del drawn
     except Exception as error:
         pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
@@ -156,14 +167,38 @@ def _serve(pipe: Connection, file: str, schemes: list[str], sizes: dict[str, int
     os._exit(0)
 
 
-def _load(module: Any, infer: Any, kind: str, w13: torch.Tensor, w2: torch.Tensor, k: int) -> Any:
+def _load(module: Any, infer: Any, kind: str, scheme: str, w13: torch.Tensor, w2: torch.Tensor, k: int) -> Any:
     experts, inner, D = w13.shape[0], w13.shape[1] // 2, w13.shape[2]
-    gate, up = w13[:, :inner].contiguous(), w13[:, inner:].contiguous()
     config = module.moe.MOEConfig(experts, k, D, inner, 0)
     config.max_len, config.pool = LONGEST, infer.backend_
-    config.gate_proj, config.up_proj, config.down_proj = gate.data_ptr(), up.data_ptr(), w2.data_ptr()
+    weights = {"gate": w13[:, :inner].contiguous(), "up": w13[:, inner:].contiguous(), "down": w2}
+    scales: dict[str, torch.Tensor] = {}
+    if scheme == "int4_kgroup":
+        weights, scales = ({name: _nibbles(w)[part] for name, w in weights.items()} for part in (0, 1))
+        config.quant_config.bits, config.quant_config.group_size, config.quant_config.zero_point = 4, GROUP, False
+    for name, w in weights.items():
+        if kind.startswith("AVX2"):
+            # One list of experts for its only NUMA node.
+            setattr(config, f"{name}_projs", [[expert.data_ptr() for expert in w]])
+            setattr(config, f"{name}_scales", [[expert.data_ptr() for expert in scales[name]] if scales else [0] * experts])
+        else:
+            setattr(config, f"{name}_proj", w.data_ptr())
     layer = getattr(module.moe, kind)(config)
+    if kind.startswith("AVX2"):
+        _KEPT.append((weights, scales))  # it multiplies them where they are
     places = torch.arange(experts)
     infer.submit(layer.load_weights_task(places.data_ptr()))
     infer.sync()
     return layer
+
+
+def _nibbles(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of 4 bits with 8 added, two per byte along the rows, and a scale in bf16 for each group."""
+    packed, scales = [], []
+    for expert in w:
+        groups = expert.float().unflatten(-1, (-1, GROUP))
+        scale = (groups.abs().amax(-1, keepdim=True) / 7).bfloat16()
+        whole = (groups / scale.float()).round().clamp(-8, 7).add(8).to(torch.uint8).flatten(-2)
+        packed.append(whole[..., 0::2] | whole[..., 1::2] << 4)
+        scales.append(scale.squeeze(-1))
+    return torch.stack(packed), torch.stack(scales)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 MODELS = {
@@ -23,13 +25,17 @@ Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def weights(sizes: dict[str, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Normal weights ``[E, 2 I, D]`` and ``[E, D, I]``, drawn expert by expert; the same numbers in every process."""
-    rng = torch.Generator().manual_seed(0)
+    """Normal weights ``[E, 2 I, D]`` and ``[E, D, I]``, experts side by side; the same numbers in every process."""
     w13 = torch.empty(sizes["E"], 2 * sizes["I"], sizes["D"], dtype=dtype)
     w2 = torch.empty(sizes["E"], sizes["D"], sizes["I"], dtype=dtype)
-    for tensor in (w13, w2):
-        for expert in tensor:
+
+    def draw(number: int) -> None:
+        rng = torch.Generator().manual_seed(number)
+        for expert in (w13[number], w2[number]):
             expert.copy_(torch.randn(expert.shape, generator=rng) * expert.shape[-1] ** -0.5)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, range(sizes["E"])))
     return w13, w2
 
 

@@ -66,16 +66,24 @@ class InTurn:
 
 
 @functools.cache
-def _operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, depth, columns = PRODUCT
+def _operands(dtype: torch.dtype, share: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, depth, columns = (size // share for size in PRODUCT)
     if dtype == torch.int8:
         return torch.ones(rows, depth, dtype=dtype), torch.ones(depth, columns, dtype=dtype)
     return torch.randn(rows, depth).to(dtype), torch.randn(depth, columns).to(dtype)
 
 
-def product(dtype: torch.dtype) -> Callable[[], torch.Tensor]:
-    """Torch's matrix product; of int8 with int32 sums."""
-    return functools.partial(torch._int_mm if dtype == torch.int8 else torch.mm, *_operands(dtype))
+def product(dtype: torch.dtype, share: int = 1) -> Callable[[], torch.Tensor]:
+    """Torch's matrix product, its sizes divided by `share`; of int8 with int32 sums."""
+    return functools.partial(torch._int_mm if dtype == torch.int8 else torch.mm, *_operands(dtype, share))
+
+
+@functools.cache
+def fastest(dtype: torch.dtype) -> torch.dtype:
+    """What to multiply for the floor: fp32 where the CPU has no dot products of `dtype`, and torch takes seconds instead."""
+    calls = {kind: product(kind, 8) for kind in (dtype, torch.float32)}
+    times = timing.interleaved({str(kind): call for kind, call in calls.items()}, 0.01, 3)
+    return min(calls, key=lambda kind: times[str(kind)].least)
 
 
 def measure(
@@ -113,8 +121,9 @@ def measure(
         group; above 1: we are faster), ``share_of_floor``, ``floor`` (what binds), rates.
     """
     calls: dict[str, Callable[[], object]] = {contender.name: contender.call for contender in found}
-    peaks = {dtype: f"peak {dtype}" for dtype in dict.fromkeys(contender.peak for contender in found)}
-    calls |= {"copy": contenders.copy_call(copied), **{name: product(dtype) for dtype, name in peaks.items()}}
+    multiplied = {dtype: fastest(dtype) for dtype in dict.fromkeys(contender.peak for contender in found)}
+    peaks = {dtype: f"peak {kind}" for dtype, kind in multiplied.items()}
+    calls |= {"copy": contenders.copy_call(copied), **{peaks[dtype]: product(kind) for dtype, kind in multiplied.items()}}
     times = timing.turns(calls, *suite) if suite else timing.interleaved(calls, seconds, rounds)
     bandwidth = copied / times["copy"].us
     operations = 2 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2]
@@ -131,7 +140,7 @@ def measure(
                 "share_of_floor": max(memory, arithmetic) / took.us, "floor": "copy" if memory > arithmetic else "matmul",
                 "gbytes_per_s": contender.moved / took.us / 1e3, "gflop_per_s": contender.flops / took.us / 1e3,
                 "copy_gbytes_per_s": bandwidth / 1e3, "matmul_gflop_per_s": operations / times[peaks[contender.peak]].us / 1e3,
-                "matmul_dtype": str(contender.peak).removeprefix("torch."), "threads": torch.get_num_threads(),
+                "matmul_dtype": str(multiplied[contender.peak]).removeprefix("torch."), "threads": torch.get_num_threads(),
                 "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **(facts or {}),
             }
         )  # fmt: skip

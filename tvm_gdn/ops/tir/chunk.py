@@ -176,21 +176,17 @@ class _Chunks:
         """Advance the worker's states over all tokens of its sequence."""
         C = self.C
         self.tiles.zero(self.inverse)  # above the diagonal blocks it stays so
-        if self.tiles.fused:
-            with T.If(T.Not(work.fresh)):
-                with T.Then():
-                    with T.serial(work.count) as index:
-                        self.tiles.pack(self.tiles.operand(self.tiles.state(index), "right"))
         with T.serial((work.length + C - 1) // C) as c:
             start = T.Bind(work.first + c * C)
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
             zero = T.Bind(T.And(work.fresh, c == 0))
+            more = T.Bind((c + 1) * C < work.length)
             self._keys(work, start, m)
             if self.tiles.span == 1:
-                self._value_head(work, start, m, T.int64(0), zero)
+                self._value_head(work, start, m, T.int64(0), zero, more)
             else:
                 with T.serial(work.count) as index:
-                    self._value_head(work, start, m, index, zero)
+                    self._value_head(work, start, m, index, zero, more)
 
     def prepare(self, work: _Work, kept: tuple[Any, ...], unit: Expr, at: Expr) -> None:
         """Compute and keep what one chunk of value heads needs besides their states: tokens from `at` of the sequence.
@@ -365,8 +361,11 @@ class _Chunks:
             tiles.mma(self.kk, self.k_left, self.k_right, rows=m, cols=m, lower="result")
             tiles.mma(self.qk, self.q_left, self.k_right, rows=m, cols=m, lower="result")
 
-    def _value_head(self, work: _Work, start: Expr, m: Expr, index: Expr, zero: Expr) -> None:
-        """One chunk of one value head; `zero`: its state is still zero, so that K S and Q S need not be computed."""
+    def _value_head(self, work: _Work, start: Expr, m: Expr, index: Expr, zero: Expr, more: Expr) -> None:
+        """One chunk of one value head.
+
+        `zero`: its state is still zero, so that K S and Q S need not be computed; `more`: another chunk will read the new one.
+        """
         tiles = self.tiles
         hv = T.Bind(work.hv + index)
         S = tiles.state(index)
@@ -425,7 +424,7 @@ class _Chunks:
         update: Operand = self.decayed_t_left if self.gate == "channel" else self.k_t_left
         advance: dict[str, Any] = {"start": lambda _i, _j, s, d: s * d, "sources": (tiles.turn(self.end),)}
         if tiles.fused:
-            tiles.mma(S, update, self.U_end_right, depth=m, into=(S_right,), **advance)
+            tiles.mma(S, update, self.U_end_right, depth=m, into=(S_right,), wanted=more, **advance)
         else:
             tiles.map(self.U, lambda _i, _j, u, w: u * w, self.U, self.k_end, rows=m)
             tiles.pack(self.U_right, rows=m)

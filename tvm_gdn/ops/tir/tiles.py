@@ -68,7 +68,7 @@ class ChunkTiles(Protocol):
         computed once for all of them.
     fused : bool
         Whether products bring operands of their results up to date themselves (`into`, and `scale` and `coarse` of `operand`),
-        and states have an operand each that stays so while the worker runs.
+        and states have an operand each, which `load` of a state brings up to date and which stays so while the worker runs.
     shift : Expr
         Columns of the worker that other workers take: a target may cut the columns of workers where they are fewer than threads.
     host_checks : bool
@@ -200,12 +200,13 @@ class ChunkTiles(Protocol):
         finish: ElementFunction | None = None,
         sources: tuple[Tile, ...] = (),
         into: tuple[Operand, ...] = (),
+        wanted: Expr | None = None,
     ) -> None:
         """Product with fp32 accumulators: ``dst = finish(i, j, start(i, j, dst, *sources) + A B, *sources)``.
 
         `start` None starts from zero, `finish` None writes the sum as it is. `dst` itself may be among the sources; it is no
-        operand of its own product. Where `fused`: `into` are operands of `dst` that are brought up to date with the result;
-        `dst` itself is then written only if it has a `start`.
+        operand of its own product. Where `fused`: `into` are operands of `dst` that are brought up to date with the result
+        (where the condition `wanted` fails nothing reads them any more); `dst` itself is then written only if it has a `start`.
         """
 
     def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
