@@ -37,10 +37,10 @@ class ElementTiles(FragmentTiles):
         """All elements of the tile zero."""
         self.map(dst, lambda _i, _j: T.float32(0))
 
-    def load(self, dst: Any, src: Window, rows: Expr | None = None) -> None:
+    def load(self, dst: Any, src: Window, rows: Expr | None = None, *, lower: bool = False) -> None:
         """Zero where there is no token; tensor data stays in its dtype where products can read it so."""
         if isinstance(dst, Tile):
-            self._load_shared(dst, src, rows)
+            self._load_shared(dst, src, rows, lower=lower)
             return
 
         def element(i: Expr, j: Expr, slot: Expr) -> None:
@@ -55,15 +55,18 @@ class ElementTiles(FragmentTiles):
 
         self._over(dst, element)
 
-    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None) -> None:
+    def _padded_columns(self, dst: Tile) -> int:
+        """Columns that are written; products on bf16 read the padding too."""
+        return dst.storage.stride - 8 if dst.storage.dtype == "bfloat16" and dst.cols > 1 else dst.cols
+
+    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None, *, lower: bool = False) -> None:
         dtype = src.buffer.dtype
         self.copying = True
         self._place(dst.storage)
         storage, limit = dst.storage, dst.rows if rows is None else rows
         storage.version += 1
         view = self.views[storage.dtype]
-        # Products on bf16 read the padding too.
-        wide = storage.stride - 8 if storage.dtype == "bfloat16" and dst.cols > 1 else dst.cols
+        wide = self._padded_columns(dst)
 
         def plain() -> None:
             count = ceil_div(dst.rows * wide, self.threads)
@@ -91,8 +94,10 @@ class ElementTiles(FragmentTiles):
                     index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
                     i, j = index // (dst.cols // lanes), index % (dst.cols // lanes) * lanes
                     to, source = T.address_of(view[self._index(dst, i, j)]), T.address_of(src.buffer[i, j])
-                    inside = T.Cast("int32", T.Cast("int64", i) < limit)
-                    T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, inside))
+                    inside = T.Cast("int64", i) < limit
+                    # Zeros need not come from memory.
+                    inside = T.And(inside, j <= i) if lower else inside
+                    T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, T.Cast("int32", inside)))
             with T.Else():
                 plain()
 

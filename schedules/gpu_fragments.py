@@ -102,6 +102,8 @@ class Packed:
     plane: int
     exact: bool
     version: int = -1
+    #: Whether one part is enough where data is bf16.
+    coarse: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,9 @@ class FragmentTiles(WarpTiles):
 
     span = 1
 
+    #: Whether products go on behind the call that begins them, until their result is read.
+    deferred = False
+
     def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0) -> None:
         super().__init__(warps * WARP)
         self.ahead, self.sizes = ahead > 0, {False: ahead or warps, True: warps}
@@ -146,6 +151,8 @@ class FragmentTiles(WarpTiles):
         self.K, self.V, self.v_tile, self.chunk = K, V, v_tile, chunk
         self.warps, self.threads, self.data, self.v_first = warps, warps * WARP, data, v_first
         self.arenas, self.used = {False: 0, True: 0}, {False: 0, True: 0}
+        #: Bytes at whose multiple the arena begins, where that is more than what shared memory has anyway.
+        self.align = {False: 0, True: 0}
         self.parts = 3 if data == "float32" else 2
 
     # Mapping of the work.
@@ -161,13 +168,18 @@ class FragmentTiles(WarpTiles):
         self.lane, self.copying = lane, False
         self.free: list[tuple[int, int]] = []
         self.used[states] = 0
-        size = max(self.arenas[states], 16)
-        memory = T.alloc_buffer((size,), "uint8", scope="shared.dyn")
-        self.views = {
-            dtype: T.decl_buffer((size // itemsize,), dtype, data=memory.data, scope="shared.dyn")
-            for dtype, itemsize in ITEMSIZE.items()
-        }
-        self.words = T.decl_buffer((size // 4,), "uint32", data=memory.data, scope="shared.dyn")
+        size, align = max(self.arenas[states] - self.align[states], 16), self.align[states]
+        memory = T.alloc_buffer((size + align,), "uint8", scope="shared.dyn")
+        first: Any = 0
+        if align:
+            first = T.Bind(T.call_extern("int32", "tvm_gdn_to_multiple", T.address_of(memory[0]), align))
+
+        def view(dtype: str, itemsize: int) -> Any:
+            offset = {"elem_offset": first // itemsize} if align else {}
+            return T.decl_buffer((size // itemsize,), dtype, data=memory.data, scope="shared.dyn", **offset)
+
+        self.views = {dtype: view(dtype, itemsize) for dtype, itemsize in ITEMSIZE.items()}
+        self.words = view("uint32", 4)
         if states:
             self._state = self.tile(self.K, self.v_tile, "register")
         # What products round up to is multiplied by zeros; what an earlier block left there may be no number.
@@ -186,7 +198,16 @@ class FragmentTiles(WarpTiles):
         if loads and self.copying:
             self.copying = False
             T.evaluate(T.call_extern("int32", "tvm_gdn_copied"))
+        self._publish()
         T.evaluate(T.tvm_storage_sync("shared"))
+
+    def _publish(self) -> None:
+        """Others see what this thread wrote behind the next barrier: nothing to do."""
+
+    @property
+    def bytes(self) -> dict[bool, int]:
+        """Shared memory of blocks without and with a state, as the last kernel used it."""
+        return {states: used + self.align[states] for states, used in self.used.items()}
 
     # Tiles.
     def _allocate(self, size: int) -> int:

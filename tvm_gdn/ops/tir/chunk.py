@@ -252,8 +252,9 @@ class _Chunks:
     def carry(self, work: _Work, kept: tuple[Any, ...], unit: Expr, heads: Expr) -> None:
         """Advance the worker's state over all tokens of its sequence, with what was kept from `unit` on."""
         tiles, C, VT, data = self.tiles, self.C, self.VT, self.data
-        S, U_end = tiles.state(T.int64(0)), tiles.tile(C, VT, "register")
+        S, U, U_end = tiles.state(T.int64(0)), tiles.tile(C, VT, "register"), tiles.tile(C, VT, "register")
         S_right, U_end_right = tiles.operand(S, "right"), tiles.operand(U_end, "right")
+        U_right = tiles.operand(U, "right", coarse=True)
         # Two of each: one is read while the next chunk arrives in the other.
         both = {
             "k": tiles.tile(2 * C, self.K, dtype=data), "q": tiles.tile(2 * C, self.K, dtype=data),
@@ -274,12 +275,18 @@ class _Chunks:
             tiles.load(half("v", c), self._rows(work.v, work, start, work.hv, VT, work.j0), rows=m)
             for name, buffer in zip(kept_names, kept, strict=True):
                 cols = both[name].cols
-                tiles.load(half(name, c), tiles.window(buffer, own * (C * cols), C, cols, (cols, 1)))
+                tiles.load(half(name, c), tiles.window(buffer, own * (C * cols), C, cols, (cols, 1)), lower=cols == C)
+
+        def fetch_next() -> None:
+            with T.If(c + 1 < count):
+                with T.Then():
+                    fetch(c + 1)
 
         count = T.Bind((work.length + C - 1) // C)
         with T.If(count > 0):
             with T.Then():
                 fetch(T.int64(0))
+        tiles.pack(S_right)
         with T.serial(count) as c:
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
             factors = [tiles.block(both["factors"], T.Cast("int32", c % 2) * C, number, C, 1) for number in range(4)]
@@ -289,11 +296,9 @@ class _Chunks:
             k_left, k_t_left = tiles.operand(k, "left"), tiles.operand(k, "left", transpose=True)
             q_left, P_left = tiles.operand(q, "left"), tiles.operand(P, "left")
             inverse_left = [tiles.operand(half(name, c), "left") for name in summands]
-            tiles.pack(S_right)
             tiles.sync()
-            with T.If(c + 1 < count):
-                with T.Then():
-                    fetch(c + 1)
+            if not tiles.deferred:
+                fetch_next()
             for operand in (*inverse_left, k_left, q_left, P_left, k_t_left):
                 tiles.pack(operand)
             if data != "bfloat16":
@@ -301,19 +306,25 @@ class _Chunks:
             tiles.mma(
                 self.R, k_left, S_right, finish=lambda _i, _j, x, v, b, d: b * v - d * x, sources=(half("v", c), beta, k_start)
             )  # fmt: skip
-            tiles.mma(self.out, q_left, S_right, finish=lambda _i, _j, x, d: x * d, sources=(q_start,), coarse=True)
+            tiles.mma(self.out, q_left, S_right, coarse=True)
+            if tiles.deferred:
+                fetch_next()
             tiles.pack(self.R_right)
             tiles.sync(loads=False)
-            tiles.mma(self.U, inverse_left[0], self.R_right, lower="left")
+            tiles.mma(U, inverse_left[0], self.R_right, lower="left")
             for rest in inverse_left[1:]:
-                tiles.mma(self.U, rest, self.R_right, lower="left", start=keep, coarse=True)
-            tiles.map(U_end, lambda _i, _j, u, w: u * w, self.U, k_end)
-            tiles.pack(self.U_right)
+                tiles.mma(U, rest, self.R_right, lower="left", start=keep, coarse=True)
+            # What needs no U stands between the product and the first that reads it.
+            tiles.map(self.out, lambda _i, _j, x, d: x * d, self.out, q_start)
+            tiles.map(S, lambda _i, _j, s, d: s * d, S, end)
+            tiles.map(U_end, lambda _i, _j, u, w: u * w, U, k_end)
+            tiles.pack(U_right)
             tiles.pack(U_end_right)
             tiles.sync(loads=False)
-            tiles.mma(self.out, P_left, self.U_right, lower="left", start=keep, coarse=True)
+            tiles.mma(S, k_t_left, U_end_right, start=keep)
+            tiles.mma(self.out, P_left, U_right, lower="left", start=keep, coarse=True)
+            tiles.pack(S_right)
             tiles.store(self._rows(work.o, work, work.first + c * C, work.hv, VT, work.j0), self.out, rows=m)
-            tiles.mma(S, k_t_left, U_end_right, start=lambda _i, _j, s, d: s * d, sources=(end,))
 
     def _rows(self, buffer: Any, work: _Work, start: Expr, head: Expr, cols: int, col: Expr | int = 0) -> Tile:
         """Tokens of the chunk in a tensor [B, T, heads, columns]."""

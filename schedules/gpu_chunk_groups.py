@@ -1,0 +1,211 @@
+"""Tile operations of the chunked delta rules' pass over states on Hopper: products of four warps together (wgmma).
+
+Both operands of a product are in shared memory, in rows of 128 bytes whose 16-byte pieces change places by the row's number
+(the "128-byte swizzle"). A left operand with more than 64 columns stands in halves of 64, one behind the other; read the other way
+round it needs no copy. A right operand has its 32 columns twice in a row: the high part, and behind it the rest, so that one
+instruction multiplies both and reads the left operand once for the two.
+
+A product goes on while the next statements run; whatever reads its result waits for it and adds up its sums first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm.script import tirx as T
+from tvm_gdn.schedules.gpu_fragments import WARP, Fragments, Operand, Storage, Tile, padded
+from tvm_gdn.schedules.gpu_products import GpuChunkTiles
+
+from tvm_gdn.ops.tir.tiles import ElementFunction, Expr, keep
+
+#: Rows of a product, columns of a right operand, and elements of a row of 128 bytes.
+ROWS, COLUMNS, WIDE = 64, 32, 64
+#: Sums of a thread for 64 rows.
+SUMS = ROWS * COLUMNS // (4 * WARP)
+#: Bytes at whose multiple tiles begin.
+ALIGN = 1024
+
+
+@dataclass
+class Pending:
+    """Products that have been begun and whose result nobody has read."""
+
+    #: The last of them, as the number of products begun until then.
+    number: int
+    #: Sums besides those in the result's own registers.
+    others: list[Any] = field(default_factory=list)
+    finish: ElementFunction | None = None
+    sources: tuple[Any, ...] = ()
+
+
+class GroupChunkTiles(GpuChunkTiles):
+    """Tile operations of one geometry with bf16 data, chunks of 64, K a multiple of 64; parameters as `FragmentTiles` has them.
+
+    What is computed ahead of the states is the common form's.
+    """
+
+    deferred = True
+
+    def __init__(self, K: int, V: int, **options: Any) -> None:
+        super().__init__(K, V, **options)
+        # Dynamic shared memory begins at a multiple of 16.
+        self.align[True] = ALIGN - 16
+
+    def enter(self, lane: Expr) -> None:
+        """Nothing is pending."""
+        self.pending: dict[int, Pending] = {}
+        self.begun = 0
+        super().enter(lane)
+
+    def leave(self) -> None:
+        """Every product's result has been read."""
+        assert not self.pending, "a product that nobody waits for"
+
+    def _publish(self) -> None:
+        if self.states:
+            T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_publish"))
+
+    # Tiles.
+    def _swizzled(self, storage: Storage) -> bool:
+        return self.states and storage.dtype == "bfloat16" and storage.cols % WIDE == 0
+
+    def _allocate_rows(self, size: int) -> int:
+        """Memory at a multiple of what the matrix unit wants; the free list has none of it."""
+        self.used[True] = padded(self.used[True], ALIGN)
+        return self._allocate(size)
+
+    def _place(self, storage: Storage) -> None:
+        if storage.offset >= 0 or not self._swizzled(storage):
+            super()._place(storage)
+            return
+        storage.stride, storage.size = WIDE, storage.rows * storage.cols * 2
+        storage.offset = self._allocate_rows(storage.size)
+
+    def _index(self, tile: Tile, i: Expr, j: Expr) -> Expr:
+        storage = tile.storage
+        if not self._swizzled(storage):
+            return super()._index(tile, i, j)
+        i, j = tile.row + i, tile.col + j
+        place = (j // WIDE * storage.rows + i) * WIDE + T.bitwise_xor(j % WIDE // 8, i % 8) * 8 + j % 8
+        return storage.offset // 2 + place
+
+    def _padded_columns(self, dst: Tile) -> int:
+        return dst.cols if self._swizzled(dst.storage) else super()._padded_columns(dst)
+
+    # Results that are pending.
+    def _settle(self, *tiles: Any) -> None:
+        """Wait for the products that tiles are results of."""
+        for tile in tiles:
+            found = self.pending.pop(id(tile), None)
+            if found is None:
+                continue
+            for sums in (tile.buffer, *found.others):
+                T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_arrived", sums.data, self.begun - found.number))
+            if not found.others and found.finish is None:
+                continue
+
+            def element(i: Expr, j: Expr, slot: Expr, tile: Any = tile, found: Pending = found) -> None:
+                value = tile.buffer[slot]
+                for sums in found.others:
+                    value = value + sums[slot]
+                if found.finish is not None:
+                    value = found.finish(i, j, value, *(self._get(source, i, j, slot) for source in found.sources))
+                self._put(tile, value, i, j, slot)
+
+            self._over(tile, element)
+
+    def map(self, dst: Any, function: ElementFunction, *sources: Any, rows: Expr | None = None, lower: bool = False) -> None:
+        """Elements, of results that are there."""
+        self._settle(dst, *sources)
+        super().map(dst, function, *sources, rows=rows, lower=lower)
+
+    def store(self, dst: Any, src: Any, rows: Expr | None = None) -> None:
+        """A tile, or a result that is there."""
+        self._settle(src)
+        super().store(dst, src, rows)
+
+    # Products.
+    def pack(self, *operands: Operand, rows: Expr | None = None, lower: bool = False) -> None:
+        """Parts of a result side by side; tensor data is its own operand."""
+        operand = operands[0]
+        tile, packed = operand.tile, operand.packed
+        if not self.states or not (isinstance(tile, Fragments) or self._swizzled(tile.storage)):
+            super().pack(*operands, rows=rows, lower=lower)
+            return
+        if isinstance(tile, Tile):
+            self._place(tile.storage)
+            return
+        self._settle(tile)
+        if packed.offset < 0:
+            packed.parts = 1 if packed.coarse else 2
+            packed.offset = self._allocate_rows(tile.rows * WIDE * 2)
+        elif packed.version == tile.version:
+            return
+        packed.version = tile.version
+        per_row = self._grid(tile.rows, tile.cols)[1]
+
+        def fragment(a: int, b: int, mi: Expr, ni: Expr) -> None:
+            slot, places = (a * per_row + b) * 4, self._elements(mi, ni)
+            for e in (0, 2):
+                i, j = places[e]
+                piece = T.bitwise_xor(j // 8, i % 8)
+                place = packed.offset // 2 + i * WIDE + piece * 8 + j % 8
+                # The other half of a row is where the highest bit of the piece's number is the other.
+                apart = COLUMNS - piece // 4 * WIDE
+                address = T.address_of(self.views["bfloat16"][place])
+                pair = (tile.buffer[slot + e], tile.buffer[slot + e + 1])
+                T.evaluate(T.call_extern("int32", "tvm_gdn_split", address, apart, packed.parts, *pair))
+
+        self._fragments(tile.rows, tile.cols, fragment)
+
+    def mma(
+        self,
+        dst: Any,
+        a: Operand,
+        b: Operand,
+        *,
+        start: ElementFunction | None = None,
+        finish: ElementFunction | None = None,
+        sources: tuple[Any, ...] = (),
+        coarse: bool = False,
+        **bounds: Any,
+    ) -> None:
+        """Begin a product; it is whole, whatever its bounds."""
+        if not self.states:
+            super().mma(dst, a, b, start=start, finish=finish, sources=sources, coarse=coarse, **bounds)
+            return
+        assert start in {None, keep}, "a start that the result's tile does not hold"
+        count = dst.rows // ROWS * SUMS
+        pending = self.pending.get(id(dst))
+        own, others = dst.buffer, pending.others if pending else []
+        fresh = start is None or pending is not None
+        if pending is not None:
+            assert start is keep and pending.finish is None, "a result that is begun before the one before it was read"
+            own = self._registers("float32", count)
+            others.append(own)
+        both = b.packed.parts > 1 and not coarse
+        rest = self._registers("float32", count) if both else None
+        if rest is not None:
+            others.append(rest)
+            if not fresh:
+                with T.unroll(count) as n:
+                    T.buffer_store(rest, T.float32(0), [n])
+        storage = a.tile.storage
+        steps = a.cols // 16
+        apart = storage.rows * WIDE * 2
+        half = self.views["bfloat16"]
+        right = T.address_of(half[b.packed.offset // 2])
+        for number in range(dst.rows // ROWS):
+            at = number * SUMS
+            # The other way round a half of the columns makes 64 rows.
+            place = number * storage.rows * WIDE if a.transposed else number * ROWS * WIDE
+            left = T.address_of(half[storage.offset // 2 + a.tile.row * WIDE + place])
+            if rest is None:
+                call = ("tvm_gdn_wgmma_one", own.data, at, left, right, steps, apart, int(fresh))
+            else:
+                call = ("tvm_gdn_wgmma_two", own.data, at, rest.data, at, left, right, steps, apart, int(a.transposed), int(fresh))
+            T.evaluate(T.call_extern("int32", *call))
+            self.begun += 1
+        dst.version += 1
+        self.pending[id(dst)] = Pending(self.begun, others, finish, sources)
