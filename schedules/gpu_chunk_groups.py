@@ -35,6 +35,8 @@ class Pending:
     number: int
     #: Sums besides those in the result's own registers.
     others: list[Any] = field(default_factory=list)
+    #: What becomes of the result's own registers, where no sums are in them.
+    start: ElementFunction | None = None
     finish: ElementFunction | None = None
     sources: tuple[Any, ...] = ()
 
@@ -53,10 +55,18 @@ class GroupChunkTiles(GpuChunkTiles):
         self.align[True] = ALIGN - 16
 
     def enter(self, lane: Expr) -> None:
-        """Nothing is pending."""
+        """Nothing is pending; where this thread's results go in a right operand is the same in every product."""
         self.pending: dict[int, Pending] = {}
         self.begun = 0
         super().enter(lane)
+        if self.states:
+            self.places = T.alloc_buffer((COLUMNS // 8 + 1,), "int32", scope="local")
+            (i, j), *_ = self._elements(T.Cast("int32", lane) // WARP, 0)
+            pieces = [T.bitwise_xor(number, i % 8) for number in range(COLUMNS // 8)]
+            # The other half of a row is where the highest bit of a piece's number is the other.
+            numbers = [*(i * WIDE + piece * 8 + j for piece in pieces), COLUMNS - pieces[0] // 4 * WIDE]
+            for slot, number in enumerate(numbers):
+                T.buffer_store(self.places, T.call_extern("int32", "tvm_gdn_once", number), [slot])
 
     def leave(self) -> None:
         """Every product's result has been read."""
@@ -100,17 +110,25 @@ class GroupChunkTiles(GpuChunkTiles):
             found = self.pending.pop(id(tile), None)
             if found is None:
                 continue
-            for sums in (tile.buffer, *found.others):
+            count = tile.rows // ROWS * SUMS
+            # What else the result is made of is read while the products go on.
+            read = [self._registers("float32", count) for _ in found.sources]
+            for values, source in zip(read, found.sources, strict=True):
+                self._over(tile, lambda i, j, slot, x=values, y=source: T.buffer_store(x, self._get(y, i, j, slot), [slot]))
+            own = () if found.start else (tile.buffer,)
+            for sums in (*own, *found.others):
                 T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_arrived", sums.data, self.begun - found.number))
             if not found.others and found.finish is None:
                 continue
 
-            def element(i: Expr, j: Expr, slot: Expr, tile: Any = tile, found: Pending = found) -> None:
-                value = tile.buffer[slot]
+            def element(i: Expr, j: Expr, slot: Expr, tile: Any = tile, found: Pending = found, read: Any = read) -> None:
+                value, given = tile.buffer[slot], [values[slot] for values in read]
+                if found.start is not None:
+                    value = found.start(i, j, value, *given)
                 for sums in found.others:
                     value = value + sums[slot]
                 if found.finish is not None:
-                    value = found.finish(i, j, value, *(self._get(source, i, j, slot) for source in found.sources))
+                    value = found.finish(i, j, value, *given)
                 self._put(tile, value, i, j, slot)
 
             self._over(tile, element)
@@ -143,21 +161,12 @@ class GroupChunkTiles(GpuChunkTiles):
         elif packed.version == tile.version:
             return
         packed.version = tile.version
-        per_row = self._grid(tile.rows, tile.cols)[1]
-
-        def fragment(a: int, b: int, mi: Expr, ni: Expr) -> None:
-            slot, places = (a * per_row + b) * 4, self._elements(mi, ni)
-            for e in (0, 2):
-                i, j = places[e]
-                piece = T.bitwise_xor(j // 8, i % 8)
-                place = packed.offset // 2 + i * WIDE + piece * 8 + j % 8
-                # The other half of a row is where the highest bit of the piece's number is the other.
-                apart = COLUMNS - piece // 4 * WIDE
-                address = T.address_of(self.views["bfloat16"][place])
-                pair = (tile.buffer[slot + e], tile.buffer[slot + e + 1])
-                T.evaluate(T.call_extern("int32", "tvm_gdn_split", address, apart, packed.parts, *pair))
-
-        self._fragments(tile.rows, tile.cols, fragment)
+        *places, apart = (self.places[n] for n in range(COLUMNS // 8 + 1))
+        for slot in range(0, tile.rows // ROWS * SUMS, 2):
+            number, column, below = slot // SUMS, slot % SUMS // 4, slot % 4 // 2
+            place = packed.offset // 2 + (number * ROWS + below * 8) * WIDE + places[column]
+            address, pair = T.address_of(self.views["bfloat16"][place]), (tile.buffer[slot], tile.buffer[slot + 1])
+            T.evaluate(T.call_extern("int32", "tvm_gdn_split", address, apart, packed.parts, *pair))
 
     def mma(
         self,
@@ -175,22 +184,20 @@ class GroupChunkTiles(GpuChunkTiles):
         if not self.states:
             super().mma(dst, a, b, start=start, finish=finish, sources=sources, coarse=coarse, **bounds)
             return
-        assert start in {None, keep}, "a start that the result's tile does not hold"
-        count = dst.rows // ROWS * SUMS
+        count, both = dst.rows // ROWS * SUMS, b.packed.parts > 1 and not coarse
         pending = self.pending.get(id(dst))
-        own, others = dst.buffer, pending.others if pending else []
-        fresh = start is None or pending is not None
-        if pending is not None:
-            assert start is keep and pending.finish is None, "a result that is begun before the one before it was read"
+        # More sums of a result that is pending, or sums that go on from one in its registers; others stand beside it until then.
+        more, onward = pending is not None, start is keep and not both
+        assert not more or (start is keep and pending.finish is None), "a result that is begun before the one before it was read"
+        others = pending.others if more else []
+        own = dst.buffer
+        if more or not (start is None or onward):
             own = self._registers("float32", count)
             others.append(own)
-        both = b.packed.parts > 1 and not coarse
         rest = self._registers("float32", count) if both else None
         if rest is not None:
             others.append(rest)
-            if not fresh:
-                with T.unroll(count) as n:
-                    T.buffer_store(rest, T.float32(0), [n])
+        fresh = more or not onward
         storage = a.tile.storage
         steps = a.cols // 16
         apart = storage.rows * WIDE * 2
@@ -204,8 +211,21 @@ class GroupChunkTiles(GpuChunkTiles):
             if rest is None:
                 call = ("tvm_gdn_wgmma_one", own.data, at, left, right, steps, apart, int(fresh))
             else:
-                call = ("tvm_gdn_wgmma_two", own.data, at, rest.data, at, left, right, steps, apart, int(a.transposed), int(fresh))
+                call = (
+                    "tvm_gdn_wgmma_two",
+                    own.data,
+                    at,
+                    rest.data,
+                    at,
+                    left,
+                    right,
+                    steps,
+                    apart,
+                    int(a.transposed),
+                    int(fresh),
+                )
             T.evaluate(T.call_extern("int32", *call))
             self.begun += 1
         dst.version += 1
-        self.pending[id(dst)] = Pending(self.begun, others, finish, sources)
+        after = start if not more and own is not dst.buffer else pending.start if more else None
+        self.pending[id(dst)] = Pending(self.begun, others, after, finish, sources)

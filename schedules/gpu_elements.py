@@ -37,10 +37,13 @@ class ElementTiles(FragmentTiles):
         """All elements of the tile zero."""
         self.map(dst, lambda _i, _j: T.float32(0))
 
-    def load(self, dst: Any, src: Window, rows: Expr | None = None, *, lower: bool = False) -> None:
-        """Zero where there is no token; tensor data stays in its dtype where products can read it so."""
+    def load(self, dst: Any, src: Window, rows: Expr | None = None, *, lower: bool = False, kept: bool = False) -> None:
+        """Zero where there is no token; tensor data stays in its dtype where products can read it so.
+
+        `kept`: memory of the kernel's own, which is aligned; `lower`: with zeros above the diagonal.
+        """
         if isinstance(dst, Tile):
-            self._load_shared(dst, src, rows, lower=lower)
+            self._load_shared(dst, src, rows, lower=lower, kept=kept)
             return
 
         def element(i: Expr, j: Expr, slot: Expr) -> None:
@@ -59,7 +62,7 @@ class ElementTiles(FragmentTiles):
         """Columns that are written; products on bf16 read the padding too."""
         return dst.storage.stride - 8 if dst.storage.dtype == "bfloat16" and dst.cols > 1 else dst.cols
 
-    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None, *, lower: bool = False) -> None:
+    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None, *, lower: bool, kept: bool) -> None:
         dtype = src.buffer.dtype
         self.copying = True
         self._place(dst.storage)
@@ -88,16 +91,42 @@ class ElementTiles(FragmentTiles):
         if storage.dtype != dtype or wide != dst.cols or dst.cols % lanes or pieces % self.threads:
             plain()
             return
+        across = dst.cols // lanes
+        if self.threads % across == 0 and self.threads // across % 8 == 0:
+            self._copy_rows(dst, src, limit, lanes, plain, lower=lower, kept=kept)
+            return
         with T.If(T.And(aligned(src.buffer, 0, 0, elements=lanes), aligned(src.buffer, 1, 0, elements=lanes))):
             with T.Then():
                 with T.unroll(pieces // self.threads) as step:
                     index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
                     i, j = index // (dst.cols // lanes), index % (dst.cols // lanes) * lanes
                     to, source = T.address_of(view[self._index(dst, i, j)]), T.address_of(src.buffer[i, j])
-                    inside = T.Cast("int64", i) < limit
-                    # Zeros need not come from memory.
-                    inside = T.And(inside, j <= i) if lower else inside
-                    T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, T.Cast("int32", inside)))
+                    inside = T.Cast("int32", T.Cast("int64", i) < limit)
+                    T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, inside))
+            with T.Else():
+                plain()
+
+    def _copy_rows(self, dst: Tile, src: Window, limit: Expr, lanes: int, plain: Any, *, lower: bool, kept: bool) -> None:
+        """Pieces of 16 bytes, of which a thread has every n-th row's in the same columns, so that addresses go on by constants."""
+        across, view, dtype = dst.cols // lanes, self.views[dst.storage.dtype], dst.storage.dtype
+        rows, lane = self.threads // across, T.Cast("int32", self.lane)
+        i, j = lane // across, lane % across * lanes
+
+        def copy() -> None:
+            to, source = T.address_of(view[self._index(dst, i, j)]), T.address_of(src.buffer[i, j])
+            apart, size = rows * dst.storage.stride * ITEMSIZE[dtype], ITEMSIZE[dtype]
+            stride = T.Cast("int64", src.buffer.strides[0]) * (rows * size)
+            # Zeros above a diagonal need not come from memory.
+            first, end = j - i if lower else T.int32(0), T.Cast("int32", limit) - i
+            pieces = (dst.rows // rows, rows, first, end)
+            T.evaluate(T.call_extern("int32", "tvm_gdn_copy_rows", to, source, apart, stride, *pieces))
+
+        if kept:
+            copy()
+            return
+        with T.If(T.And(aligned(src.buffer, 0, 0, elements=lanes), aligned(src.buffer, 1, 0, elements=lanes))):
+            with T.Then():
+                copy()
             with T.Else():
                 plain()
 

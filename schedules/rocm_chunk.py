@@ -61,8 +61,8 @@ class MfmaChunkTiles(GpuChunkTiles):
         return [(row + e, col) for e in range(4)]
 
     # Copies and operands: element by element, without C functions.
-    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None, *, lower: bool = False) -> None:
-        del lower
+    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None, **known: bool) -> None:
+        del known
         self._place(dst.storage)
         storage, limit = dst.storage, dst.rows if rows is None else rows
         storage.version += 1

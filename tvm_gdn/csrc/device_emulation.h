@@ -184,6 +184,7 @@ struct Fiber {
   std::vector<char> stack;
   std::vector<Copy> copies;  // asked for, not waited for
   int group;                 // of copies, the one that is open
+  std::vector<std::function<void()>> products;  // begun, not waited for
 };
 struct Block {
   std::vector<Fiber> fibers;
@@ -220,6 +221,18 @@ static inline int arrive(int left, bool all) {
   me.copies.erase(me.copies.begin(), me.copies.begin() + (long)done);
   return 0;
 }
+// Products of four warps read shared memory, and their results are there, when this thread waits for them: others change too soon
+// what they read, or results are read too soon, and it shows.
+static inline int later(std::function<void()> product) { return block->fibers[block->current].products.push_back(std::move(product)), 0; }
+static inline int done(int left) {
+  auto& products = block->fibers[block->current].products;
+  const long count = std::max(0l, (long)products.size() - left);
+  for (long n = 0; n < count; ++n) products[n]();
+  products.erase(products.begin(), products.begin() + count);
+  return 0;
+}
+#define TVM_GDN_LATER emulation::later
+#define TVM_GDN_DONE emulation::done
 #define TVM_GDN_DEFER emulation::defer
 #define TVM_GDN_GROUP emulation::end_group
 #define TVM_GDN_ARRIVE emulation::arrive
@@ -273,6 +286,7 @@ static void run_block(Block& own, int threads, std::mt19937* random) {
     order[n] = n;
     fiber.state = RUN;
     fiber.copies.clear();
+    fiber.products.clear();
     fiber.group = 0;
     fiber.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / (blockDim.x * blockDim.y)};
     fiber.context.make(fiber.stack.data(), fiber.stack.size(), entry);

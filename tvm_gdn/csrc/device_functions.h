@@ -18,6 +18,15 @@ static __device__ __forceinline__ int tvm_gdn_to_multiple(const void* address, i
   return (int)(-(long long)(unsigned long long)address & (bytes - 1));
 }
 
+// The number. All threads of a warp ask for their own; the compiler, which cannot know that, computes it once and keeps it.
+static __device__ __forceinline__ int tvm_gdn_once(int number) {
+#if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
+  return __shfl_sync(0xffffffffu, number, threadIdx.x & 31);
+#else
+  return number;
+#endif
+}
+
 // 16 aligned bytes from one place to another.
 static __device__ __forceinline__ int tvm_gdn_move(void* to, const void* from) {
   *(uint4*)to = *(const uint4*)from;
@@ -50,6 +59,11 @@ static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicA
 #define TVM_GDN_DEFER(to, from, inside) (*(uint4*)(to) = (inside) ? *(const uint4*)(from) : make_uint4(0, 0, 0, 0), 0)
 #define TVM_GDN_GROUP() 0
 #define TVM_GDN_ARRIVE(left, all) 0
+#endif
+// The same of products that go on behind the call.
+#ifndef TVM_GDN_LATER
+#define TVM_GDN_LATER(product) (product(), 0)
+#define TVM_GDN_DONE(left) 0
 #endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
@@ -441,37 +455,43 @@ template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_f16(float (&sums)[N], const void* left, const void* right) {
   return tvm_gdn_wgmma_products<tvm_gdn_fp16_of>(sums, left, right);
 }
+static __device__ __forceinline__ float tvm_gdn_swizzled_number(const void* tile, int row, int column) {
+  return tvm_gdn_half_of(((const unsigned short*)tile)[row * 64 + ((column / 8) ^ (row & 7)) * 8 + column % 8], 0);
+}
 // 32 columns, from `column` of the right tile on.
 static __device__ __forceinline__ void tvm_gdn_wgmma_rows(float* c, const void* left, const void* right, int column, int steps, int apart, int turned, int fresh) {
   const int lane = threadIdx.x & 31, above = (int)(threadIdx.x >> 5 & 3) * 16 + lane / 4;
-  auto number = [](const void* tile, int row, int k) { return tvm_gdn_half_of(((const unsigned short*)tile)[row * 64 + ((k / 8) ^ (row & 7)) * 8 + k % 8], 0); };
   for (int n = 0; n < 16; ++n) {
     const int row = above + n % 4 / 2 * 8;
     if (fresh) c[n] = 0;
     if (((unsigned long long)left | (unsigned long long)right) & 1023) c[n] /= 0.f;
     for (int k = 0; k < steps * 16; ++k) {
-      const float x = turned ? number(left, k, row) : number((const char*)left + k / 64 * apart, row, k % 64);
-      c[n] += x * number(right, k, column + n / 4 * 8 + lane % 4 * 2 + n % 2);
+      const float x = turned ? tvm_gdn_swizzled_number(left, k, row) : tvm_gdn_swizzled_number((const char*)left + k / 64 * apart, row, k % 64);
+      c[n] += x * tvm_gdn_swizzled_number(right, k, column + n / 4 * 8 + lane % 4 * 2 + n % 2);
     }
   }
 }
 template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_one(float (&sums)[N], int at, const void* left, const void* right, int steps, int apart, int fresh) {
   TVM_GDN_INSIDE(N, at, 16);
-  tvm_gdn_wgmma_rows(sums + at, left, right, 0, steps, apart, 0, fresh);
-  return 0;
+  float* c = sums + at;
+  auto product = [=] { tvm_gdn_wgmma_rows(c, left, right, 0, steps, apart, 0, fresh); };
+  return TVM_GDN_LATER(product);
 }
 template <int N, int M>
 static __device__ __forceinline__ int tvm_gdn_wgmma_two(float (&sums)[N], int at, float (&others)[M], int at_others, const void* left, const void* right, int steps, int apart, int turned, int fresh) {
   TVM_GDN_INSIDE(N, at, 16);
   TVM_GDN_INSIDE(M, at_others, 16);
-  tvm_gdn_wgmma_rows(sums + at, left, right, 0, steps, apart, turned, fresh);
-  tvm_gdn_wgmma_rows(others + at_others, left, right, 32, steps, apart, turned, fresh);
-  return 0;
+  float *c = sums + at, *d = others + at_others;
+  auto product = [=] {
+    tvm_gdn_wgmma_rows(c, left, right, 0, steps, apart, turned, fresh);
+    tvm_gdn_wgmma_rows(d, left, right, 32, steps, apart, turned, fresh);
+  };
+  return TVM_GDN_LATER(product);
 }
 template <int N>
-static __device__ __forceinline__ int tvm_gdn_wgmma_arrived(float (&)[N], int) {
-  return 0;
+static __device__ __forceinline__ int tvm_gdn_wgmma_arrived(float (&)[N], int left) {
+  return TVM_GDN_DONE(left);
 }
 static __device__ __forceinline__ int tvm_gdn_wgmma_publish() { return 0; }
 template <int N>
@@ -502,3 +522,10 @@ static __device__ __forceinline__ int tvm_gdn_split(void* place, int plane, int 
   return 0;
 }
 #endif
+// `count` pieces of 16 bytes, each `stride` bytes behind the one before in memory, `apart` in shared memory and `rows` further down a
+// tile: those from row `first` on and before row `end`, as counted from the first piece's; zeros for the others.
+static __device__ __forceinline__ int tvm_gdn_copy_rows(void* to, const void* from, int apart, long long stride, int count, int rows, int first, int end) {
+#pragma unroll
+  for (int n = 0; n < count; ++n) tvm_gdn_copy((char*)to + n * apart, (const char*)from + n * stride, n * rows >= first && n * rows < end);
+  return 0;
+}

@@ -268,14 +268,31 @@ class _Chunks:
         def half(name: str, c: Expr) -> Tile:
             return tiles.block(both[name], T.Cast("int32", c % 2) * C, 0, C, both[name].cols)
 
+        # Where a sequence begins is computed once: kept in memory, it is no expression that every chunk computes again.
+        origins = tiles.integers(5)
+        tensors = {
+            "k": (work.k, work.h, 0),
+            "q": (work.q, work.h, 0),
+            "v": (work.v, work.hv, work.j0),
+            "o": (work.o, work.hv, work.j0),
+        }
+        for number, (buffer, head, col) in enumerate(tensors.values()):
+            s = buffer.strides
+            T.buffer_store(origins, work.row * s[0] + work.first * s[1] + head * s[2] + col, [number])
+        T.buffer_store(origins, unit, [len(tensors)])
+
+        def rows_of(name: str, c: Expr, cols: int) -> Tile:
+            number, step = list(tensors).index(name), tensors[name][0].strides[1]
+            return tiles.window(tensors[name][0], origins[number] + c * (C * step), C, cols, (step, 1))
+
         def fetch(c: Expr) -> None:
-            start, m, own = work.first + c * C, T.min(T.int64(C), work.length - c * C), unit + c * heads
-            tiles.load(half("k", c), self._rows(work.k, work, start, work.h, self.K), rows=m)
-            tiles.load(half("q", c), self._rows(work.q, work, start, work.h, self.K), rows=m)
-            tiles.load(half("v", c), self._rows(work.v, work, start, work.hv, VT, work.j0), rows=m)
+            m, own = T.min(T.int64(C), work.length - c * C), origins[len(tensors)] + c * heads
+            for name in ("k", "q", "v"):
+                tiles.load(half(name, c), rows_of(name, c, both[name].cols), rows=m)
             for name, buffer in zip(kept_names, kept, strict=True):
                 cols = both[name].cols
-                tiles.load(half(name, c), tiles.window(buffer, own * (C * cols), C, cols, (cols, 1)), lower=cols == C)
+                window = tiles.window(buffer, own * (C * cols), C, cols, (cols, 1))
+                tiles.load(half(name, c), window, lower=cols == C, kept=True)
 
         def fetch_next() -> None:
             with T.If(c + 1 < count):
@@ -316,15 +333,14 @@ class _Chunks:
                 tiles.mma(U, rest, self.R_right, lower="left", start=keep, coarse=True)
             # What needs no U stands between the product and the first that reads it.
             tiles.map(self.out, lambda _i, _j, x, d: x * d, self.out, q_start)
-            tiles.map(S, lambda _i, _j, s, d: s * d, S, end)
             tiles.map(U_end, lambda _i, _j, u, w: u * w, U, k_end)
             tiles.pack(U_right)
             tiles.pack(U_end_right)
             tiles.sync(loads=False)
-            tiles.mma(S, k_t_left, U_end_right, start=keep)
+            tiles.mma(S, k_t_left, U_end_right, start=lambda _i, _j, s, d: s * d, sources=(end,))
             tiles.mma(self.out, P_left, U_right, lower="left", start=keep, coarse=True)
             tiles.pack(S_right)
-            tiles.store(self._rows(work.o, work, work.first + c * C, work.hv, VT, work.j0), self.out, rows=m)
+            tiles.store(rows_of("o", c, VT), self.out, rows=m)
 
     def _rows(self, buffer: Any, work: _Work, start: Expr, head: Expr, cols: int, col: Expr | int = 0) -> Tile:
         """Tokens of the chunk in a tensor [B, T, heads, columns]."""
