@@ -72,6 +72,16 @@ class GroupChunkTiles(GpuChunkTiles):
         """Every product's result has been read."""
         assert not self.pending, "a product that nobody waits for"
 
+    def asked(self) -> None:
+        """The copies' end is marked here: where a thread waits, it would be marked behind what was written since."""
+        T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
+
+    def _copied(self) -> None:
+        if self.states:
+            T.evaluate(T.call_extern("int32", "tvm_gdn_arrived", 0))
+        else:
+            super()._copied()
+
     def _publish(self) -> None:
         if self.states:
             T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_publish"))
@@ -110,11 +120,8 @@ class GroupChunkTiles(GpuChunkTiles):
             found = self.pending.pop(id(tile), None)
             if found is None:
                 continue
-            count = tile.rows // ROWS * SUMS
             # What else the result is made of is read while the products go on.
-            read = [self._registers("float32", count) for _ in found.sources]
-            for values, source in zip(read, found.sources, strict=True):
-                self._over(tile, lambda i, j, slot, x=values, y=source: T.buffer_store(x, self._get(y, i, j, slot), [slot]))
+            read = [self._read(tile, source).buffer for source in found.sources]
             own = () if found.start else (tile.buffer,)
             for sums in (*own, *found.others):
                 T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_arrived", sums.data, self.begun - found.number))
@@ -133,10 +140,21 @@ class GroupChunkTiles(GpuChunkTiles):
 
             self._over(tile, element)
 
+    def _read(self, dst: Fragments, source: Any) -> Fragments:
+        """A source's elements for those of `dst`, in registers."""
+        values = self._registers("float32", dst.rows // ROWS * SUMS)
+        self._over(dst, lambda i, j, slot: T.buffer_store(values, self._get(source, i, j, slot), [slot]))
+        return Fragments(values, dst.rows, dst.cols)
+
     def map(self, dst: Any, function: ElementFunction, *sources: Any, rows: Expr | None = None, lower: bool = False) -> None:
         """Elements, of results that are there."""
+        if not self.states or not isinstance(dst, Fragments):
+            super().map(dst, function, *sources, rows=rows, lower=lower)
+            return
+        # Shared numbers are read before this thread waits.
+        read = [source if isinstance(source, Fragments) else self._read(dst, source) for source in sources]
         self._settle(dst, *sources)
-        super().map(dst, function, *sources, rows=rows, lower=lower)
+        super().map(dst, function, *read, rows=rows)
 
     def store(self, dst: Any, src: Any, rows: Expr | None = None) -> None:
         """A tile, or a result that is there."""

@@ -197,9 +197,15 @@ class FragmentTiles(WarpTiles):
         """A barrier of the block, after this thread's copies have arrived."""
         if loads and self.copying:
             self.copying = False
-            T.evaluate(T.call_extern("int32", "tvm_gdn_copied"))
+            self._copied()
         self._publish()
         T.evaluate(T.tvm_storage_sync("shared"))
+
+    def _copied(self) -> None:
+        T.evaluate(T.call_extern("int32", "tvm_gdn_copied"))
+
+    def asked(self) -> None:
+        """All copies that the next barrier waits for have been asked for: nothing to do."""
 
     def _publish(self) -> None:
         """Others see what this thread wrote behind the next barrier: nothing to do."""

@@ -61,7 +61,7 @@ class MfmaChunkTiles(GpuChunkTiles):
         return [(row + e, col) for e in range(4)]
 
     # Copies and operands: element by element, without C functions.
-    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None, **known: bool) -> None:
+    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None, **known: Any) -> None:
         del known
         self._place(dst.storage)
         storage, limit = dst.storage, dst.rows if rows is None else rows

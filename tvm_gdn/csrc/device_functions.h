@@ -529,3 +529,13 @@ static __device__ __forceinline__ int tvm_gdn_copy_rows(void* to, const void* fr
   for (int n = 0; n < count; ++n) tvm_gdn_copy((char*)to + n * apart, (const char*)from + n * stride, n * rows >= first && n * rows < end);
   return 0;
 }
+// The same where memory is not aligned: at once, element by element. A loop, so that the code that is not meant to run is short.
+static __device__ __forceinline__ int tvm_gdn_copy_elements(void* to, const void* from, int apart, long long stride, int count, int rows, int first, int end) {
+#pragma unroll 1
+  for (int n = 0; n < 8 * count; ++n) {
+    const int row = n / 8 * rows;
+    const unsigned short* source = (const unsigned short*)((const char*)from + n / 8 * stride) + n % 8;
+    ((unsigned short*)((char*)to + n / 8 * apart))[n % 8] = row >= first && row < end ? *source : 0;
+  }
+  return 0;
+}

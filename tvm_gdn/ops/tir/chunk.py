@@ -268,31 +268,42 @@ class _Chunks:
         def half(name: str, c: Expr) -> Tile:
             return tiles.block(both[name], T.Cast("int32", c % 2) * C, 0, C, both[name].cols)
 
-        # Where a sequence begins is computed once: kept in memory, it is no expression that every chunk computes again.
-        origins = tiles.integers(5)
+        # Places in tensors go on from chunk to chunk: as sums in memory they are no expressions that every chunk computes again.
         tensors = {
             "k": (work.k, work.h, 0),
             "q": (work.q, work.h, 0),
             "v": (work.v, work.hv, work.j0),
             "o": (work.o, work.hv, work.j0),
         }
+        places, names = tiles.integers(len(tensors) + 1), list(tensors)
         for number, (buffer, head, col) in enumerate(tensors.values()):
             s = buffer.strides
-            T.buffer_store(origins, work.row * s[0] + work.first * s[1] + head * s[2] + col, [number])
-        T.buffer_store(origins, unit, [len(tensors)])
+            T.buffer_store(places, work.row * s[0] + work.first * s[1] + head * s[2] + col, [number])
+        T.buffer_store(places, unit, [len(names)])
 
-        def rows_of(name: str, c: Expr, cols: int) -> Tile:
-            number, step = list(tensors).index(name), tensors[name][0].strides[1]
-            return tiles.window(tensors[name][0], origins[number] + c * (C * step), C, cols, (step, 1))
+        def rows_of(name: str) -> Tile:
+            step, cols = tensors[name][0].strides[1], self.K if name in {"k", "q"} else VT
+            return tiles.window(tensors[name][0], places[names.index(name)], C, cols, (step, 1))
+
+        def proceed(name: str) -> None:
+            number, step = names.index(name), tensors[name][0].strides[1]
+            T.buffer_store(places, places[number] + C * step, [number])
+
+        whole = tiles.integers(3)
+        for number, name in enumerate(("k", "q", "v")):
+            T.buffer_store(whole, T.Cast("int64", tiles.pieces(rows_of(name))), [number])
 
         def fetch(c: Expr) -> None:
-            m, own = T.min(T.int64(C), work.length - c * C), origins[len(tensors)] + c * heads
-            for name in ("k", "q", "v"):
-                tiles.load(half(name, c), rows_of(name, c, both[name].cols), rows=m)
+            m, own = T.min(T.int64(C), work.length - c * C), places[len(names)]
+            for number, name in enumerate(("k", "q", "v")):
+                tiles.load(half(name, c), rows_of(name), rows=m, pieces=whole[number] != 0)
+                proceed(name)
             for name, buffer in zip(kept_names, kept, strict=True):
                 cols = both[name].cols
                 window = tiles.window(buffer, own * (C * cols), C, cols, (cols, 1))
-                tiles.load(half(name, c), window, lower=cols == C, kept=True)
+                tiles.load(half(name, c), window, lower=cols == C, pieces=True)
+            T.buffer_store(places, own + heads, [len(names)])
+            tiles.asked()
 
         def fetch_next() -> None:
             with T.If(c + 1 < count):
@@ -340,7 +351,8 @@ class _Chunks:
             tiles.mma(S, k_t_left, U_end_right, start=lambda _i, _j, s, d: s * d, sources=(end,))
             tiles.mma(self.out, P_left, U_right, lower="left", start=keep, coarse=True)
             tiles.pack(S_right)
-            tiles.store(rows_of("o", c, VT), self.out, rows=m)
+            tiles.store(rows_of("o"), self.out, rows=m)
+            proceed("o")
 
     def _rows(self, buffer: Any, work: _Work, start: Expr, head: Expr, cols: int, col: Expr | int = 0) -> Tile:
         """Tokens of the chunk in a tensor [B, T, heads, columns]."""
