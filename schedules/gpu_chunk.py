@@ -82,30 +82,39 @@ class ChunkHopper(ChunkGpu):
 
     shared = 227 * 1024
     #: What these products want of the other knobs.
-    grouped: ClassVar[dict[str, Any]] = {"chunk": ROWS, "v_tile": COLUMNS, "warps": 4, "groups": 1}
+    grouped: ClassVar[dict[str, Any]] = {"chunk": ROWS, "v_tile": COLUMNS}
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """As everywhere, and whether four warps multiply together."""
+        """As everywhere, and how many groups of four warps multiply together; 0: every warp on its own."""
         found = super().knobs(geometry)
         fits = geometry.dtype["v"] == "bfloat16" and geometry.axis["K"] % WIDE == 0 and not geometry.attr.get("channel_gate")
-        fits = fits and all(cls.grouped[name] in found[name] for name in ("chunk", "v_tile"))
-        return {**found, "groups": (1, 0) if fits else (0,)}
+        fits = fits and all(value in found[name] for name, value in cls.grouped.items())
+        # Two share out the state.
+        groups = (2, 1) if geometry.axis["K"] % (2 * WIDE) == 0 else (1,)
+        return {**found, "groups": (*groups, 0) if fits else (0,)}
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
-        """Four warps together where they can."""
+        """Warps together where they can."""
         knobs = {**super().default(geometry), "groups": 0}
-        together = {**knobs, **cls.grouped}
-        if 1 in cls.knobs(geometry)["groups"] and arena_bytes(geometry, **together) <= cls.shared:
-            return together
+        for groups in cls.knobs(geometry)["groups"]:
+            together = {**knobs, **cls.grouped, "groups": groups, "warps": 4 * groups}
+            if groups and arena_bytes(geometry, **together) <= cls.shared:
+                return together
         return knobs
 
     @classmethod
     def tiles(cls, geometry: Geometry, **knobs: Any) -> GpuChunkTiles:
         """Tile operations on matrix fragments, or on tiles in shared memory."""
-        if knobs.get("groups") and not (knobs["ahead"] and all(knobs[name] == value for name, value in cls.grouped.items())):
-            raise TargetError(f"groups 1 needs chunks ahead and {cls.grouped}")
+        groups = knobs.get("groups", 0)
+        wanted = {**cls.grouped, "warps": 4 * groups}
+        if groups not in cls.knobs(geometry)["groups"] or (
+            groups and any(knobs[name] != value for name, value in wanted.items())
+        ):
+            raise TargetError(f"groups {groups} needs {wanted}")
+        if groups and not knobs["ahead"]:
+            raise TargetError(f"groups {groups} needs chunks ahead")
         return super().tiles(geometry, **knobs)
 
 

@@ -10,6 +10,8 @@ A product goes on while the next statements run; whatever reads its result waits
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +24,9 @@ from tvm_gdn.ops.tir.tiles import ElementFunction, Expr, keep
 #: Rows of a product, columns of a right operand, and elements of a row of 128 bytes.
 ROWS, COLUMNS, WIDE = 64, 32, 64
 #: Sums of a thread for 64 rows.
-SUMS = ROWS * COLUMNS // (4 * WARP)
+SUMS = ROWS * COLUMNS // 128
+#: Threads that multiply together.
+GROUP = 4 * WARP
 #: Bytes at whose multiple tiles begin.
 ALIGN = 1024
 
@@ -51,17 +55,18 @@ class GroupChunkTiles(GpuChunkTiles):
 
     def __init__(self, K: int, V: int, **options: Any) -> None:
         super().__init__(K, V, **options)
-        # Dynamic shared memory begins at a multiple of 16.
-        self.align[True] = ALIGN - 16
+        self.align[True] = ALIGN
+        self.teams = tuple(range(self.sizes[True] * WARP // GROUP))
 
     def enter(self, lane: Expr) -> None:
         """Nothing is pending; where this thread's results go in a right operand is the same in every product."""
         self.pending: dict[int, Pending] = {}
-        self.begun = 0
+        self.spare: dict[int, list[Any]] = {}
+        self.begun, self.own = 0, T.Cast("int32", lane) // GROUP
         super().enter(lane)
         if self.states:
             self.places = T.alloc_buffer((COLUMNS // 8 + 1,), "int32", scope="local")
-            (i, j), *_ = self._elements(T.Cast("int32", lane) // WARP, 0)
+            (i, j), *_ = self._elements(T.Cast("int32", lane) % GROUP // WARP, 0)
             pieces = [T.bitwise_xor(number, i % 8) for number in range(COLUMNS // 8)]
             # The other half of a row is where the highest bit of a piece's number is the other.
             numbers = [*(i * WIDE + piece * 8 + j for piece in pieces), COLUMNS - pieces[0] // 4 * WIDE]
@@ -72,21 +77,57 @@ class GroupChunkTiles(GpuChunkTiles):
         """Every product's result has been read."""
         assert not self.pending, "a product that nobody waits for"
 
+    @contextlib.contextmanager
+    def team(self, number: int) -> Iterator[None]:
+        """What one of the groups of four warps does, where there are two: all of it, as no product may go on past the end."""
+        if len(self.teams) == 1:
+            yield
+            return
+        lane = self.lane
+        with T.If(T.Cast("int32", lane) // GROUP == number), T.Then():
+            self.lane, self.threads, self.own = T.Cast("int32", lane) % GROUP, GROUP, number
+            yield
+            assert not self.pending, "a product that nobody waits for"
+        self.lane, self.threads, self.own = lane, self.warps * WARP, T.Cast("int32", lane) // GROUP
+
+    def sync(self, *, loads: bool = True) -> None:
+        """A barrier of the block; groups come to it in different places."""
+        if not self.states:
+            super().sync(loads=loads)
+            return
+        self._arrive(loads)
+        T.evaluate(T.call_extern("int32", "tvm_gdn_block_sync"))
+
+    def _grid(self, rows: int, cols: int) -> tuple[int, int, int, int]:
+        """The rows of one product are a group's; the halves of a state are shared out."""
+        return (1, cols // 8, 4, 1) if self.states and rows == ROWS else super()._grid(rows, cols)
+
+    def _count(self, tile: Fragments) -> int:
+        """Elements of a thread."""
+        high, wide, _, _ = self._grid(tile.rows, tile.cols)
+        return high * wide * 4
+
     def asked(self) -> None:
         """The copies' end is marked here: where a thread waits, it would be marked behind what was written since."""
         T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
 
-    def _copied(self) -> None:
-        if self.states:
+    def _arrive(self, loads: bool) -> None:
+        if not self.states:
+            super()._arrive(loads)
+            return
+        if loads and self.copying:
+            self.copying = False
             T.evaluate(T.call_extern("int32", "tvm_gdn_arrived", 0))
-        else:
-            super()._copied()
-
-    def _publish(self) -> None:
-        if self.states:
-            T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_publish"))
+        T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_publish"))
 
     # Tiles.
+    def tile(self, rows: int, cols: int, place: str = "shared", dtype: str = "float32") -> Tile | Fragments:
+        """A result has registers for further sums, which are there wherever the tile is: a product may be begun under a condition."""
+        found = super().tile(rows, cols, place, dtype)
+        if self.states and isinstance(found, Fragments):
+            self.spare[id(found)] = [self._registers("float32", self._count(found)) for _ in range(3)]
+        return found
+
     def _swizzled(self, storage: Storage) -> bool:
         return self.states and storage.dtype == "bfloat16" and storage.cols % WIDE == 0
 
@@ -142,7 +183,7 @@ class GroupChunkTiles(GpuChunkTiles):
 
     def _read(self, dst: Fragments, source: Any) -> Fragments:
         """A source's elements for those of `dst`, in registers."""
-        values = self._registers("float32", dst.rows // ROWS * SUMS)
+        values = self._registers("float32", self._count(dst))
         self._over(dst, lambda i, j, slot: T.buffer_store(values, self._get(source, i, j, slot), [slot]))
         return Fragments(values, dst.rows, dst.cols)
 
@@ -176,15 +217,16 @@ class GroupChunkTiles(GpuChunkTiles):
         if packed.offset < 0:
             packed.parts = 1 if packed.coarse else 2
             packed.offset = self._allocate_rows(tile.rows * WIDE * 2)
-        elif packed.version == tile.version:
-            return
-        packed.version = tile.version
         *places, apart = (self.places[n] for n in range(COLUMNS // 8 + 1))
-        for slot in range(0, tile.rows // ROWS * SUMS, 2):
+        for slot in range(0, self._count(tile), 2):
             number, column, below = slot // SUMS, slot % SUMS // 4, slot % 4 // 2
-            place = packed.offset // 2 + (number * ROWS + below * 8) * WIDE + places[column]
+            place = packed.offset // 2 + (self._rows(tile, number) + below * 8) * WIDE + places[column]
             address, pair = T.address_of(self.views["bfloat16"][place]), (tile.buffer[slot], tile.buffer[slot + 1])
             T.evaluate(T.call_extern("int32", "tvm_gdn_split", address, apart, packed.parts, *pair))
+
+    def _rows(self, tile: Fragments, number: int) -> Expr:
+        """First row of this group's product `number` of those that make a tile."""
+        return number * ROWS if tile.rows == ROWS or len(self.teams) == 1 else (number * len(self.teams) + self.own) * ROWS
 
     def mma(
         self,
@@ -202,7 +244,7 @@ class GroupChunkTiles(GpuChunkTiles):
         if not self.states:
             super().mma(dst, a, b, start=start, finish=finish, sources=sources, coarse=coarse, **bounds)
             return
-        count, both = dst.rows // ROWS * SUMS, b.packed.parts > 1 and not coarse
+        count, both = self._count(dst), b.packed.parts > 1 and not coarse
         pending = self.pending.get(id(dst))
         # More sums of a result that is pending, or sums that go on from one in its registers; others stand beside it until then.
         more, onward = pending is not None, start is keep and not both
@@ -210,9 +252,9 @@ class GroupChunkTiles(GpuChunkTiles):
         others = pending.others if more else []
         own = dst.buffer
         if more or not (start is None or onward):
-            own = self._registers("float32", count)
+            own = self.spare[id(dst)][len(others)]
             others.append(own)
-        rest = self._registers("float32", count) if both else None
+        rest = self.spare[id(dst)][len(others)] if both else None
         if rest is not None:
             others.append(rest)
         fresh = more or not onward
@@ -221,27 +263,15 @@ class GroupChunkTiles(GpuChunkTiles):
         apart = storage.rows * WIDE * 2
         half = self.views["bfloat16"]
         right = T.address_of(half[b.packed.offset // 2])
-        for number in range(dst.rows // ROWS):
-            at = number * SUMS
-            # The other way round a half of the columns makes 64 rows.
-            place = number * storage.rows * WIDE if a.transposed else number * ROWS * WIDE
-            left = T.address_of(half[storage.offset // 2 + a.tile.row * WIDE + place])
+        for number in range(count // SUMS):
+            at, first = number * SUMS, self._rows(dst, number)
+            # The other way round 64 of the columns make the rows, and the columns are the storage's rows.
+            place = first * storage.rows if a.transposed else first * WIDE
+            operands = T.address_of(half[storage.offset // 2 + a.tile.row * WIDE + place]), right
             if rest is None:
-                call = ("tvm_gdn_wgmma_one", own.data, at, left, right, steps, apart, int(fresh))
+                call = ("tvm_gdn_wgmma_one", own.data, at, *operands, steps, apart, int(fresh))
             else:
-                call = (
-                    "tvm_gdn_wgmma_two",
-                    own.data,
-                    at,
-                    rest.data,
-                    at,
-                    left,
-                    right,
-                    steps,
-                    apart,
-                    int(a.transposed),
-                    int(fresh),
-                )
+                call = ("tvm_gdn_wgmma_two", own.data, at, rest.data, at, *operands, steps, apart, int(a.transposed), int(fresh))
             T.evaluate(T.call_extern("int32", *call))
             self.begun += 1
         dst.version += 1

@@ -6,6 +6,7 @@ states, live in accumulator registers (`Fragments`): element e of fragment (a, b
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,6 +145,9 @@ class FragmentTiles(WarpTiles):
     #: Whether products go on behind the call that begins them, until their result is read.
     deferred = False
 
+    #: Groups of threads that may do different things at the same time.
+    teams: tuple[int, ...] = (0,)
+
     def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0) -> None:
         super().__init__(warps * WARP)
         self.ahead, self.sizes = ahead > 0, {False: ahead or warps, True: warps}
@@ -151,8 +155,8 @@ class FragmentTiles(WarpTiles):
         self.K, self.V, self.v_tile, self.chunk = K, V, v_tile, chunk
         self.warps, self.threads, self.data, self.v_first = warps, warps * WARP, data, v_first
         self.arenas, self.used = {False: 0, True: 0}, {False: 0, True: 0}
-        #: Bytes at whose multiple the arena begins, where that is more than what shared memory has anyway.
-        self.align = {False: 0, True: 0}
+        #: Bytes at whose multiple the arena begins: shared memory does at one of 16.
+        self.align = {False: 16, True: 16}
         self.parts = 3 if data == "float32" else 2
 
     # Mapping of the work.
@@ -168,14 +172,15 @@ class FragmentTiles(WarpTiles):
         self.lane, self.copying = lane, False
         self.free: list[tuple[int, int]] = []
         self.used[states] = 0
-        size, align = max(self.arenas[states] - self.align[states], 16), self.align[states]
-        memory = T.alloc_buffer((size + align,), "uint8", scope="shared.dyn")
+        align = self.align[states]
+        size = max(self.arenas[states] - (align - 16), 16)
+        memory = T.alloc_buffer((size + align - 16,), "uint8", scope="shared.dyn")
         first: Any = 0
-        if align:
+        if align > 16:
             first = T.Bind(T.call_extern("int32", "tvm_gdn_to_multiple", T.address_of(memory[0]), align))
 
         def view(dtype: str, itemsize: int) -> Any:
-            offset = {"elem_offset": first // itemsize} if align else {}
+            offset = {"elem_offset": first // itemsize} if align > 16 else {}
             return T.decl_buffer((size // itemsize,), dtype, data=memory.data, scope="shared.dyn", **offset)
 
         self.views = {dtype: view(dtype, itemsize) for dtype, itemsize in ITEMSIZE.items()}
@@ -195,25 +200,27 @@ class FragmentTiles(WarpTiles):
 
     def sync(self, *, loads: bool = True) -> None:
         """A barrier of the block, after this thread's copies have arrived."""
-        if loads and self.copying:
-            self.copying = False
-            self._copied()
-        self._publish()
+        self._arrive(loads)
         T.evaluate(T.tvm_storage_sync("shared"))
 
-    def _copied(self) -> None:
-        T.evaluate(T.call_extern("int32", "tvm_gdn_copied"))
+    def _arrive(self, loads: bool) -> None:
+        """What this thread copied is there, and what it wrote is there for others behind the next barrier."""
+        if loads and self.copying:
+            self.copying = False
+            T.evaluate(T.call_extern("int32", "tvm_gdn_copied"))
+
+    def team(self, number: int) -> Any:
+        """What only that group of threads does; there is one."""
+        del number
+        return contextlib.nullcontext()
 
     def asked(self) -> None:
         """All copies that the next barrier waits for have been asked for: nothing to do."""
 
-    def _publish(self) -> None:
-        """Others see what this thread wrote behind the next barrier: nothing to do."""
-
     @property
     def bytes(self) -> dict[bool, int]:
         """Shared memory of blocks without and with a state, as the last kernel used it."""
-        return {states: used + self.align[states] for states, used in self.used.items()}
+        return {states: used + self.align[states] - 16 for states, used in self.used.items()}
 
     # Tiles.
     def _allocate(self, size: int) -> int:

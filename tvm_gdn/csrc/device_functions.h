@@ -43,6 +43,12 @@ static __device__ __forceinline__ int tvm_gdn_move_4(void* to, const void* from)
   return 0;
 }
 
+// All threads of a block, wherever in the code they are.
+static __device__ __forceinline__ int tvm_gdn_block_sync() {
+  __syncthreads();
+  return 0;
+}
+
 // What stands at an address, which becomes one more.
 static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicAdd(number, 1); }
 

@@ -305,17 +305,7 @@ class _Chunks:
             T.buffer_store(places, own + heads, [len(names)])
             tiles.asked()
 
-        def fetch_next() -> None:
-            with T.If(c + 1 < count):
-                with T.Then():
-                    fetch(c + 1)
-
-        count = T.Bind((work.length + C - 1) // C)
-        with T.If(count > 0):
-            with T.Then():
-                fetch(T.int64(0))
-        tiles.pack(S_right)
-        with T.serial(count) as c:
+        def advance(c: Expr, lead: bool, rest: bool) -> None:
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
             factors = [tiles.block(both["factors"], T.Cast("int32", c % 2) * C, number, C, 1) for number in range(4)]
             end = tiles.block(both["factors"], T.Cast("int32", c % 2) * C, 4, 1, 1)
@@ -324,6 +314,11 @@ class _Chunks:
             k_left, k_t_left = tiles.operand(k, "left"), tiles.operand(k, "left", transpose=True)
             q_left, P_left = tiles.operand(q, "left"), tiles.operand(P, "left")
             inverse_left = [tiles.operand(half(name, c), "left") for name in summands]
+
+            def fetch_next() -> None:
+                with T.If(c + 1 < count), T.Then():
+                    fetch(c + 1)
+
             tiles.sync()
             if not tiles.deferred:
                 fetch_next()
@@ -331,28 +326,49 @@ class _Chunks:
                 tiles.pack(operand)
             if data != "bfloat16":
                 tiles.sync(loads=False)
-            tiles.mma(
-                self.R, k_left, S_right, finish=lambda _i, _j, x, v, b, d: b * v - d * x, sources=(half("v", c), beta, k_start)
-            )  # fmt: skip
-            tiles.mma(self.out, q_left, S_right, coarse=True)
-            if tiles.deferred:
-                fetch_next()
-            tiles.pack(self.R_right)
+            if lead:
+                tiles.mma(
+                    self.R, k_left, S_right, finish=lambda _i, _j, x, v, b, d: b * v - d * x,
+                    sources=(half("v", c), beta, k_start),
+                )  # fmt: skip
+            if rest:
+                tiles.mma(self.out, q_left, S_right, coarse=True)
+                if tiles.deferred:
+                    fetch_next()
+            if lead:
+                tiles.pack(self.R_right)
             tiles.sync(loads=False)
-            tiles.mma(U, inverse_left[0], self.R_right, lower="left")
-            for rest in inverse_left[1:]:
-                tiles.mma(U, rest, self.R_right, lower="left", start=keep, coarse=True)
+            if lead:
+                tiles.mma(U, inverse_left[0], self.R_right, lower="left")
+                for summand in inverse_left[1:]:
+                    tiles.mma(U, summand, self.R_right, lower="left", start=keep, coarse=True)
             # What needs no U stands between the product and the first that reads it.
-            tiles.map(self.out, lambda _i, _j, x, d: x * d, self.out, q_start)
-            tiles.map(U_end, lambda _i, _j, u, w: u * w, U, k_end)
-            tiles.pack(U_right)
-            tiles.pack(U_end_right)
+            if rest:
+                tiles.map(self.out, lambda _i, _j, x, d: x * d, self.out, q_start)
+            if lead:
+                tiles.map(U_end, lambda _i, _j, u, w: u * w, U, k_end)
+                tiles.pack(U_right)
+                tiles.pack(U_end_right)
             tiles.sync(loads=False)
             tiles.mma(S, k_t_left, U_end_right, start=lambda _i, _j, s, d: s * d, sources=(end,))
-            tiles.mma(self.out, P_left, U_right, lower="left", start=keep, coarse=True)
+            if rest:
+                tiles.mma(self.out, P_left, U_right, lower="left", start=keep, coarse=True)
             tiles.pack(S_right)
-            tiles.store(rows_of("o"), self.out, rows=m)
-            proceed("o")
+            if rest:
+                tiles.store(rows_of("o"), self.out, rows=m)
+                proceed("o")
+
+        count = T.Bind((work.length + C - 1) // C)
+        # One team makes R and U of a chunk, another its output, and brings the next chunk; the state is all teams' work.
+        for team in tiles.teams:
+            lead, rest = team == tiles.teams[0], team == tiles.teams[-1]
+            with tiles.team(team):
+                if rest:
+                    with T.If(count > 0), T.Then():
+                        fetch(T.int64(0))
+                tiles.pack(S_right)
+                with T.serial(count) as c:
+                    advance(c, lead, rest)
 
     def _rows(self, buffer: Any, work: _Work, start: Expr, head: Expr, cols: int, col: Expr | int = 0) -> Tile:
         """Tokens of the chunk in a tensor [B, T, heads, columns]."""
