@@ -135,7 +135,18 @@ class ExpertTiles(TeamTiles):
         return 0 if count == 1 else count // int(steps)
 
     def _run(
-        self, acc: Any, A: Any, first: Any, W: Any, e: Any, n: Any, s: Any, line: Any, count: int, height: int, halves: tuple[int, ...]
+        self,
+        acc: Any,
+        A: Any,
+        first: Any,
+        W: Any,
+        e: Any,
+        n: Any,
+        s: Any,
+        line: Any,
+        count: int,
+        height: int,
+        halves: tuple[int, ...],
     ) -> None:
         """Accumulators += `count` lines of step s, from `line` on, times `height` rows."""
         weights, width = self.weights, len(halves) * LANES
@@ -152,7 +163,9 @@ class ExpertTiles(TeamTiles):
                 with T.unroll(height) as r:
                     for c in range(len(halves)):
                         k = s * self.k_step + at * weights.per
-                        T.buffer_store(sums, weights.dot(sums[r, _lanes(c)], A, first + r, k, words[c, _lanes(0)]), [r, _lanes(c)])
+                        T.buffer_store(
+                            sums, weights.dot(sums[r, _lanes(c)], A, first + r, k, words[c, _lanes(0)]), [r, _lanes(c)]
+                        )
             if weights.folds:
                 with T.unroll(height) as r:
                     for c in range(len(halves)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
+from tvm_gdn.schedules.gpu_chunk_groups import COLUMNS, ROWS, WIDE, GroupChunkTiles
 from tvm_gdn.schedules.gpu_products import GpuChunkTiles
 
 from tvm_gdn.errors import TargetError
@@ -13,12 +14,13 @@ from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
 
-def sized(geometry: Geometry, **options: Any) -> GpuChunkTiles:
+def sized(geometry: Geometry, *, groups: int = 0, **options: Any) -> GpuChunkTiles:
     """Tile operations with an arena of the size that the algorithm turns out to use."""
     K, V, data = geometry.axis["K"], geometry.axis["V"], geometry.dtype["v"]
-    tiles = GpuChunkTiles(K, V, data=data, v_first=bool(geometry.attr.get("state_v_first")), **options)
+    kind = GroupChunkTiles if groups else GpuChunkTiles
+    tiles = kind(K, V, data=data, v_first=bool(geometry.attr.get("state_v_first")), **options)
     chunk_rule(geometry, tiles)
-    tiles.arenas = dict(tiles.used)
+    tiles.arenas = tiles.bytes
     return tiles
 
 
@@ -65,20 +67,55 @@ class ChunkGpu:
         raise TargetError(f"K = {geometry.axis['K']} needs more than {cls.shared} bytes of shared memory")
 
     @classmethod
-    def tiles(cls, geometry: Geometry, *, chunk: int, v_tile: int, warps: int, ahead: int, together: int) -> GpuChunkTiles:
+    def tiles(cls, geometry: Geometry, **knobs: Any) -> GpuChunkTiles:
         """Tile operations on matrix fragments."""
-        found = sized(geometry, chunk=chunk, v_tile=v_tile, warps=warps, ahead=ahead, together=together)
+        found = sized(geometry, **knobs)
         size = max(found.arenas.values())
         if size > cls.shared:
-            raise TargetError(f"chunk {chunk} and v_tile {v_tile} need {size} bytes of shared memory, a block has {cls.shared}")
+            raise TargetError(f"{knobs} need {size} bytes of shared memory, a block has {cls.shared}")
         return found
 
 
 @schedule("chunk", "cuda-sm90")
 class ChunkHopper(ChunkGpu):
-    """With 227 KiB of shared memory."""
+    """With 227 KiB of shared memory, and products of four warps together in the pass over states."""
 
     shared = 227 * 1024
+    #: What these products want of the other knobs.
+    grouped: ClassVar[dict[str, Any]] = {"chunk": ROWS, "v_tile": COLUMNS}
+
+    @classmethod
+    def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
+        """As everywhere, and how many groups of four warps multiply together; 0: every warp on its own."""
+        found = super().knobs(geometry)
+        fits = geometry.dtype["v"] == "bfloat16" and geometry.axis["K"] % WIDE == 0 and not geometry.attr.get("channel_gate")
+        fits = fits and all(value in found[name] for name, value in cls.grouped.items())
+        # Two share out the state.
+        groups = (2, 1) if geometry.axis["K"] % (2 * WIDE) == 0 else (1,)
+        return {**found, "groups": (*groups, 0) if fits else (0,)}
+
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
+        """Warps together where they can."""
+        knobs = {**super().default(geometry), "groups": 0}
+        for groups in cls.knobs(geometry)["groups"]:
+            together = {**knobs, **cls.grouped, "groups": groups, "warps": 4 * groups}
+            if groups and arena_bytes(geometry, **together) <= cls.shared:
+                return together
+        return knobs
+
+    @classmethod
+    def tiles(cls, geometry: Geometry, **knobs: Any) -> GpuChunkTiles:
+        """Tile operations on matrix fragments, or on tiles in shared memory."""
+        groups = knobs.get("groups", 0)
+        wanted = {**cls.grouped, "warps": 4 * groups}
+        if groups not in cls.knobs(geometry)["groups"] or (
+            groups and any(knobs[name] != value for name, value in wanted.items())
+        ):
+            raise TargetError(f"groups {groups} needs {wanted}")
+        if groups and not knobs["ahead"]:
+            raise TargetError(f"groups {groups} needs chunks ahead")
+        return super().tiles(geometry, **knobs)
 
 
 @schedule("chunk", "musa")

@@ -37,10 +37,13 @@ class ElementTiles(FragmentTiles):
         """All elements of the tile zero."""
         self.map(dst, lambda _i, _j: T.float32(0))
 
-    def load(self, dst: Any, src: Window, rows: Expr | None = None) -> None:
-        """Zero where there is no token; tensor data stays in its dtype where products can read it so."""
+    def load(self, dst: Any, src: Window, rows: Expr | None = None, *, lower: bool = False, pieces: Expr = None) -> None:
+        """Zero where there is no token; tensor data stays in its dtype where products can read it so.
+
+        `lower`: with zeros above the diagonal. `pieces`: what the method of that name says, where it is known.
+        """
         if isinstance(dst, Tile):
-            self._load_shared(dst, src, rows)
+            self._load_shared(dst, src, rows, lower=lower, pieces=pieces)
             return
 
         def element(i: Expr, j: Expr, slot: Expr) -> None:
@@ -55,15 +58,18 @@ class ElementTiles(FragmentTiles):
 
         self._over(dst, element)
 
-    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None) -> None:
+    def _padded_columns(self, dst: Tile) -> int:
+        """Columns that are written; products on bf16 read the padding too."""
+        return dst.storage.stride - 8 if dst.storage.dtype == "bfloat16" and dst.cols > 1 else dst.cols
+
+    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None, *, lower: bool, pieces: Expr) -> None:
         dtype = src.buffer.dtype
         self.copying = True
         self._place(dst.storage)
         storage, limit = dst.storage, dst.rows if rows is None else rows
         storage.version += 1
         view = self.views[storage.dtype]
-        # Products on bf16 read the padding too.
-        wide = storage.stride - 8 if storage.dtype == "bfloat16" and dst.cols > 1 else dst.cols
+        wide = self._padded_columns(dst)
 
         def plain() -> None:
             count = ceil_div(dst.rows * wide, self.threads)
@@ -81,20 +87,56 @@ class ElementTiles(FragmentTiles):
                 when(True if dst.rows * wide % self.threads == 0 else index < dst.rows * wide, element)
 
         lanes = 16 // ITEMSIZE[dtype] if dtype in ITEMSIZE else 1
-        pieces = dst.rows * dst.cols // lanes
-        if storage.dtype != dtype or wide != dst.cols or dst.cols % lanes or pieces % self.threads:
+        count = dst.rows * dst.cols // lanes
+        if storage.dtype != dtype or wide != dst.cols or dst.cols % lanes or count % self.threads:
             plain()
             return
-        with T.If(T.And(aligned(src.buffer, 0, 0, elements=lanes), aligned(src.buffer, 1, 0, elements=lanes))):
+        across = dst.cols // lanes
+        pieces = self.pieces(src) if pieces is None else pieces
+        if self.threads % across == 0 and self.threads // across % 8 == 0:
+            self._copy_rows(dst, src, limit, lanes, pieces, lower=lower)
+            return
+        with T.If(pieces):
             with T.Then():
-                with T.unroll(pieces // self.threads) as step:
+                with T.unroll(count // self.threads) as step:
                     index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
-                    i, j = index // (dst.cols // lanes), index % (dst.cols // lanes) * lanes
+                    i, j = index // across, index % across * lanes
                     to, source = T.address_of(view[self._index(dst, i, j)]), T.address_of(src.buffer[i, j])
                     inside = T.Cast("int32", T.Cast("int64", i) < limit)
                     T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, inside))
             with T.Else():
                 plain()
+
+    def _copy_rows(self, dst: Tile, src: Window, limit: Expr, lanes: int, pieces: Expr, *, lower: bool) -> None:
+        """Pieces of 16 bytes; a thread has every n-th row's in the same columns, so that addresses go on by constants."""
+        across, view, dtype = dst.cols // lanes, self.views[dst.storage.dtype], dst.storage.dtype
+        rows, lane = self.threads // across, T.Cast("int32", self.lane)
+        i, j = lane // across, lane % across * lanes
+        to, source = T.address_of(view[self._index(dst, i, j)]), T.address_of(src.buffer[i, j])
+        apart, stride = (
+            rows * dst.storage.stride * ITEMSIZE[dtype],
+            T.Cast("int64", src.buffer.strides[0]) * (rows * ITEMSIZE[dtype]),
+        )
+        # Zeros above a diagonal need not come from memory.
+        bounds = (j - i if lower else T.int32(0), T.Cast("int32", limit) - i)
+
+        def copy(name: str) -> None:
+            T.evaluate(T.call_extern("int32", name, to, source, apart, stride, dst.rows // rows, rows, *bounds))
+
+        if pieces is True:
+            copy("tvm_gdn_copy_rows")
+            return
+        with T.If(pieces):
+            with T.Then():
+                copy("tvm_gdn_copy_rows")
+            with T.Else():
+                copy("tvm_gdn_copy_elements")
+
+    @staticmethod
+    def pieces(src: Window) -> Expr:
+        """Whether all rows of a window begin at multiples of 16 bytes."""
+        lanes = 16 // ITEMSIZE[src.buffer.dtype]
+        return T.And(aligned(src.buffer, 0, 0, elements=lanes), aligned(src.buffer, 1, 0, elements=lanes))
 
     def store(self, dst: Window, src: Any, rows: Expr | None = None) -> None:
         """Rounded to the tensor's dtype."""

@@ -6,6 +6,7 @@ states, live in accumulator registers (`Fragments`): element e of fragment (a, b
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +103,8 @@ class Packed:
     plane: int
     exact: bool
     version: int = -1
+    #: Whether one part is enough where data is bf16.
+    coarse: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,12 @@ class FragmentTiles(WarpTiles):
 
     span = 1
 
+    #: Whether products go on behind the call that begins them, until their result is read.
+    deferred = False
+
+    #: Groups of threads that may do different things at the same time.
+    teams: tuple[int, ...] = (0,)
+
     def __init__(
         self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0, together: int = 1
     ) -> None:
@@ -150,6 +159,8 @@ class FragmentTiles(WarpTiles):
         self.K, self.V, self.v_tile, self.chunk = K, V, v_tile, chunk
         self.warps, self.threads, self.data, self.v_first = warps, warps * WARP, data, v_first
         self.arenas, self.used = {False: 0, True: 0}, {False: 0, True: 0}
+        #: Bytes at whose multiple the arena begins: shared memory does at one of 16.
+        self.align = {False: 16, True: 16}
         self.parts = 3 if data == "float32" else 2
 
     # Mapping of the work.
@@ -165,13 +176,19 @@ class FragmentTiles(WarpTiles):
         self.lane, self.copying = lane, False
         self.free: list[tuple[int, int]] = []
         self.used[states] = 0
-        size = max(self.arenas[states], 16)
-        memory = T.alloc_buffer((size,), "uint8", scope="shared.dyn")
-        self.views = {
-            dtype: T.decl_buffer((size // itemsize,), dtype, data=memory.data, scope="shared.dyn")
-            for dtype, itemsize in ITEMSIZE.items()
-        }
-        self.words = T.decl_buffer((size // 4,), "uint32", data=memory.data, scope="shared.dyn")
+        align = self.align[states]
+        size = max(self.arenas[states] - (align - 16), 16)
+        memory = T.alloc_buffer((size + align - 16,), "uint8", scope="shared.dyn")
+        first: Any = 0
+        if align > 16:
+            first = T.Bind(T.call_extern("int32", "tvm_gdn_to_multiple", T.address_of(memory[0]), align))
+
+        def view(dtype: str, itemsize: int) -> Any:
+            offset = {"elem_offset": first // itemsize} if align > 16 else {}
+            return T.decl_buffer((size // itemsize,), dtype, data=memory.data, scope="shared.dyn", **offset)
+
+        self.views = {dtype: view(dtype, itemsize) for dtype, itemsize in ITEMSIZE.items()}
+        self.words = view("uint32", 4)
         if not states:
             # Loads and products write all that is read.
             return
@@ -192,10 +209,27 @@ class FragmentTiles(WarpTiles):
         if warp:
             T.evaluate(T.call_extern("int32", "tvm_gdn_warp_sync"))
             return
+        self._arrive(loads)
+        T.evaluate(T.tvm_storage_sync("shared"))
+
+    def _arrive(self, loads: bool) -> None:
+        """What this thread copied is there, and what it wrote is there for others behind the next barrier."""
         if loads and self.copying:
             self.copying = False
             T.evaluate(T.call_extern("int32", "tvm_gdn_copied"))
-        T.evaluate(T.tvm_storage_sync("shared"))
+
+    def team(self, number: int) -> Any:
+        """What only that group of threads does; there is one."""
+        del number
+        return contextlib.nullcontext()
+
+    def asked(self) -> None:
+        """All copies that the next barrier waits for have been asked for: nothing to do."""
+
+    @property
+    def bytes(self) -> dict[bool, int]:
+        """Shared memory of blocks without and with a state, as the last kernel used it."""
+        return {states: used + self.align[states] - 16 for states, used in self.used.items()}
 
     # Tiles.
     def _allocate(self, size: int) -> int:

@@ -40,14 +40,14 @@ class GpuChunkTiles(TriangleTiles):
     def expect(self, *windows: Any, write: bool = False) -> None:
         """Other warps run while one waits."""
 
-    def operand(self, tile: Any, side: str, *, transpose: bool = False) -> Operand:
+    def operand(self, tile: Any, side: str, *, transpose: bool = False, coarse: bool = False) -> Operand:
         """Operands of one tile share their bf16 arrays, whatever their side: fragments are loaded either way round."""
         rows, cols = (tile.cols, tile.rows) if transpose else (tile.rows, tile.cols)
         owner = tile if isinstance(tile, Fragments) else tile.storage
         whole = isinstance(tile, Fragments) or (tile.rows, tile.cols) == (owner.rows, owner.cols)
         if whole and owner.packed is not None:
             return Operand(tile, side, transpose, rows, cols, owner.packed)
-        packed = Packed(0, -1, 0, 0, False)
+        packed = Packed(0, -1, 0, 0, False, coarse=coarse)
         if whole:
             owner.packed = packed
         return Operand(tile, side, transpose, rows, cols, packed)

@@ -63,7 +63,8 @@ class MfmaChunkTiles(GpuChunkTiles):
         return [(row + e, col) for e in range(4)]
 
     # Copies and operands: element by element, without C functions.
-    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None) -> None:
+    def _load_shared(self, dst: Tile, src: Window, rows: Expr | None, **known: Any) -> None:
+        del known
         self._place(dst.storage)
         storage, limit = dst.storage, dst.rows if rows is None else rows
         storage.version += 1
@@ -224,7 +225,7 @@ def sized(geometry: Geometry, **options: Any) -> MfmaChunkTiles:
     K, V, data = geometry.axis["K"], geometry.axis["V"], geometry.dtype["v"]
     tiles = MfmaChunkTiles(K, V, data=data, v_first=bool(geometry.attr.get("state_v_first")), **options)
     chunk_rule(geometry, tiles)
-    tiles.arenas = dict(tiles.used)
+    tiles.arenas = tiles.bytes
     return tiles
 
 

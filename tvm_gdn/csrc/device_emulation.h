@@ -232,6 +232,8 @@ static inline int arrive(int left, bool all) {
   me.copies.erase(me.copies.begin(), me.copies.begin() + (long)done);
   return 0;
 }
+// Products of four warps read shared memory, and their results are there, when this thread waits for them: others change too soon
+// what they read, or results are read too soon, and it shows.
 static inline int later(std::function<int()> product) {
   block->fibers[block->current].products.push_back(std::move(product));
   return 0;

@@ -18,6 +18,15 @@ static __device__ __forceinline__ int tvm_gdn_to_multiple(const void* address, i
   return (int)(-(long long)(unsigned long long)address & (bytes - 1));
 }
 
+// The number. All threads of a warp ask for their own; the compiler, which cannot know that, computes it once and keeps it.
+static __device__ __forceinline__ int tvm_gdn_once(int number) {
+#if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
+  return __shfl_sync(0xffffffffu, number, threadIdx.x & 31);
+#else
+  return number;
+#endif
+}
+
 // 16 aligned bytes from one place to another.
 static __device__ __forceinline__ int tvm_gdn_move(void* to, const void* from) {
   *(uint4*)to = *(const uint4*)from;
@@ -39,6 +48,11 @@ static __device__ __forceinline__ int tvm_gdn_follow() {
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" : : : "memory");
 #endif
+  return 0;
+}
+// All threads of a block, wherever in the code they are.
+static __device__ __forceinline__ int tvm_gdn_block_sync() {
+  __syncthreads();
   return 0;
 }
 
@@ -215,6 +229,57 @@ template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&c)[N], int left) {
   if (left == 0) asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory");
   else asm volatile("wgmma.wait_group.sync.aligned 1;" : : : "memory");
+  tvm_gdn_wgmma_hold(c);
+  return 0;
+}
+// Four warps multiply 64 rows of `steps` times 16 numbers with a tile that has as many rows of 128 bytes: 32 numbers each, `one`, and
+// behind them 32 others, `two`, whose products go into sums of their own. Of the left tile the first 64 numbers of every row lie
+// `apart` bytes before the next 64; `turned`: its rows are the columns of a tile with `steps` times 16 rows. Nobody waits:
+// `arrived` does, for all but the last `left` products. `fresh`: the sums begin at zero.
+#define TVM_GDN_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define TVM_GDN_S16(c)                                                                                                            \
+  "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), \
+      "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
+#define TVM_GDN_WGMMA_ROWS(columns, sums, a, b, go_on, turned, ...)                                                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " go_on ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns                         \
+               "k16.f32.bf16.bf16 {" sums "}, " a ", " b ", p, 1, 1, " turned ", 1;\n}\n" : __VA_ARGS__ : "l"(x), "l"(y), "r"(more))
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_one(float (&sums)[N], int at, const void* left, const void* right, int steps, int apart, int fresh) {
+  const unsigned long long a = tvm_gdn_swizzled(left), b = tvm_gdn_swizzled(right);
+  float* c = sums + at;
+  asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+#pragma unroll
+  for (int k = 0; k < steps; ++k) {
+    const unsigned long long x = a + 2 * (k % 4) + (apart >> 4) * (k / 4), y = b + 128 * k;
+    const int more = !fresh || k > 0;
+    TVM_GDN_WGMMA_ROWS("32", TVM_GDN_R16, "%16", "%17", "%18", "0", TVM_GDN_S16(c));
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+  return 0;
+}
+template <int N, int M>
+static __device__ __forceinline__ int tvm_gdn_wgmma_two(float (&sums)[N], int at, float (&others)[M], int at_others, const void* left, const void* right, int steps, int apart, int turned, int fresh) {
+  const unsigned long long a = tvm_gdn_swizzled(left), b = tvm_gdn_swizzled(right);
+  float *c = sums + at, *d = others + at_others;
+  asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+#pragma unroll
+  for (int k = 0; k < steps; ++k) {
+    const unsigned long long x = a + (turned ? 128 * k : 2 * (k % 4) + (apart >> 4) * (k / 4)), y = b + 128 * k;
+    const int more = !fresh || k > 0;
+    if (turned) TVM_GDN_WGMMA_ROWS("64", TVM_GDN_R32, "%32", "%33", "%34", "1", TVM_GDN_S16(c), TVM_GDN_S16(d));
+    else TVM_GDN_WGMMA_ROWS("64", TVM_GDN_R32, "%32", "%33", "%34", "0", TVM_GDN_S16(c), TVM_GDN_S16(d));
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+  return 0;
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_arrived(float (&c)[N], int left) {
+  switch (left) {
+    case 0: asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory"); break;
+    case 1: asm volatile("wgmma.wait_group.sync.aligned 1;" : : : "memory"); break;
+    case 2: asm volatile("wgmma.wait_group.sync.aligned 2;" : : : "memory"); break;
+    default: asm volatile("wgmma.wait_group.sync.aligned 3;" : : : "memory");
+  }
   tvm_gdn_wgmma_hold(c);
   return 0;
 }
@@ -440,6 +505,43 @@ template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_f16(float (&sums)[N], const void* left, const void* right) {
   return TVM_GDN_LATER(([&sums, left, right] { return tvm_gdn_wgmma_products<tvm_gdn_fp16_of>(sums, left, right); }));
 }
+static __device__ __forceinline__ float tvm_gdn_swizzled_number(const void* tile, int row, int column) {
+  return tvm_gdn_half_of(((const unsigned short*)tile)[row * 64 + ((column / 8) ^ (row & 7)) * 8 + column % 8], 0);
+}
+// 32 columns, from `column` of the right tile on.
+static __device__ __forceinline__ int tvm_gdn_wgmma_rows(float* c, const void* left, const void* right, int column, int steps, int apart, int turned, int fresh) {
+  const int lane = threadIdx.x & 31, above = (int)(threadIdx.x >> 5 & 3) * 16 + lane / 4;
+  for (int n = 0; n < 16; ++n) {
+    const int row = above + n % 4 / 2 * 8;
+    if (fresh) c[n] = 0;
+    if (((unsigned long long)left | (unsigned long long)right) & 1023) c[n] /= 0.f;
+    for (int k = 0; k < steps * 16; ++k) {
+      const float x = turned ? tvm_gdn_swizzled_number(left, k, row) : tvm_gdn_swizzled_number((const char*)left + k / 64 * apart, row, k % 64);
+      c[n] += x * tvm_gdn_swizzled_number(right, k, column + n / 4 * 8 + lane % 4 * 2 + n % 2);
+    }
+  }
+  return 0;
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_one(float (&sums)[N], int at, const void* left, const void* right, int steps, int apart, int fresh) {
+  TVM_GDN_INSIDE(N, at, 16);
+  float* c = sums + at;
+  return TVM_GDN_LATER(([=] { return tvm_gdn_wgmma_rows(c, left, right, 0, steps, apart, 0, fresh); }));
+}
+template <int N, int M>
+static __device__ __forceinline__ int tvm_gdn_wgmma_two(float (&sums)[N], int at, float (&others)[M], int at_others, const void* left, const void* right, int steps, int apart, int turned, int fresh) {
+  TVM_GDN_INSIDE(N, at, 16);
+  TVM_GDN_INSIDE(M, at_others, 16);
+  float *c = sums + at, *d = others + at_others;
+  return TVM_GDN_LATER(([=] {
+    tvm_gdn_wgmma_rows(c, left, right, 0, steps, apart, turned, fresh);
+    return tvm_gdn_wgmma_rows(d, left, right, 32, steps, apart, turned, fresh);
+  }));
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_arrived(float (&)[N], int left) {
+  return TVM_GDN_FINISH(left);
+}
 static __device__ __forceinline__ int tvm_gdn_wgmma_publish() { return 0; }
 template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&)[N], int left) {
@@ -529,5 +631,22 @@ static __device__ __forceinline__ int tvm_gdn_sum_of(void* high, void* low, cons
   }
   *(uint4*)high = *(const uint4*)pairs;
   *(uint4*)low = *(const uint4*)(pairs + 4);
+  return 0;
+}
+// `count` pieces of 16 bytes, each `stride` bytes behind the one before in memory, `apart` in shared memory and `rows` further down a
+// tile: those from row `first` on and before row `end`, as counted from the first piece's; zeros for the others.
+static __device__ __forceinline__ int tvm_gdn_copy_rows(void* to, const void* from, int apart, long long stride, int count, int rows, int first, int end) {
+#pragma unroll
+  for (int n = 0; n < count; ++n) tvm_gdn_copy((char*)to + n * apart, (const char*)from + n * stride, n * rows >= first && n * rows < end);
+  return 0;
+}
+// The same where memory is not aligned: at once, element by element. A loop, so that the code that is not meant to run is short.
+static __device__ __forceinline__ int tvm_gdn_copy_elements(void* to, const void* from, int apart, long long stride, int count, int rows, int first, int end) {
+#pragma unroll 1
+  for (int n = 0; n < 8 * count; ++n) {
+    const int row = n / 8 * rows;
+    const unsigned short* source = (const unsigned short*)((const char*)from + n / 8 * stride) + n % 8;
+    ((unsigned short*)((char*)to + n / 8 * apart))[n % 8] = row >= first && row < end ? *source : 0;
+  }
   return 0;
 }

@@ -270,8 +270,9 @@ class _Chunks:
     def carry(self, work: _Work, kept: tuple[Any, ...], unit: Expr, heads: Expr) -> None:
         """Advance the worker's state over all tokens of its sequence, with what was kept from `unit` on."""
         tiles, C, VT, data = self.tiles, self.C, self.VT, self.data
-        S, U_end = tiles.state(T.int64(0)), tiles.tile(C, VT, "register")
+        S, U, U_end = tiles.state(T.int64(0)), tiles.tile(C, VT, "register"), tiles.tile(C, VT, "register")
         S_right, U_end_right = tiles.operand(S, "right"), tiles.operand(U_end, "right")
+        U_right = tiles.operand(U, "right", coarse=True)
         # Two of each: one is read while the next chunk arrives in the other.
         both = {
             "k": tiles.tile(2 * C, self.K, dtype=data), "q": tiles.tile(2 * C, self.K, dtype=data),
@@ -285,20 +286,44 @@ class _Chunks:
         def half(name: str, c: Expr) -> Tile:
             return tiles.block(both[name], T.Cast("int32", c % 2) * C, 0, C, both[name].cols)
 
+        # Places in tensors go on from chunk to chunk: as sums in memory they are no expressions that every chunk computes again.
+        tensors = {
+            "k": (work.k, work.h, 0),
+            "q": (work.q, work.h, 0),
+            "v": (work.v, work.hv, work.j0),
+            "o": (work.o, work.hv, work.j0),
+        }
+        places, names = tiles.integers(len(tensors) + 1), list(tensors)
+        for number, (buffer, head, col) in enumerate(tensors.values()):
+            s = buffer.strides
+            T.buffer_store(places, work.row * s[0] + work.first * s[1] + head * s[2] + col, [number])
+        T.buffer_store(places, unit, [len(names)])
+
+        def rows_of(name: str) -> Tile:
+            step, cols = tensors[name][0].strides[1], self.K if name in {"k", "q"} else VT
+            return tiles.window(tensors[name][0], places[names.index(name)], C, cols, (step, 1))
+
+        def proceed(name: str) -> None:
+            number, step = names.index(name), tensors[name][0].strides[1]
+            T.buffer_store(places, places[number] + C * step, [number])
+
+        whole = tiles.integers(3)
+        for number, name in enumerate(("k", "q", "v")):
+            T.buffer_store(whole, T.Cast("int64", tiles.pieces(rows_of(name))), [number])
+
         def fetch(c: Expr) -> None:
-            start, m, own = work.first + c * C, T.min(T.int64(C), work.length - c * C), unit + c * heads
-            tiles.load(half("k", c), self._rows(work.k, work, start, work.h, self.K), rows=m)
-            tiles.load(half("q", c), self._rows(work.q, work, start, work.h, self.K), rows=m)
-            tiles.load(half("v", c), self._rows(work.v, work, start, work.hv, VT, work.j0), rows=m)
+            m, own = T.min(T.int64(C), work.length - c * C), places[len(names)]
+            for number, name in enumerate(("k", "q", "v")):
+                tiles.load(half(name, c), rows_of(name), rows=m, pieces=whole[number] != 0)
+                proceed(name)
             for name, buffer in zip(kept_names, kept, strict=True):
                 cols = both[name].cols
-                tiles.load(half(name, c), tiles.window(buffer, own * (C * cols), C, cols, (cols, 1)))
+                window = tiles.window(buffer, own * (C * cols), C, cols, (cols, 1))
+                tiles.load(half(name, c), window, lower=cols == C, pieces=True)
+            T.buffer_store(places, own + heads, [len(names)])
+            tiles.asked()
 
-        count = T.Bind((work.length + C - 1) // C)
-        with T.If(count > 0):
-            with T.Then():
-                fetch(T.int64(0))
-        with T.serial(count) as c:
+        def advance(c: Expr, lead: bool, rest: bool) -> None:
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
             factors = [tiles.block(both["factors"], T.Cast("int32", c % 2) * C, number, C, 1) for number in range(4)]
             end = tiles.block(both["factors"], T.Cast("int32", c % 2) * C, 4, 1, 1)
@@ -307,31 +332,61 @@ class _Chunks:
             k_left, k_t_left = tiles.operand(k, "left"), tiles.operand(k, "left", transpose=True)
             q_left, P_left = tiles.operand(q, "left"), tiles.operand(P, "left")
             inverse_left = [tiles.operand(half(name, c), "left") for name in summands]
-            tiles.pack(S_right)
-            tiles.sync()
-            with T.If(c + 1 < count):
-                with T.Then():
+
+            def fetch_next() -> None:
+                with T.If(c + 1 < count), T.Then():
                     fetch(c + 1)
+
+            tiles.sync()
+            if not tiles.deferred:
+                fetch_next()
             for operand in (*inverse_left, k_left, q_left, P_left, k_t_left):
                 tiles.pack(operand)
             if data != "bfloat16":
                 tiles.sync(loads=False)
-            tiles.mma(
-                self.R, k_left, S_right, finish=lambda _i, _j, x, v, b, d: b * v - d * x, sources=(half("v", c), beta, k_start)
-            )  # fmt: skip
-            tiles.mma(self.out, q_left, S_right, finish=lambda _i, _j, x, d: x * d, sources=(q_start,), coarse=True)
-            tiles.pack(self.R_right)
+            if lead:
+                tiles.mma(
+                    self.R, k_left, S_right, finish=lambda _i, _j, x, v, b, d: b * v - d * x,
+                    sources=(half("v", c), beta, k_start),
+                )  # fmt: skip
+            if rest:
+                tiles.mma(self.out, q_left, S_right, coarse=True)
+                if tiles.deferred:
+                    fetch_next()
+            if lead:
+                tiles.pack(self.R_right)
             tiles.sync(loads=False)
-            tiles.mma(self.U, inverse_left[0], self.R_right, lower="left")
-            for rest in inverse_left[1:]:
-                tiles.mma(self.U, rest, self.R_right, lower="left", start=keep, coarse=True)
-            tiles.map(U_end, lambda _i, _j, u, w: u * w, self.U, k_end)
-            tiles.pack(self.U_right)
-            tiles.pack(U_end_right)
+            if lead:
+                tiles.mma(U, inverse_left[0], self.R_right, lower="left")
+                for summand in inverse_left[1:]:
+                    tiles.mma(U, summand, self.R_right, lower="left", start=keep, coarse=True)
+            # What needs no U stands between the product and the first that reads it.
+            if rest:
+                tiles.map(self.out, lambda _i, _j, x, d: x * d, self.out, q_start)
+            if lead:
+                tiles.map(U_end, lambda _i, _j, u, w: u * w, U, k_end)
+                tiles.pack(U_right)
+                tiles.pack(U_end_right)
             tiles.sync(loads=False)
-            tiles.mma(self.out, P_left, self.U_right, lower="left", start=keep, coarse=True)
-            tiles.store(self._rows(work.o, work, work.first + c * C, work.hv, VT, work.j0), self.out, rows=m)
             tiles.mma(S, k_t_left, U_end_right, start=lambda _i, _j, s, d: s * d, sources=(end,))
+            if rest:
+                tiles.mma(self.out, P_left, U_right, lower="left", start=keep, coarse=True)
+            tiles.pack(S_right)
+            if rest:
+                tiles.store(rows_of("o"), self.out, rows=m)
+                proceed("o")
+
+        count = T.Bind((work.length + C - 1) // C)
+        # One team makes R and U of a chunk, another its output, and brings the next chunk; the state is all teams' work.
+        for team in tiles.teams:
+            lead, rest = team == tiles.teams[0], team == tiles.teams[-1]
+            with tiles.team(team):
+                if rest:
+                    with T.If(count > 0), T.Then():
+                        fetch(T.int64(0))
+                tiles.pack(S_right)
+                with T.serial(count) as c:
+                    advance(c, lead, rest)
 
     def _rows(self, buffer: Any, work: _Work, start: Expr, head: Expr, cols: int, col: Expr | int = 0) -> Tile:
         """Tokens of the chunk in a tensor [B, T, heads, columns]."""
