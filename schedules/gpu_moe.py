@@ -119,11 +119,11 @@ class ExpertsHopper(ExpertsGpu):
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
-        """Four blocks of few rows to a multiprocessor, two of the middle, one of many."""
+        """Five blocks of few rows to a multiprocessor, two of the middle, one of many."""
         if not cls._grouped(geometry):
             return super().default(geometry)
         return {
-            "most": 0.25, "few_columns": 16, "few_depth": 128, "few_stages": 4, "more": 48, "middle_columns": 64,
+            "most": 0.25, "few_columns": 16, "few_depth": 128, "few_stages": 3, "more": 48, "middle_columns": 64,
             "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 

@@ -66,9 +66,9 @@ def test_numbers(on):
 
 @needs_cxx
 def test_products_of_four_warps(tmp_path, monkeypatch):
-    """Hopper's plans of 64 rows and of 128 rows from one kernel, the next product begun before the last is done, and not.
+    """Hopper's plans of 16, of 64 and of 128 rows from one kernel, the next product begun before the last is done, and not.
 
-    Pairs put in order by one block, and by many.
+    Pairs that are not sorted; put in order by one block, and by many.
     """
     monkeypatch.setattr(moe_grid_rows, "MOST_ALONE", 100)
     monkeypatch.setattr(moe_grid, "MOST_ALONE", 100)
@@ -81,7 +81,7 @@ def test_products_of_four_warps(tmp_path, monkeypatch):
     stored = pack.read(tmp_path / "pack")
     kernel = load.load_kernel(stored, stored.manifest.kernels[0])
     call = torch_ops.call_function(spec, frozenset(shape.dtype), shape.axis, kernel)
-    for tokens in (17, 40, 70):
+    for tokens in (3, 17, 40, 70):
         x, w13, w2, weights, ids = make(tokens, torch.bfloat16, tokens, hidden=104, inner=72)
         out = call(x, w13, w2, weights, ids)
         assert error(out, loop(x, w13, w2, weights, ids)) < LIMIT[torch.bfloat16]
