@@ -6,12 +6,10 @@ from typing import Any
 
 from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import local_array, prefetch
-from tvm_gdn.schedules.cpu_moe import ExpertTiles
+from tvm_gdn.schedules.cpu_moe import STEP_LINES, ExpertTiles
 from tvm_gdn.schedules.moe_weights import LANES, signed_nibbles
 from tvm_gdn.schedules.x86_matrix import ROWS, EmulatedMatrixUnit, MatrixUnit
 
-#: Cache lines of a step of packed weights.
-STEP_LINES = 32
 
 
 class AmxExpertTiles(ExpertTiles):

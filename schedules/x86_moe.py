@@ -47,6 +47,8 @@ class ExpertsX86:
     bf16, dots = False, ""
     #: Rows of the micro-kernel, and accumulators of 16 columns that registers hold.
     rows, vectors = 4, 24
+    #: Cache lines of every step of weights that few rows ask for.
+    asked = 1
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
@@ -70,14 +72,14 @@ class ExpertsX86:
     def tiles(cls, geometry: Geometry, **knobs: Any) -> ExpertTiles:
         """Tile operations on vectors."""
         weights = weights_of(geometry, bf16=cls.bf16, dots=cls.dots)
-        return ExpertTiles(weights, raw=_is_raw(geometry), vectors=cls.vectors, **knobs)
+        return ExpertTiles(weights, raw=_is_raw(geometry), vectors=cls.vectors, asked=cls.asked, **knobs)
 
 
 @schedule("moe_experts", "x86-avx2")
 class ExpertsAvx2(ExpertsX86):
-    """Bytes by products of pairs; 6 x 16 accumulators in 12 of 16 registers."""
+    """Bytes by products of pairs; 6 x 16 accumulators in 12 of 16 registers; a prefetcher that wants to be told every line."""
 
-    dots, rows, vectors = "avx2", 6, 6
+    dots, rows, vectors, asked = "avx2", 6, 6, 32
 
 
 @schedule("moe_experts", "x86-avx512")
