@@ -21,8 +21,8 @@ from tvm_gdn.schedules.gpu import WarpTiles, aligned, either, itemsize, move
 
 #: Threads of a warp; elements of fp32 that move at once, which are also the rows of a thread that are neighbours.
 WARP, FOUR = 32, 4
-#: Bytes that move at once.
-PIECE = 16
+#: Bytes that move at once; bytes of shared memory of a block, two of which share a multiprocessor.
+PIECE, MEMORY = 16, 113 * 1024
 
 
 class BulkTiles(WarpTiles):
@@ -54,6 +54,16 @@ class BulkTiles(WarpTiles):
         self.pool, self.threads, self.pieces, self.channel_gate = pool, threads, pieces, channel_gate
         self.piece = PIECE // (4 if pool == "float32" else 2)
         self._map()
+        # What threads show each other is one allocation: TVM lets those share memory of which it sees that one is read for the
+        # last time before the other is written, and it does not see that other threads read later.
+        sizes = {"dx": K, "x": K, "y": K, "u": V, **self._more()}
+        self.begin, self.sums, self.turn = {}, 0, 0
+        for name, size in sizes.items():
+            self.begin[name], self.sums = self.sums, self.sums + size
+        self.shared = self.sums + 2 * threads // WARP
+        needed = K * V * PIECE // self.piece + 4 * self.shared + 8 * pieces
+        if needed > MEMORY:
+            raise ValueError(f"a state of {K} x {V} {pool} needs {needed} bytes of shared memory, a block has {MEMORY}")
 
     def _map(self) -> None:
         """Who computes on what."""
@@ -100,12 +110,7 @@ class BulkTiles(WarpTiles):
     def state(self) -> Any:
         """The block's memory: the state, barriers of its copies, and what threads show each other."""
         self.arrivals = T.alloc_buffer((self.pieces,), "uint64", scope="shared")
-        # One allocation: TVM lets those share memory of which it sees that one is read for the last time before the other is
-        # written, and it does not see that by other threads.
-        sizes = {"dx": self.K, "x": self.K, "y": self.K, "u": self.V, **self._more()}
-        self.sums, self.turn = sum(sizes.values()), 0
-        self.shown = T.alloc_buffer((self.sums + 2 * self.threads // WARP,), "float32", scope="shared")
-        self.begin = {name: sum(list(sizes.values())[:n]) for n, name in enumerate(sizes)}
+        self.shown = T.alloc_buffer((self.shared,), "float32", scope="shared")
         self._each(lambda piece: T.evaluate(T.call_extern("int32", "tvm_gdn_bulk_open", self._arrival(piece))))
         return T.alloc_buffer((self.K * self.V,), self.pool, scope="shared.dyn")
 

@@ -66,6 +66,14 @@ def test_defaults_are_among_the_choices_for_any_shape(name, target, more, K, V):
     space.tiles(shape, **space.default(shape))
 
 
+@pytest.mark.parametrize(("K", "V", "moved"), [(128, 128, True), (192, 128, True), (256, 128, False), (96, 40, False)])
+def test_the_copy_engine_moves_states_that_fit(K, V, moved):
+    """Two blocks share a multiprocessor's memory; other states stay in registers in every call."""
+    space, _ = schedule.find_space("recurrent", named("cuda-sm90"))
+    shape = geometry("packed_decode_gated_delta_rule", K, V, state_dtype="float32")
+    assert (space.default(shape)["few"] < max(space.knobs(shape)["few"])) == moved
+
+
 def test_a_name_that_the_kernel_does_not_take_is_an_error():
     from dataclasses import replace
 

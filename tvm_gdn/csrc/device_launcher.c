@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_DEVICES = 64, MAX_PARAMETERS = 128, DIMS = 6, ATTRIBUTE_DYNAMIC_SHARED = 8, CAPTURE_RELAXED = 2, DEFAULT_SHARED = 49152, LAUNCH_EARLY = 6 };
+enum { MAX_DEVICES = 64, MAX_PARAMETERS = 128, DIMS = 6, ATTRIBUTE_DYNAMIC_SHARED = 8, CAPTURE_RELAXED = 2, LAUNCH_EARLY = 6 };
 
 /* The parts of tvm_ffi's C ABI that are used; defined by libtvm_ffi, which is loaded already. */
 typedef struct {
@@ -159,7 +159,8 @@ static int on_launch(void* self, const Any* args, int32_t count, Any* result) {
     return raise_error(image, "entering the device for", kernel->name, status);
   int bytes = (int)dims[DIMS];
   status = 0;
-  if (bytes > DEFAULT_SHARED && bytes > kernel->shared[id] && driver->attribute) {
+  /* Whatever its size: a kernel's static memory counts towards the 48 KiB that need no asking, and is not known here. */
+  if (bytes > kernel->shared[id] && driver->attribute) {
     status = driver->attribute(kernel->functions[id], ATTRIBUTE_DYNAMIC_SHARED, bytes);
     if (!status) kernel->shared[id] = bytes;
   }
