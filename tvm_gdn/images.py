@@ -118,13 +118,14 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
             import_module(f"tvm_gdn.schedules.{lowering}").register(options["kind"])
         device = finalize_device()(device)
         table = tuple(_line(function) for function in device.functions.values())
-        source = builder.codegen_build(device, device_target).inspect_source("cuda" if options["kind"] == "cuda" else "asm")
+        generated = builder.codegen_build(device, device_target)
+        source = generated.inspect_source("cuda" if options["kind"] == "cuda" else "asm")
         library = folder / f"{symbol}.so"
         builder.codegen_build(finalize_host()(host), goal.host).export_library(str(library))
         launcher = launcher_source(function, target) if subset.has_subset(target) and target.image == "source" else ""
     image = folder / f"{symbol}.{target.image}"
     if "linker" in dict(target.compiler):
-        _check_shared_memory(source, table, target)
+        _check_shared_memory(generated.inspect_source("llvm"), target)
         _link(objects, target, image)
         image.with_suffix(".s").write_text(source, encoding="utf-8")
     else:
@@ -136,13 +137,12 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
     return DeviceCode(library, image, table)
 
 
-def _check_shared_memory(text: str, table: tuple[str, ...], target: TargetSpec) -> None:
-    """Refuse machine code that takes dynamic shared memory for global memory: TVM 0.27 makes such of views of one array."""
-    dynamic = any(_TAGS["tirx.use_dyn_shared_memory"] in line.split()[-1] for line in table)
-    if dynamic and not re.search(dict(target.compiler).get("shared_memory", ""), text):
+def _check_shared_memory(text: str, target: TargetSpec) -> None:
+    """Refuse machine code that takes shared memory for global memory: TVM 0.27 makes such of views of another dtype."""
+    if re.search(dict(target.compiler)["misplaced"], text):
         raise BuildError(
-            f"the code generator of {target.name} put shared memory into global memory: the code would be wrong; use the "
-            f"token-recurrent operator there, or emulated:{target.name} to test"
+            f"the code generator of {target.name} put shared memory into global memory: the code would be wrong; a schedule "
+            "has to use the memory in the dtype that it allocates it in"
         )
 
 

@@ -93,6 +93,8 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     ahead = chunked and advance.ahead
     size = tiles.chunk if ahead else 1
     NW = 1 if convolved else NV  # workers per head, or heads
+    # Tiles of value columns that such a worker has at the same time.
+    together = tiles.together if convolved else 1
 
     def gate_dims(batch: Any, token: Any, head: Any) -> tuple[Any, ...]:
         """The packed decode step has one token and so no token axis on a and b."""
@@ -363,6 +365,8 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
 
                 if convolved:
                     value = tiles.v_vector()
+                    # What the worker's threads convolve for one another; on CPUs the vectors themselves.
+                    line_x, line_y, line_v = tiles.line(x, K), tiles.line(y, K), tiles.line(value, together * VT)
                     conv_slot: T.let[T.int64] = pick("conv_state_indices" in has, int64(conv_state_indices, n), n)
                     conv_usable: T.let[T.bool] = conv_slot >= 0 and conv_slot < SC and conv_slot != pad_slot_id
                     conv_from: T.let[T.int64] = T.Select(conv_usable, conv_slot, T.int64(0))
@@ -387,17 +391,16 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                 @T.inline
                 def convolve(to, c, size):
                     """The next output of `size` channels of the packed row from c on, in fp32; their state moves by one."""
-                    for i in T.serial(size // tiles.vector):
-                        convolve_lanes(to, i * tiles.vector, c + i * tiles.vector, tiles.vector)
-                    for i in T.serial(size % tiles.vector):
-                        convolve_lanes(to, size - size % tiles.vector + i, c + size - size % tiles.vector + i, 1)
+                    for i in tiles.channels(size // tiles.vector):
+                        at: T.let[T.int64] = tiles.channel(i) * tiles.vector
+                        convolve_lanes(to, at, c + at, tiles.vector)
+                    if tiles.vector > 1:
+                        for i in T.serial(size % tiles.vector):
+                            convolve_lanes(to, size - size % tiles.vector + i, c + size - size % tiles.vector + i, 1)
 
                 @T.inline
                 def load_qk(t):
-                    if convolved:
-                        convolve(x, (heads + h) * K, K)
-                        convolve(y, h * K, K)
-                    elif packed:
+                    if packed:
                         tiles.read(x, mixed_qkv, n, (heads + h) * K)
                         tiles.read(y, mixed_qkv, n, h * K)
                     else:
@@ -553,12 +556,25 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         store_final(tiles.state(i), hv + i, j0)
                     tiles.leave()
                 elif convolved:
-                    load_qk(0)
-                    normalize_qk()
-                    for i in T.serial(per_key):
-                        for tile in T.serial(NV):
-                            convolve(value, 2 * heads * K + (hv + i) * V + tile * VT, VT)
-                            over_states(hv + i, tile * VT)
+                    pieces: T.let[T.int64] = per_key * NV
+                    convolve(line_x, (heads + h) * K, K)
+                    convolve(line_y, h * K, K)
+                    if not tiles.lines_shared:
+                        normalize_qk()
+                    for turn in T.serial((pieces + (together - 1)) // together):
+                        width: T.let[T.int64] = pick(together == 1, T.int64(VT), T.min(pieces - turn * together, together) * VT)
+                        convolve(line_v, 2 * heads * K + hv * V + turn * (together * VT), pick(together == 1, VT, width))
+                        tiles.sync()
+                        if tiles.lines_shared:
+                            if turn == 0:
+                                tiles.take_rows(x, line_x)
+                                tiles.take_rows(y, line_y)
+                                normalize_qk()
+                        piece: T.let[T.int64] = turn * together + tiles.mate()
+                        if piece < pieces:
+                            tiles.take_columns(value, line_v)
+                            over_states(hv + piece // NV, piece % NV * VT)
+                        tiles.sync()
                 else:
                     over_states(hv, j0)
 
