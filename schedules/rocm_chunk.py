@@ -42,8 +42,8 @@ class MfmaChunkTiles(GpuChunkTiles):
         self.shorts = T.alloc_buffer((size // 2,), "uint16", scope="shared.dyn")
 
         def clear(piece: Expr) -> None:
-            with T.vectorized(8) as short:
-                T.buffer_store(self.shorts, T.uint16(0), [piece * 8 + short])
+            with T.unroll(2) as half, T.vectorized(4) as short:  # C has no longer vectors of them
+                T.buffer_store(self.shorts, T.uint16(0), [piece * 8 + half * 4 + short])
 
         return clear
 

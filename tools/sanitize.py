@@ -40,7 +40,7 @@ _SPECIAL = {"memcheck": ("--padding", "64", "--report-api-errors", "no")}
 _BESIDE = re.compile(r"Host Frame|Saved host|Device Frame|COMPUTE-SANITIZER|\w+ SUMMARY")
 #: Begins a line of the watched process; the tool's own begin with =====.
 _MARK = "sanitize: "
-_ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TVM_GDN_DISABLE_JIT": "1"}
+_ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TVM_GDN_DISABLE_JIT": "1", "OMP_NUM_THREADS": "2"}
 
 
 def chosen(ops: list[str], count: int, target: TargetSpec) -> list[tuple[str, dict[str, Any]]]:

@@ -392,8 +392,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                 def convolve(to, c, size):
                     """The next output of `size` channels of the packed row from c on, in fp32; their state moves by one."""
                     for i in tiles.channels(size // tiles.vector):
-                        at: T.let[T.int64] = tiles.channel(i) * tiles.vector
-                        convolve_lanes(to, at, c + at, tiles.vector)
+                        convolve_lanes(to, tiles.channel(i) * tiles.vector, c + tiles.channel(i) * tiles.vector, tiles.vector)
                     if tiles.vector > 1:
                         for i in T.serial(size % tiles.vector):
                             convolve_lanes(to, size - size % tiles.vector + i, c + size - size % tiles.vector + i, 1)
