@@ -7,6 +7,7 @@ states, live in accumulator registers (`Fragments`): element e of fragment (a, b
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,8 +177,22 @@ class FragmentTiles(WarpTiles):
         self.lane, self.copying = lane, False
         self.free: list[tuple[int, int]] = []
         self.used[states] = 0
-        align = self.align[states]
-        size = max(self.arenas[states] - (align - 16), 16)
+        size = max(self.arenas[states] - (self.align[states] - 16), 16)
+        clear_piece = self._arena(size)
+        if not states:
+            # Loads and products write all that is read.
+            return
+        self._state = self.tile(self.K, self.v_tile, "register")
+        # What products round up to is multiplied by zeros; what an earlier block left there may be no number.
+        with T.serial(ceil_div(size // 16, self.threads)) as step:
+            index = T.Bind(T.Cast("int32", step * self.threads + lane))
+
+            when(index < size // 16, lambda: clear_piece(index))
+        self.sync()
+
+    def _arena(self, size: int) -> Callable[[Expr], None]:
+        """Allocate `size` bytes of the block's shared memory, with a view per dtype; a function that clears a piece of 16 of them."""
+        align = self.align[self.states]
         memory = T.alloc_buffer((size + align - 16,), "uint8", scope="shared.dyn")
         first: Any = 0
         if align > 16:
@@ -188,21 +203,22 @@ class FragmentTiles(WarpTiles):
             return T.decl_buffer((size // itemsize,), dtype, data=memory.data, scope="shared.dyn", **offset)
 
         self.views = {dtype: view(dtype, itemsize) for dtype, itemsize in ITEMSIZE.items()}
-        self.words = view("uint32", 4)
-        if not states:
-            # Loads and products write all that is read.
-            return
-        self._state = self.tile(self.K, self.v_tile, "register")
-        # What products round up to is multiplied by zeros; what an earlier block left there may be no number.
-        with T.serial(ceil_div(size // 16, self.threads)) as step:
-            index = T.Bind(T.Cast("int32", step * self.threads + lane))
+        words = view("uint32", 4)
 
-            def clear() -> None:
-                with T.vectorized(4) as word:
-                    T.buffer_store(self.words, T.uint32(0), [index * 4 + word])
+        def clear(piece: Expr) -> None:
+            with T.vectorized(4) as word:
+                T.buffer_store(words, T.uint32(0), [piece * 4 + word])
 
-            when(index < size // 16, clear)
-        self.sync()
+        return clear
+
+    def _read(self, dtype: str, place: Expr) -> Expr:
+        """An element of shared memory in fp32, counted in elements of its dtype."""
+        value = self.views[dtype][place]
+        return value if dtype == "float32" else T.Cast("float32", value)
+
+    def _write(self, dtype: str, place: Expr, value: Expr) -> None:
+        """The same, written."""
+        T.buffer_store(self.views[dtype], value if dtype == "float32" else T.Cast(dtype, value), [place])
 
     def sync(self, *, loads: bool = True, warp: bool = False) -> None:
         """A barrier of the block, after this thread's copies have arrived; `warp`: of the warp, for what none copies."""
@@ -326,8 +342,7 @@ class FragmentTiles(WarpTiles):
         if isinstance(tile, Window):
             return T.Cast("float32", tile.buffer[i, j])
         self._place(tile.storage)
-        value = self.views[tile.storage.dtype][self._index(tile, i, j)]
-        return value if tile.storage.dtype == "float32" else T.Cast("float32", value)
+        return self._read(tile.storage.dtype, self._index(tile, i, j))
 
     def _put(self, tile: Any, value: Expr, i: Expr, j: Expr, slot: Expr = None) -> None:
         if isinstance(tile, Fragments):
@@ -338,8 +353,7 @@ class FragmentTiles(WarpTiles):
         else:
             self._place(tile.storage)
             tile.storage.version += 1
-            dtype = tile.storage.dtype
-            T.buffer_store(self.views[dtype], value if dtype == "float32" else T.Cast(dtype, value), [self._index(tile, i, j)])
+            self._write(tile.storage.dtype, self._index(tile, i, j), value)
 
     # Fragments.
     def _grid(self, rows: int, cols: int) -> tuple[int, int, int, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from tvm_gdn.schedules.gpu import RecurrentWarpTiles
@@ -33,6 +35,11 @@ class RecurrentGpu:
 
     #: Whether states may pass through shared memory.
     stages = True
+    #: Elements that move at once at most, None where the dtype decides it; whether device code may call C functions.
+    widest: int | None = None
+    functions = True
+    #: Tile operations by where states are.
+    made: Mapping[str, Any] = MappingProxyType({REGISTERS: RecurrentWarpTiles, SHARED: StagedWarpTiles})
 
     @staticmethod
     def _fits(geometry: Geometry, lanes: int, columns: int) -> bool:
@@ -93,8 +100,9 @@ class RecurrentGpu:
             return None
         return {"column_lanes": lanes, "columns": columns, "group": math.gcd(group, V // (lanes * columns)), "place": SHARED}
 
-    @staticmethod
+    @classmethod
     def tiles(
+        cls,
         geometry: Geometry,
         *,
         column_lanes: int,
@@ -102,31 +110,38 @@ class RecurrentGpu:
         group: int,
         place: str = REGISTERS,
         widest: int | None = None,
-        functions: bool = True,
+        functions: bool | None = None,
     ) -> RecurrentWarpTiles:
         """Tile operations; `widest` and `functions` are no knobs: other languages than CUDA C set them."""
         K, V, v_first = geometry.axis["K"], geometry.axis["V"], bool(geometry.attr.get("state_v_first"))
         # Rows of V-first states are side by side: neighbouring threads then read neighbouring pieces.
-        widest = widest or (4 if v_first and geometry.dtype.get("initial_state_source", "float32") == "float32" else 8)
+        usual = 4 if v_first and geometry.dtype.get("initial_state_source", "float32") == "float32" else 8
         if V % (column_lanes * columns):
             raise ValueError(f"{column_lanes} threads of {columns} columns do not divide V = {V}")
         row_lanes = math.gcd(K, WARP // column_lanes)
-        if group > 1 and (row_lanes * column_lanes < WARP or V // (column_lanes * columns) % group):
+        if group > 1 and (row_lanes * column_lanes < WARP or not cls._side_by_side(V // (column_lanes * columns), group)):
             raise ValueError(
                 f"{row_lanes} x {column_lanes} threads of {columns} columns cannot stand {group} to a block at V = {V}"
             )
-        options = {
-            "group": group,
-            "row_lanes": row_lanes,
-            "column_lanes": column_lanes,
-            "columns": columns,
-            "v_first": v_first,
-            "widest": widest,
-            "functions": functions,
-        }
-        if place == SHARED:
-            return StagedWarpTiles(K, V, pool=geometry.dtype["initial_state_source"], **options)
-        return RecurrentWarpTiles(K, V, **options)
+        pool = {"pool": geometry.dtype["initial_state_source"]} if place == SHARED else {}
+        made: RecurrentWarpTiles = cls.made[place](
+            K,
+            V,
+            group=group,
+            row_lanes=row_lanes,
+            column_lanes=column_lanes,
+            columns=columns,
+            v_first=v_first,
+            widest=widest or cls.widest or usual,
+            functions=cls.functions if functions is None else functions,
+            **pool,
+        )
+        return made
+
+    @staticmethod
+    def _side_by_side(tiles: int, group: int) -> bool:
+        """Whether so many workers of a head's tiles may share a block: a block has tiles of one head."""
+        return tiles % group == 0
 
 
 @schedule("recurrent", "musa")
@@ -141,8 +156,4 @@ class RecurrentRocm(RecurrentGpu):
     """Vectors are the code generator's own: it takes no C functions, and has none longer than four of 16 bits."""
 
     stages = False
-
-    @staticmethod
-    def tiles(geometry: Geometry, *, column_lanes: int, columns: int, group: int) -> RecurrentWarpTiles:
-        """Tile operations in registers."""
-        return RecurrentGpu.tiles(geometry, column_lanes=column_lanes, columns=columns, group=group, widest=4, functions=False)
+    widest, functions = 4, False

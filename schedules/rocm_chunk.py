@@ -2,11 +2,13 @@
 
 Everything but products is the common GPU form. Element e of an accumulator fragment stands in row ``lane / 16 * 4 + e``, column
 ``lane % 16``; of an operand a thread has four neighbours along the depth, ``lane / 16 * 4 + (0, 1, 2, 3)``, as two words.
-`tvm_gdn_mfma` is lowered to the instruction (`schedules/rocm_lowering.py`), or to what the emulation makes of it.
+`tvm_gdn_mfma` is lowered to the instruction and `tvm_gdn_bits` to a reinterpretation (`schedules/rocm_lowering.py`); in C form
+they are functions of the emulation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -24,16 +26,49 @@ from tvm_gdn.spec import Geometry
 WAVE = 64
 
 
+def _rounded_bits(bits: Expr) -> Expr:
+    """The bf16 number nearest to an fp32 number, both as bits; what is no number stays none."""
+    odd = T.bitwise_and(T.shift_right(bits, T.uint32(16)), T.uint32(1))
+    near = T.shift_right(bits + T.uint32(0x7FFF) + odd, T.uint32(16))
+    number = T.bitwise_and(bits, T.uint32(0x7FFFFFFF)) <= T.uint32(0x7F800000)
+    return T.Cast("uint16", T.Select(number, near, T.uint32(0x7FC0)))
+
+
 class MfmaChunkTiles(GpuChunkTiles):
     """Products on fragments of 16 x 16; value columns come in multiples of 16."""
 
     chained = False
 
-    def enter(self, lane: Expr, **options: Any) -> None:
-        """The arena as 16-bit words too."""
-        super().enter(lane, **options)
-        half = self.views["bfloat16"]
-        self.shorts = T.decl_buffer(half.shape, "uint16", data=half.data, scope="shared.dyn")
+    def _arena(self, size: int) -> Callable[[Expr], None]:
+        """Shared memory as 16-bit words: TVM's generator of machine code takes views of other dtypes for global memory."""
+        self.shorts = T.alloc_buffer((size // 2,), "uint16", scope="shared.dyn")
+
+        def clear(piece: Expr) -> None:
+            with T.unroll(2) as half, T.vectorized(4) as short:  # C has no longer vectors of them
+                T.buffer_store(self.shorts, T.uint16(0), [piece * 8 + half * 4 + short])
+
+        return clear
+
+    def _read(self, dtype: str, place: Expr) -> Expr:
+        """An element of shared memory in fp32; LLVM makes one access of neighbouring words."""
+        if dtype == "float16":
+            return T.Cast("float32", T.reinterpret(dtype, self.shorts[place]))
+        if dtype == "bfloat16":
+            return T.reinterpret("float32", T.shift_left(T.Cast("uint32", self.shorts[place]), T.uint32(16)))
+        low, high = (T.Cast("uint32", self.shorts[place * 2 + n]) for n in range(2))
+        return T.reinterpret("float32", T.bitwise_or(low, T.shift_left(high, T.uint32(16))))
+
+    def _write(self, dtype: str, place: Expr, value: Expr) -> None:
+        """The same, written, rounded to nearest even."""
+        if dtype == "float16":
+            T.buffer_store(self.shorts, T.reinterpret("uint16", T.Cast(dtype, value)), [place])
+            return
+        bits = T.Bind(T.call_extern("uint32", "tvm_gdn_bits", T.Cast("float32", value)))
+        if dtype == "bfloat16":
+            T.buffer_store(self.shorts, _rounded_bits(bits), [place])
+            return
+        T.buffer_store(self.shorts, T.Cast("uint16", T.bitwise_and(bits, T.uint32(0xFFFF))), [place * 2])
+        T.buffer_store(self.shorts, T.Cast("uint16", T.shift_right(bits, T.uint32(16))), [place * 2 + 1])
 
     # Fragments.
     def _grid(self, rows: int, cols: int) -> tuple[int, int, int, int]:
@@ -68,7 +103,6 @@ class MfmaChunkTiles(GpuChunkTiles):
         self._place(dst.storage)
         storage, limit = dst.storage, dst.rows if rows is None else rows
         storage.version += 1
-        view = self.views[storage.dtype]
         wide = storage.stride - 8 if storage.dtype == "bfloat16" and dst.cols > 1 else dst.cols
         with T.serial(ceil_div(dst.rows * wide, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
@@ -78,8 +112,8 @@ class MfmaChunkTiles(GpuChunkTiles):
                 inside = T.Cast("int64", i) < limit
                 inside = inside if wide == dst.cols else T.And(inside, j < dst.cols)
                 place = self._index(dst, i, j)
-                T.buffer_store(view, T.Cast(storage.dtype, T.float32(0)), [place])
-                when(inside, lambda: T.buffer_store(view, T.Cast(storage.dtype, src.buffer[i, j]), [place]))
+                self._write(storage.dtype, place, T.float32(0))
+                when(inside, lambda: self._write(storage.dtype, place, src.buffer[i, j]))
 
             when(True if dst.rows * wide % self.threads == 0 else index < dst.rows * wide, element)
 
@@ -97,14 +131,15 @@ class MfmaChunkTiles(GpuChunkTiles):
         packed.version = source.version
         if native:
             return
-        half, base, rest = self.views["bfloat16"], packed.offset // 2, self.scalars(1)
+        base, rest = packed.offset // 2, self.scalars(1)
 
         def split(value: Expr, i: Expr, j: Expr) -> None:
             T.buffer_store(rest, value, [0])
             for part in range(packed.parts):
                 place = base + i * packed.stride + j + part * packed.plane
-                T.buffer_store(half, T.Cast("bfloat16", rest[0]), [place])
-                T.buffer_store(rest, rest[0] - T.Cast("float32", half[place]), [0])
+                self._write("bfloat16", place, rest[0])
+                if part + 1 < packed.parts:
+                    T.buffer_store(rest, rest[0] - self._read("bfloat16", place), [0])
 
         if isinstance(tile, Fragments):
             self._over(tile, lambda i, j, slot: split(tile.buffer[slot], i, j), rows)
@@ -235,8 +270,6 @@ class ChunkMfma:
     """Chunked delta rules: a block per tile of value columns, the state in accumulator fragments; 64 KiB of LDS, 256 threads."""
 
     shared = 64 * 1024
-    #: Why no machine code is made of it (`images.py` refuses what TVM makes); listings say so.
-    unbuilt = "emulated only: TVM's code generator takes its shared memory for global memory, and such code is refused when built"
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:

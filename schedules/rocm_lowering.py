@@ -65,6 +65,12 @@ def _aligned(call: Any) -> Any:
     return tvm.tirx.EQ(tvm.tirx.bitwise_and(bits, tvm.tirx.Cast("uint64", size - 1)), tvm.tirx.const(0, "uint64"))
 
 
+def _bits(call: Any) -> Any:
+    import tvm
+
+    return tvm.tirx.reinterpret("uint32", call.args[1])
+
+
 def _mfma(call: Any) -> Any:
     """One element of the matrix unit's product of 16 x 16 x 16; equal products become one instruction."""
     import tvm
@@ -83,4 +89,4 @@ def _mfma(call: Any) -> Any:
 
 
 #: C functions by name, as expressions.
-_FUNCTIONS: dict[str, Callable[[Any], Any]] = {"tvm_gdn_aligned": _aligned, "tvm_gdn_mfma": _mfma}
+_FUNCTIONS: dict[str, Callable[[Any], Any]] = {"tvm_gdn_aligned": _aligned, "tvm_gdn_bits": _bits, "tvm_gdn_mfma": _mfma}

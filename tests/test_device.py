@@ -25,6 +25,7 @@ GATING = "fused_gdn_gating"
 CHUNK = "chunk_gated_delta_rule"
 CONV = "causal_conv1d_fn"
 NORM = "rms_norm_gated"
+FUSED = "fused_conv_gated_delta_rule_update"
 ACCELERATORS = [name for name in target_names() if named(name).device != "cpu" and named(name).concrete]
 SMALL = {
     "B": 2,
@@ -36,6 +37,8 @@ SMALL = {
     "with": ("initial_state_source", "initial_state_indices"),
     "padding": True,
 }
+#: Three value heads to a q/k head.
+STEP = {"B": 2, "H": 1, "HV": 3, "K": 64, "V": 96, "S": 3, "SC": 4, "padding": True, "state_dtype": "float32"}
 #: What is parametrized by `kernel` is compiled before the first test, so it must not be there in a run on the CPU itself.
 ON_ACCELERATOR = env.target_name().startswith((PREFIX, *ACCELERATORS))
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
@@ -95,6 +98,8 @@ def emulated(monkeypatch):
         # Two chunks, both passes, several fragments per warp.
         (CHUNK, {"B": 1, "T": 65, "H": 1, "HV": 2, "K": 32, "V": 48, "with": ("initial_state",), "dtype": "bfloat16"}),
         (CONV, {"B": 2, "D": 70, "T": 65, "with": ("conv_states",), "dtype": "bfloat16", "weight_dtype": "bfloat16"}),
+        # Nine tiles of value columns for four warps; padding; channels that threads convolve for one another.
+        (FUSED, {**STEP, "with": ("conv_state_indices", "initial_state_indices", "conv_bias"), "dtype": "bfloat16"}),
         # Vectors, a last one that not every thread has, and elements behind it.
         (NORM, {"M": 7, "G": 3, "D": 130, "with": ("z",), "dtype": "float16"}),
     ],

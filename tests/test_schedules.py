@@ -16,8 +16,6 @@ def geometry(name, K=64, V=32, **more):
     return check.geometry_of(OPS[name], cases.draw(OPS[name], case))
 
 
-#: Algorithms that have no schedule for devices yet; calls there are errors or the torch reference, and listings say so.
-CPU_ONLY = {"fused_decode"}
 #: AMD targets whose matrix fragments have a schedule.
 MATRIX_UNITS = {"rocm-gfx90a", "rocm-gfx942"}
 
@@ -29,7 +27,7 @@ def why_not(name, target):
         return ""
     on_rocm = "rocm" in named(target).lineage
     rocm = algorithm == "chunk" and on_rocm
-    if algorithm in CPU_ONLY or (algorithm == "moe_experts" and on_rocm) or (rocm and target not in MATRIX_UNITS):
+    if (algorithm == "moe_experts" and on_rocm) or (rocm and target not in MATRIX_UNITS):
         return "no schedule"
     # A gate per channel keeps more tiles in shared memory than the 64 KiB that a block has there.
     if name.startswith("chunk_kda") and (rocm or device == "musa"):

@@ -30,6 +30,7 @@ from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.commands.text import as_json
 from tvm_gdn.errors import BuildError, TargetError
 from tvm_gdn.ops import OPS
+from tvm_gdn.pack import BuiltKernel
 from tvm_gdn.target import TargetSpec, named
 
 _FLAGS = ("-x", "cu", "-w", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
@@ -65,6 +66,15 @@ def chosen_cases(ops: list[str], selection: str, target: TargetSpec) -> list[tup
     return found
 
 
+def build_all(requests: list[build.Request], target: TargetSpec, folder: Path, jobs: int) -> list[BuiltKernel | BuildError]:
+    """Generate the sources in several processes; each request's outcome in its place."""
+    # Neighbours take alike long: each process gets some of every kind.
+    shares = [requests[first::jobs] for first in range(min(jobs, len(requests)))]
+    with ThreadPoolExecutor(len(shares)) as pool:
+        parts = list(pool.map(lambda share: build.run_builder(share, target, folder, timeout=60.0 * len(share) + 600), shares))
+    return [parts[n % len(parts)][n // len(parts)] for n in range(len(requests))]
+
+
 def check(op: str, case: Mapping[str, Any], kernel: Any) -> dict[str, Any]:
     """Run one case on the device and compare: a row of a parity report."""
     spec, arguments = OPS[op], cases.draw(OPS[op], case)
@@ -90,7 +100,7 @@ def main() -> int:
     parser.add_argument("--cases", choices=("small", "all"), default="small")
     parser.add_argument("--arch", help="compute capability, such as 90; default: that of the device, or 80")
     parser.add_argument("--compile-only", action="store_true", help="run nothing")
-    parser.add_argument("--jobs", type=int, default=machine.cores(), help="nvcc processes at once")
+    parser.add_argument("--jobs", type=int, default=machine.cores(), help="processes that compile at once")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write a parity report")
     args = parser.parse_args()
     present = device.architecture("cuda")
@@ -102,7 +112,7 @@ def main() -> int:
     rows, failed = [], 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         requests = [build.Request(OPS[op], geometry_of_case(OPS[op], case)) for op, case in wanted]
-        built = build.run_builder(requests, target, Path(folder), timeout=60.0 * len(requests) + 600)
+        built = build_all(requests, target, Path(folder), args.jobs)
         sources = [None if isinstance(kernel, BuildError) else kernel.image.with_suffix(".mu") for kernel in built]
         unique = sorted({path for path in sources if path})
         libraries = dict(zip(unique, (pool.submit(compile_with_nvcc, path, arch) for path in unique), strict=True))

@@ -166,7 +166,8 @@ def kernel_digest(spec: OpSpec, target: TargetSpec) -> str:
     """Digest of everything that decides what a kernel computes and how it is called."""
     names = [_LAUNCHERS[target.image != "elf-so"]]
     if target.image != "elf-so":
-        names += [images.FUNCTIONS, *([images.EMULATION] if target.image == "emulation" else [])]
+        also = {"emulation": images.EMULATION, "source": images.WORKSPACE}
+        names += [images.FUNCTIONS, *([also[target.image]] if target.image in also else [])]
     seam = "".join((resources.files("tvm_gdn") / "csrc" / name).read_text(encoding="utf-8") for name in names)
     compilers = ["tvm_gdn.build"]
     if target.image != "elf-so":

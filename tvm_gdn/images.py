@@ -6,6 +6,7 @@ a driver it silently packs *source*. `check` looks at the result: a pack that pr
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -13,6 +14,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
@@ -46,6 +48,11 @@ FUNCTIONS = "device_functions.h"
 FOLLOW = "tvm_gdn_follow"
 #: What runs device code on a CPU.
 EMULATION = "device_emulation.h"
+#: Scratch memory of generated launchers; TVM's functions for it, and those that stand there in their places.
+WORKSPACE = "torch_workspace.h"
+_WORKSPACE = {"TVMBackendAllocWorkspace": "tvm_gdn_allocate", "TVMBackendFreeWorkspace": "tvm_gdn_give_back"}
+#: The last line of a generated launcher's preamble.
+_LAUNCHER_HEAD = "#define TVM_DLL TVM_FFI_DLL_EXPORT\n"
 _CXX = ("c++", "g++", "clang++")
 #: Barriers are the schedules' own: inserted ones would stand inside conditions too. And arrays have the size that they were
 #: given: compaction cuts them down to the elements that it sees being used, which are not those behind an address.
@@ -113,13 +120,14 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
             import_module(f"tvm_gdn.schedules.{lowering}").register(options["kind"])
         device = finalize_device()(device)
         table = tuple(_line(function) for function in device.functions.values())
-        source = builder.codegen_build(device, device_target).inspect_source("cuda" if options["kind"] == "cuda" else "asm")
+        generated = builder.codegen_build(device, device_target)
+        source = generated.inspect_source("cuda" if options["kind"] == "cuda" else "asm")
         library = folder / f"{symbol}.so"
         builder.codegen_build(finalize_host()(host), goal.host).export_library(str(library))
         launcher = launcher_source(function, target) if subset.has_subset(target) and target.image == "source" else ""
     image = folder / f"{symbol}.{target.image}"
     if "linker" in dict(target.compiler):
-        _check_shared_memory(source, table, target)
+        _check_shared_memory(generated.inspect_source("llvm"), target)
         _link(objects, target, image)
         image.with_suffix(".s").write_text(source, encoding="utf-8")
     else:
@@ -131,13 +139,12 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
     return DeviceCode(library, image, table)
 
 
-def _check_shared_memory(text: str, table: tuple[str, ...], target: TargetSpec) -> None:
-    """Refuse machine code that takes dynamic shared memory for global memory: TVM 0.27 makes such of views of one array."""
-    dynamic = any(_TAGS["tirx.use_dyn_shared_memory"] in line.split()[-1] for line in table)
-    if dynamic and not re.search(dict(target.compiler).get("shared_memory", ""), text):
+def _check_shared_memory(text: str, target: TargetSpec) -> None:
+    """Refuse machine code that takes shared memory for global memory: TVM 0.27 makes such of views of another dtype."""
+    if re.search(dict(target.compiler)["misplaced"], text):
         raise BuildError(
-            f"the code generator of {target.name} put shared memory into global memory: the code would be wrong; use the "
-            f"token-recurrent operator there, or emulated:{target.name} to test"
+            f"the code generator of {target.name} put shared memory into global memory: the code would be wrong; a schedule "
+            "has to use the memory in the dtype that it allocates it in"
         )
 
 
@@ -150,7 +157,30 @@ def launcher_source(function: Any, target: TargetSpec) -> str:
     module = tvm.tirx.transform.BindTarget(goal)(tvm.IRModule.from_expr(function))
     pipeline, finalize_host, _ = tvm.tirx.get_default_tir_pipeline(goal)
     host, _ = builder.split_host_device_mods(pipeline(module))
-    return str(builder.codegen_build(finalize_host()(host), goal.host).inspect_source())
+    with _named_workspace():
+        text = str(builder.codegen_build(finalize_host()(host), goal.host).inspect_source())
+    if _WORKSPACE["TVMBackendAllocWorkspace"] in text:
+        scratch = (resources.files("tvm_gdn") / "csrc" / WORKSPACE).read_text(encoding="utf-8")
+        text = text.replace(_LAUNCHER_HEAD, _LAUNCHER_HEAD + scratch, 1)
+    return text
+
+
+@contextlib.contextmanager
+def _named_workspace() -> Iterator[None]:
+    """While a launcher is generated, its scratch memory comes from `WORKSPACE`: TVM's runtime is not with it."""
+    import tvm
+
+    operators = {tvm.ir.Op.get(f"tirx.{theirs}"): ours for theirs, ours in _WORKSPACE.items()}
+    before = {operator: operator.get_attr("TGlobalSymbol") for operator in operators}
+    for operator, name in operators.items():
+        operator.reset_attr("TGlobalSymbol")
+        operator.set_attr("TGlobalSymbol", name)
+    try:
+        yield
+    finally:
+        for operator, name in before.items():
+            operator.reset_attr("TGlobalSymbol")
+            operator.set_attr("TGlobalSymbol", name)
 
 
 def _line(function: Any) -> str:

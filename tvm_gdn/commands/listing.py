@@ -108,9 +108,6 @@ def _schedule_of(spec: OpSpec, target: TargetSpec) -> dict[str, Any]:
         except TargetError as error:
             origins["none"] += 1
             refused = str(error)
-    if "none" not in origins:
-        refused = getattr(schedule.find_space(spec.algorithm, target)[0], "unbuilt", "")
-        origins = Counter({"none": len(geometries)}) if refused else origins
     tuned, total, none = origins["tuned"], sum(origins.values()), origins["none"]
     space = "" if none == total else schedule.find_space(spec.algorithm, target)[1]
     if none:

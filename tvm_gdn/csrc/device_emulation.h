@@ -446,6 +446,12 @@ static inline T __shfl_xor_sync(unsigned, T value, int mask, int width = EMULATE
   return emulation::exchange(value, [=] { return emulation::shown<T>(from); }, width);
 }
 #if EMULATED_WARP == 64
+// An fp32 number's bits; generated C takes the address of what it reinterprets, which a constant has not.
+static inline unsigned tvm_gdn_bits(float number) {
+  unsigned bits;
+  memcpy(&bits, &number, 4);
+  return bits;
+}
 // v_mfma_f32_16x16x16_bf16: D = A B + C. Of A (16 x 16) a thread has row lane % 16, columns lane / 16 * 4 + 0..3; of B the same of its
 // transpose; of C and D column lane % 16, rows lane / 16 * 4 + 0..3. The result is element `e` of D.
 static inline float tvm_gdn_mfma(unsigned a0, unsigned a1, unsigned b0, unsigned b1, float c0, float c1, float c2, float c3, int e) {

@@ -93,6 +93,8 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     span = tiles.span if chunked else 1
     ahead = chunked and advance.ahead
     size, together = (tiles.chunk, tiles.together) if ahead else (1, 1)
+    # Tiles of value columns that such a worker has at the same time.
+    beside = tiles.beside if convolved else 1
 
     def workers() -> int:
         """Workers per head, or heads."""
@@ -375,6 +377,8 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
 
                     if convolved:
                         value = tiles.v_vector()
+                        # What the worker's threads convolve for one another; on CPUs the vectors themselves.
+                        line_x, line_y, line_v = tiles.line(x, K), tiles.line(y, K), tiles.line(value, beside * tiles.v_tile)
                         conv_slot: T.let[T.int64] = pick("conv_state_indices" in has, int64(conv_state_indices, n), n)
                         conv_usable: T.let[T.bool] = conv_slot >= 0 and conv_slot < SC and conv_slot != pad_slot_id
                         conv_from: T.let[T.int64] = T.Select(conv_usable, conv_slot, T.int64(0))
@@ -399,17 +403,15 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                     @T.inline
                     def convolve(to, c, size):
                         """The next output of `size` channels of the packed row from c on, in fp32; their state moves by one."""
-                        for i in T.serial(size // tiles.vector):
-                            convolve_lanes(to, i * tiles.vector, c + i * tiles.vector, tiles.vector)
-                        for i in T.serial(size % tiles.vector):
-                            convolve_lanes(to, size - size % tiles.vector + i, c + size - size % tiles.vector + i, 1)
+                        for i in tiles.channels(size // tiles.vector):
+                            convolve_lanes(to, tiles.channel(i) * tiles.vector, c + tiles.channel(i) * tiles.vector, tiles.vector)
+                        if tiles.vector > 1:
+                            for i in T.serial(size % tiles.vector):
+                                convolve_lanes(to, size - size % tiles.vector + i, c + size - size % tiles.vector + i, 1)
 
                     @T.inline
                     def load_qk(t):
-                        if convolved:
-                            convolve(x, (heads + h) * K, K)
-                            convolve(y, h * K, K)
-                        elif packed:
+                        if packed:
                             tiles.read(x, mixed_qkv, n, (heads + h) * K)
                             tiles.read(y, mixed_qkv, n, h * K)
                         else:
@@ -574,12 +576,25 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             store_final(tiles.state(i), hv + i, j0)
                         tiles.leave()
                     elif convolved:
-                        load_qk(0)
-                        normalize_qk()
-                        for i in T.serial(per_key):
-                            for tile in T.serial(V // tiles.v_tile):
-                                convolve(value, 2 * heads * K + (hv + i) * V + tile * tiles.v_tile, tiles.v_tile)
-                                over_states(hv + i, tile * tiles.v_tile)
+                        pieces: T.let[T.int64] = per_key * (V // tiles.v_tile)
+                        convolve(line_x, (heads + h) * K, K)
+                        convolve(line_y, h * K, K)
+                        if not tiles.lines_shared:
+                            normalize_qk()
+                        for turn in T.serial((pieces + (beside - 1)) // beside):
+                            width: T.let[T.int64] = pick(beside == 1, T.int64(tiles.v_tile), T.min(pieces - turn * beside, beside) * tiles.v_tile)
+                            convolve(line_v, 2 * heads * K + hv * V + turn * (beside * tiles.v_tile), pick(beside == 1, tiles.v_tile, width))
+                            tiles.sync()
+                            if tiles.lines_shared:
+                                if turn == 0:
+                                    tiles.take_rows(x, line_x)
+                                    tiles.take_rows(y, line_y)
+                                    normalize_qk()
+                            piece: T.let[T.int64] = turn * beside + tiles.mate()
+                            if piece < pieces:
+                                tiles.take_columns(value, line_v)
+                                over_states(hv + piece // (V // tiles.v_tile), piece % (V // tiles.v_tile) * tiles.v_tile)
+                            tiles.sync()
                     else:
                         over_states(hv, j0)
 
