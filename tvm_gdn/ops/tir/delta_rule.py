@@ -582,8 +582,14 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         if not tiles.lines_shared:
                             normalize_qk()
                         for turn in T.serial((pieces + (beside - 1)) // beside):
-                            width: T.let[T.int64] = pick(beside == 1, T.int64(tiles.v_tile), T.min(pieces - turn * beside, beside) * tiles.v_tile)
-                            convolve(line_v, 2 * heads * K + hv * V + turn * (beside * tiles.v_tile), pick(beside == 1, tiles.v_tile, width))
+                            width: T.let[T.int64] = pick(
+                                beside == 1, T.int64(tiles.v_tile), T.min(pieces - turn * beside, beside) * tiles.v_tile
+                            )
+                            convolve(
+                                line_v,
+                                2 * heads * K + hv * V + turn * (beside * tiles.v_tile),
+                                pick(beside == 1, tiles.v_tile, width),
+                            )
                             tiles.sync()
                             if tiles.lines_shared:
                                 if turn == 0:
