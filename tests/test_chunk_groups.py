@@ -6,11 +6,11 @@ import pytest
 import torch
 from compilers import needs_cxx
 from test_emulation import compiled
+from tvm_gdn.schedules.gpu_chunk import ChunkHopper
 
 from tvm_gdn import cases, dispatch, images, parity
 from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.ops import OPS
-from tvm_gdn.schedules.gpu_chunk import ChunkHopper
 from tvm_gdn.target import EMULATED
 
 OP = "chunk_gated_delta_rule"
@@ -56,7 +56,10 @@ def test_operands_lie_either_way_round(tmp_path, monkeypatch, turned):
     second = left[:, :64] @ right[:64, :32]
     for waited in (True, False):
         source = PRODUCT.replace("TURNED", str(turned)).replace("LEFT", "0" if waited else "1")
-        library, function = ctypes.CDLL(str(compiled(tmp_path, images.with_functions(source), "product", "cuda-sm90"))), ctypes.c_void_p()
+        library, function = (
+            ctypes.CDLL(str(compiled(tmp_path, images.with_functions(source), "product", "cuda-sm90"))),
+            ctypes.c_void_p(),
+        )
         assert library.emuModuleGetFunction(ctypes.byref(function), None, b"product") == 0
         y = torch.zeros(64, 64)
         pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y)]

@@ -71,6 +71,10 @@ class ChunkTiles(Protocol):
         and states have an operand each that stays so while the worker runs.
     shift : Expr
         Columns of the worker that other workers take: a target may cut the columns of workers where they are fewer than threads.
+    deferred : bool
+        Whether products go on behind the call that begins them, until their result is read or packed.
+    teams : tuple of int
+        Groups of threads that may do different things at the same time, each under `team`.
     host_checks : bool
         Whether the host part of a kernel can read tensors, and so checks slots and sequence bounds.
     """
@@ -80,6 +84,8 @@ class ChunkTiles(Protocol):
     span: int
     fused: bool
     shift: Expr
+    deferred: bool
+    teams: tuple[int, ...]
     host_checks: bool
 
     def outputs(self, *tensors: tuple[Any, Expr]) -> None:
