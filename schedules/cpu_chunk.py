@@ -49,7 +49,7 @@ class ChunkTiles(ElementTiles):
     #: One pass: a worker goes through its sequence once, and what it needs of a chunk stays in the cache.
     ahead = False
     #: Operands are the tiles themselves: there is nothing to save by writing them in a product's epilogue.
-    fused = False
+    fused, chained = False, False
 
     def expect(self, *windows: Tile, write: bool = False) -> None:
         """Asked for block by block of the next product: all at once they would wait for each other."""

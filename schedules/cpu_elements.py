@@ -115,21 +115,35 @@ class ElementTiles(TileMemory):
             with T.vectorized(unit) as lane:
                 dst.put(total[lane], i, 0, unit, lane)
 
-    def pair_sum(self, dst: Tile, function: ElementFunction, left: tuple[Tile, ...], right: tuple[Tile, ...], rows: Expr) -> None:
+    def pair_sum(
+        self,
+        dsts: tuple[Tile, ...],
+        weight: ElementFunction,
+        lefts: tuple[Tile, ...],
+        own: tuple[Tile, ...],
+        right: tuple[Tile, ...],
+        rows: Expr,
+    ) -> None:
         """Partial sums per lane for every pair of rows."""
-        cols = left[0].cols
+        cols = own[0].cols
         lanes = max(n for n in (1, 2, 4, 8, 16) if cols % n == 0)
-        part = local_array(lanes)
+        parts, weights = [local_array(lanes) for _ in dsts], local_array(lanes)
         with T.serial(ceil_div(rows, BLOCK)) as b:
             with T.serial(BLOCK) as i:
                 with T.vectorized(BLOCK) as j:
-                    dst.put(T.float32(0), b * BLOCK + i, b, BLOCK, j)
+                    for dst in dsts:
+                        dst.put(T.float32(0), b * BLOCK + i, b, BLOCK, j)
                 with T.serial(i + 1) as j:
                     with T.vectorized(lanes) as lane:
-                        T.buffer_store(part, T.float32(0), [lane])
+                        for part in parts:
+                            T.buffer_store(part, T.float32(0), [lane])
                     with T.serial(cols // lanes) as base:
                         with T.vectorized(lanes) as lane:
-                            x = [tile.get(b * BLOCK + i, base, lanes, lane) for tile in left]
+                            x = [tile.get(b * BLOCK + i, base, lanes, lane) for tile in own]
                             y = [tile.get(b * BLOCK + j, base, lanes, lane) for tile in right]
-                            T.buffer_store(part, part[lane] + function(*x, *y), [lane])
-                    dst.put(self.sum(part, lanes), b * BLOCK + i, b, BLOCK, j)
+                            T.buffer_store(weights, weight(*x, *y), [lane])
+                            for part, left in zip(parts, lefts, strict=True):
+                                value = left.get(b * BLOCK + i, base, lanes, lane) * weights[lane]
+                                T.buffer_store(part, part[lane] + value, [lane])
+                    for dst, part in zip(dsts, parts, strict=True):
+                        dst.put(self.sum(part, lanes), b * BLOCK + i, b, BLOCK, j)

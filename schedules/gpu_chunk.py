@@ -47,10 +47,10 @@ class ChunkGpu:
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Tokens per chunk, value columns and warps per block, and warps of the blocks ahead."""
+        """Tokens per chunk, value columns and warps per block; warps and value heads of the blocks ahead."""
         K, V = geometry.axis["K"], geometry.axis["V"]
         tiles = tuple(d for d in (8, 16, 32, 64) if V % d == 0) or (max(d for d in range(1, 33) if V % d == 0),)
-        return {"chunk": chunk_lengths(K, (16, 32, 64)), "v_tile": tiles, "warps": (4, 8), "ahead": (0, 4, 8)}
+        return {"chunk": chunk_lengths(K, (16, 32, 64)), "v_tile": tiles, "warps": (4, 8), "ahead": (0, 4, 8), "together": (1, 2)}
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class ChunkGpu:
             for columns in sorted({v_tile, *(d for d in cls.knobs(geometry)["v_tile"] if d < v_tile)}, reverse=True):
                 # With less to do per chunk, four warps wait less for each other than eight.
                 warps = 8 if chunk_size > 16 and (channel or not cls.ahead) else 4
-                knobs = {"chunk": chunk_size, "v_tile": columns, "warps": warps, "ahead": cls.ahead}
+                knobs = {"chunk": chunk_size, "v_tile": columns, "warps": warps, "ahead": cls.ahead, "together": 2}
                 if (columns == v_tile or chunk_size == 16) and arena_bytes(geometry, **knobs) <= cls.shared:
                     return knobs
         raise TargetError(f"K = {geometry.axis['K']} needs more than {cls.shared} bytes of shared memory")

@@ -91,10 +91,10 @@ class GroupChunkTiles(GpuChunkTiles):
             assert not self.pending, "a product that nobody waits for"
         self.lane, self.threads, self.own = lane, self.warps * WARP, T.Cast("int32", lane) // GROUP
 
-    def sync(self, *, loads: bool = True) -> None:
+    def sync(self, *, loads: bool = True, warp: bool = False) -> None:
         """A barrier of the block; groups come to it in different places."""
-        if not self.states:
-            super().sync(loads=loads)
+        if warp or not self.states:
+            super().sync(loads=loads, warp=warp)
             return
         self._arrive(loads)
         T.evaluate(T.call_extern("int32", "tvm_gdn_block_sync"))

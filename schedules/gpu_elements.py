@@ -213,21 +213,28 @@ class ElementTiles(FragmentTiles):
             own = T.And(lane % 4 == 0, T.Cast("int64", row) < limit)
             when(own, lambda: self._put(dst, part[0] if finish is None else finish(part[0]), row, 0))
 
-    def scan(self, dst: Tile, src: Window, rows: Expr) -> None:
-        """One column: a warp, by shuffles. Several: a thread per column, row by row."""
+    def scan(self, dst: Tile, src: Window, rows: Expr, *, turn: int = 0) -> None:
+        """One column: a warp, the last but `turn`, by shuffles. Several: a thread per column, row by row."""
         total = self.scalars(3)
         if dst.cols > 1:
+            fetched = self.scalars(BLOCK)
             with T.serial(ceil_div(dst.cols, self.threads)) as step:
                 j = T.Bind(T.Cast("int32", step * self.threads + self.lane))
                 with T.If(j < dst.cols):
                     with T.Then():
                         T.buffer_store(total, T.float32(0), [0])
-                        with T.serial(dst.rows) as i:
-                            when(i < rows, lambda: T.buffer_store(total, total[0] + self._get(src, i, j), [0]))
-                            self._put(dst, total[0], i, j)
+                        with T.serial(dst.rows // BLOCK) as block:
+                            # Rows that do not wait for one another first.
+                            for row in range(BLOCK):
+                                i = block * BLOCK + row
+                                T.buffer_store(fetched, T.float32(0), [row])
+                                when(i < rows, lambda i=i, row=row: T.buffer_store(fetched, self._get(src, i, j), [row]))
+                            for row in range(BLOCK):
+                                T.buffer_store(total, total[0] + fetched[row], [0])
+                                self._put(dst, total[0], block * BLOCK + row, j)
             return
-        lane = T.Cast("int32", self.lane)
-        with T.If(lane < WARP):
+        lane = T.Cast("int32", self.lane) - (self.threads - WARP * (1 + turn % self.warps))
+        with T.If(T.And(lane >= 0, lane < WARP)):
             with T.Then():
                 T.buffer_store(total, T.float32(0), [1])
                 for first in range(0, dst.rows, WARP):
@@ -246,21 +253,53 @@ class ElementTiles(FragmentTiles):
                     last = T.tvm_warp_shuffle(T.uint32(0xFFFFFFFF), total[0], WARP - 1, WARP, WARP)
                     T.buffer_store(total, last, [1])
 
-    def pair_sum(self, dst: Tile, function: ElementFunction, left: tuple[Tile, ...], right: tuple[Tile, ...], rows: Expr) -> None:
-        """A thread per pair of rows."""
-        cols = left[0].cols
-        part = self.scalars(1)
-        pairs = BLOCK * BLOCK
-        with T.serial(ceil_div(ceil_div(rows, BLOCK) * pairs, self.threads)) as step:
+    def pair_sum(
+        self,
+        dsts: tuple[Tile, ...],
+        weight: ElementFunction,
+        lefts: tuple[Tile, ...],
+        own: tuple[Tile, ...],
+        right: tuple[Tile, ...],
+        rows: Expr,
+    ) -> None:
+        """Columns on the threads of a warp, which takes rows n and 15 - n of a block: together they have 17 pairs."""
+        cols, half, blocks = own[0].cols, BLOCK // 2, ceil_div(rows, BLOCK)
+        sums, weights = self.scalars(len(dsts)), self.scalars(1)
+        with T.serial(ceil_div(blocks * (BLOCK * BLOCK), self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
-            b, i, j = index // pairs, index // BLOCK % BLOCK, index % BLOCK
-            with T.If(T.Cast("int64", b) * BLOCK < rows):
+            i, j = index // BLOCK, index % BLOCK
+            above = T.And(j > i % BLOCK, T.Cast("int64", i) < blocks * BLOCK)
+            with T.If(above):
                 with T.Then():
-                    T.buffer_store(part, T.float32(0), [0])
-                    with T.If(j <= i):
-                        with T.Then():
-                            with T.serial(cols) as c:
-                                x = [self._get(tile, b * BLOCK + i, c) for tile in left]
-                                y = [self._get(tile, b * BLOCK + j, c) for tile in right]
-                                T.buffer_store(part, part[0] + function(*x, *y), [0])
-                    self._put(dst, part[0], b * BLOCK + i, b * BLOCK + j)
+                    for dst in dsts:
+                        self._put(dst, T.float32(0), i, i // BLOCK * BLOCK + j)
+        lane, warp = T.Bind(T.Cast("int32", self.lane) % WARP), T.Bind(T.Cast("int32", self.lane) // WARP)
+        with T.serial(ceil_div(blocks * half, self.warps)) as step:
+            number = T.Bind(T.Cast("int32", step * self.warps) + warp)
+            # Beyond the last block no row is written; all threads take part in the shuffles.
+            mine = T.And(T.Cast("int64", number) < blocks * half, lane == 0)
+            block = T.Bind(T.min(number // half, dsts[0].rows // BLOCK - 1) * BLOCK)
+            first = number % half
+            with T.serial(BLOCK + 1) as pair:
+                i = T.Bind(block + T.Select(pair <= first, first, BLOCK - 1 - first))
+                j = T.Bind(block + T.Select(pair <= first, pair, pair - first - 1))
+                for at in range(len(dsts)):
+                    T.buffer_store(sums, T.float32(0), [at])
+                for start in range(0, cols, WARP):
+                    c = lane + start
+
+                    def add(c: Expr = c) -> None:
+                        x, y = [self._get(tile, i, c) for tile in own], [self._get(tile, j, c) for tile in right]
+                        T.buffer_store(weights, weight(*x, *y), [0])
+                        for at, left in enumerate(lefts):
+                            T.buffer_store(sums, sums[at] + self._get(left, i, c) * weights[0], [at])
+
+                    when(True if start + WARP <= cols else c < cols, add)
+                for bit in (1, 2, 4, 8, 16):
+                    for at in range(len(dsts)):
+                        other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), sums[at], bit, WARP, WARP)
+                        T.buffer_store(sums, sums[at] + other, [at])
+                with T.If(mine):
+                    with T.Then():
+                        for at, dst in enumerate(dsts):
+                            self._put(dst, sums[at], i, j)

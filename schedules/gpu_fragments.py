@@ -136,6 +136,8 @@ class FragmentTiles(WarpTiles):
         Whether states are stored ``[V, K]``.
     ahead : int
         Warps of blocks that compute what does not depend on states first, a block per chunk; 0 for one pass.
+    together : int
+        Value heads of one q/k head that such a block takes.
     arenas : mapping, optional
         Bytes of shared memory of blocks without and with a state; what `used` says after a kernel was built.
     """
@@ -148,10 +150,12 @@ class FragmentTiles(WarpTiles):
     #: Groups of threads that may do different things at the same time.
     teams: tuple[int, ...] = (0,)
 
-    def __init__(self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0) -> None:
+    def __init__(
+        self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0, together: int = 1
+    ) -> None:
         super().__init__(warps * WARP)
         self.ahead, self.sizes = ahead > 0, {False: ahead or warps, True: warps}
-        self.states = True
+        self.states, self.together = True, together
         self.K, self.V, self.v_tile, self.chunk = K, V, v_tile, chunk
         self.warps, self.threads, self.data, self.v_first = warps, warps * WARP, data, v_first
         self.arenas, self.used = {False: 0, True: 0}, {False: 0, True: 0}
@@ -185,8 +189,10 @@ class FragmentTiles(WarpTiles):
 
         self.views = {dtype: view(dtype, itemsize) for dtype, itemsize in ITEMSIZE.items()}
         self.words = view("uint32", 4)
-        if states:
-            self._state = self.tile(self.K, self.v_tile, "register")
+        if not states:
+            # Loads and products write all that is read.
+            return
+        self._state = self.tile(self.K, self.v_tile, "register")
         # What products round up to is multiplied by zeros; what an earlier block left there may be no number.
         with T.serial(ceil_div(size // 16, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + lane))
@@ -198,8 +204,11 @@ class FragmentTiles(WarpTiles):
             when(index < size // 16, clear)
         self.sync()
 
-    def sync(self, *, loads: bool = True) -> None:
-        """A barrier of the block, after this thread's copies have arrived."""
+    def sync(self, *, loads: bool = True, warp: bool = False) -> None:
+        """A barrier of the block, after this thread's copies have arrived; `warp`: of the warp, for what none copies."""
+        if warp:
+            T.evaluate(T.call_extern("int32", "tvm_gdn_warp_sync"))
+            return
         self._arrive(loads)
         T.evaluate(T.tvm_storage_sync("shared"))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu_elements import ElementTiles
+from tvm_gdn.schedules.gpu import move
 from tvm_gdn.schedules.gpu_fragments import (
     BLOCK,
     WARP,
@@ -24,6 +24,7 @@ from tvm_gdn.schedules.gpu_fragments import (
     padded,
     when,
 )
+from tvm_gdn.schedules.gpu_triangles import TriangleTiles
 
 from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
 
@@ -31,7 +32,7 @@ from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
 APART = 3
 
 
-class GpuChunkTiles(ElementTiles):
+class GpuChunkTiles(TriangleTiles):
     """Tile operations of one geometry; see `tvm_gdn/ops/tir/tiles.py`, and `FragmentTiles` for its parameters."""
 
     fused, shift = False, 0
@@ -212,16 +213,7 @@ class GpuChunkTiles(ElementTiles):
 
             def multiply(nb: int, number: int, x: int, y: int) -> None:
                 own = number if sets > 1 else 0
-                # Whole arrays: by the address of an element TVM takes only that one for used, and cuts off the others.
-                places = (
-                    acc.data,
-                    (own * count_b + nb) * 4,
-                    left.data,
-                    x * 4,
-                    right.data,
-                    (nb * len(parts) + parts.index(y)) * 2,
-                )
-                T.evaluate(T.call_extern("int32", "tvm_gdn_mma", *places))
+                self._multiply(acc, (own * count_b + nb) * 4, left, x * 4, right, (nb * len(parts) + parts.index(y)) * 2)
 
             for nb, ni in columns:
                 when(wanted(nb, ni), lambda nb=nb, ni=ni: begin(nb, ni))
@@ -251,50 +243,35 @@ class GpuChunkTiles(ElementTiles):
                 bound = T.Cast("int64", mi) * BLOCK < rows
             when(bound, lambda na=na, mi=mi: row_of_fragments(na, mi))
 
-    def _registers(self, dtype: str, count: int) -> Any:
-        return T.alloc_buffer((count,), dtype, scope="local")
-
     @staticmethod
     def _clamped(dst: Any, i: Expr, j: Expr) -> tuple[Expr, Expr]:
         """Elements that pad a fragment read some element of the tile: their result is not kept."""
         i = i if dst.rows % BLOCK == 0 else T.min(i, dst.rows - 1)
         return i, j if dst.cols % 8 == 0 else T.min(j, dst.cols - 1)
 
-    @staticmethod
-    def _terms(a: Packed, b: Packed) -> list[tuple[int, int]]:
-        """Pairs of parts whose products matter."""
-        if a.exact and b.exact:
-            return [(x, y) for x in range(a.parts) for y in range(b.parts)]
-        depth = max(a.parts, b.parts)
-        return [(x, y) for x in range(a.parts) for y in range(b.parts) if x + y < depth]
-
-    def _load_fragment(
-        self, side: str, operand: Operand, registers: Any, slot: int, part: int, row: Expr, col: Expr, *apart: Expr
-    ) -> None:
-        """Load a fragment of an operand's part at (row, col); `transposed` ones lie the other way round in memory."""
-        packed = operand.packed
-        if operand.transposed:
-            row, col = col, row
-        if isinstance(operand.tile, Tile) and packed.parts == 1 and packed.exact:
-            row, col = operand.tile.row + row, operand.tile.col + col
-        place = packed.offset // 2 + part * packed.plane + row * packed.stride + col
-        name = f"tvm_gdn_load_{side}{'_turned' if operand.transposed else ''}"
-        address = T.address_of(self.views["bfloat16"][place])
-        T.evaluate(T.call_extern("int32", name, registers.data, slot, address, packed.stride, *apart))
-
     def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
-        """A thread per column of a block: forward substitution in registers."""
-        x = self.scalars(BLOCK)
+        """A thread per column of a block: forward substitution in registers.
+
+        Triangles may stand one above the other. Two blocks go to the warp that gets their merge in `chain`.
+        """
+        x, row = self.scalars(BLOCK), self.scalars(BLOCK)
         blocks = dst.rows // BLOCK
+        self._place(dst.storage)
+        dst.storage.version += 1
         with T.serial(ceil_div(blocks * BLOCK, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
             b, j = index // BLOCK, index % BLOCK
+            left = T.Bind(b % (dst.cols // BLOCK) * BLOCK)
             inside = T.Cast("int64", b) * BLOCK < rows
             with T.If(inside if blocks * BLOCK % self.threads == 0 else T.And(inside, b < blocks)):
                 with T.Then():
                     for i in range(BLOCK):
                         T.buffer_store(x, T.Select(j == i, T.float32(1), T.float32(0)), [i])
+                        for k in range(0, i, 4):
+                            # The rows of a tile begin at multiples of 16 bytes.
+                            source = T.address_of(self.views["float32"][self._index(a, b * BLOCK + i, left + k)])
+                            move(T.address_of(row[k]), source, 16)
                         for k in range(i):
-                            T.buffer_store(x, x[i] - self._get(a, b * BLOCK + i, b * BLOCK + k) * x[k], [i])
+                            T.buffer_store(x, x[i] - row[k] * x[k], [i])
                     for i in range(BLOCK):
-                        self._put(dst, x[i], b * BLOCK + i, b * BLOCK + j)
+                        self._put(dst, x[i], b * BLOCK + i, left + j)

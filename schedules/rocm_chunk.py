@@ -27,6 +27,8 @@ WAVE = 64
 class MfmaChunkTiles(GpuChunkTiles):
     """Products on fragments of 16 x 16; value columns come in multiples of 16."""
 
+    chained = False
+
     def enter(self, lane: Expr, **options: Any) -> None:
         """The arena as 16-bit words too."""
         super().enter(lane, **options)

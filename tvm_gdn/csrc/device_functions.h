@@ -289,17 +289,13 @@ static __device__ __forceinline__ int tvm_gdn_arrived(int left) {
   }
   return 0;
 }
-// Two neighbouring numbers as `parts` pairs of bf16 numbers, each the rest that the ones before leave, `plane` elements apart.
-static __device__ __forceinline__ int tvm_gdn_split(void* place, int plane, int parts, float first, float second) {
-#pragma unroll
-  for (int part = 0; part < parts; ++part) {
-    unsigned pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
-    ((unsigned*)place)[part * plane / 2] = pair;
-    first -= __uint_as_float(pair << 16);
-    second -= __uint_as_float(pair & 0xffff0000u);
-  }
-  return 0;
+// Two numbers as a pair of bf16 numbers; what these leave of them stays.
+static __device__ __forceinline__ unsigned tvm_gdn_take(float& first, float& second) {
+  unsigned pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  first -= __uint_as_float(pair << 16);
+  second -= __uint_as_float(pair & 0xffff0000u);
+  return pair;
 }
 #else
 // The same in plain C++ and shuffles of width 32: for devices whose compilers take no PTX, and for the emulation.
@@ -522,16 +518,72 @@ static __device__ __forceinline__ unsigned tvm_gdn_bfloat16(float x) {
   if ((both.bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
   return (both.bits + 0x7fff + (both.bits >> 16 & 1)) >> 16;
 }
+static __device__ __forceinline__ unsigned tvm_gdn_take(float& first, float& second) {
+  const unsigned pair = tvm_gdn_bfloat16(first) | tvm_gdn_bfloat16(second) << 16;
+  first -= tvm_gdn_half_of(pair, 0);
+  second -= tvm_gdn_half_of(pair, 1);
+  return pair;
+}
+#endif
+// Two neighbouring numbers as `parts` pairs of bf16 numbers, each the rest that the ones before leave, `plane` elements apart.
 static __device__ __forceinline__ int tvm_gdn_split(void* place, int plane, int parts, float first, float second) {
-  for (int part = 0; part < parts; ++part) {
-    unsigned pair = tvm_gdn_bfloat16(first) | tvm_gdn_bfloat16(second) << 16;
-    ((unsigned*)place)[part * plane / 2] = pair;
-    first -= tvm_gdn_half_of(pair, 0);
-    second -= tvm_gdn_half_of(pair, 1);
+#pragma unroll
+  for (int part = 0; part < parts; ++part) ((unsigned*)place)[part * plane / 2] = tvm_gdn_take(first, second);
+  return 0;
+}
+// Fragments as such parts, one after the other: of A and of B from fp32 numbers in shared memory, and of A from the sums of two
+// fragments from `from` on.
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_split_a(unsigned (&registers)[N], int parts, const float* tile, int stride) {
+  const int lane = threadIdx.x & 31, row = lane / 4, col = lane % 4 * 2;
+  TVM_GDN_INSIDE(N, 0, 4 * parts);
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    const float* at = tile + (row + n % 2 * 8) * stride + col + n / 2 * 8;
+    float first = at[0], second = at[1];
+#pragma unroll
+    for (int part = 0; part < parts; ++part) registers[part * 4 + n] = tvm_gdn_take(first, second);
   }
   return 0;
 }
-#endif
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_split_b(unsigned (&registers)[N], int parts, const float* tile, int stride) {
+  const int lane = threadIdx.x & 31, row = lane % 4 * 2, col = lane / 4;
+  TVM_GDN_INSIDE(N, 0, 2 * parts);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const float* at = tile + (row + n * 8) * stride + col;
+    float first = at[0], second = at[stride];
+#pragma unroll
+    for (int part = 0; part < parts; ++part) registers[part * 2 + n] = tvm_gdn_take(first, second);
+  }
+  return 0;
+}
+template <int N, int M>
+static __device__ __forceinline__ int tvm_gdn_split_sums(unsigned (&registers)[N], int parts, const float (&sums)[M], int from) {
+  TVM_GDN_INSIDE(N, 0, 4 * parts);
+  TVM_GDN_INSIDE(M, from, 8);
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    float first = sums[from + n / 2 * 4 + n % 2 * 2], second = sums[from + n / 2 * 4 + n % 2 * 2 + 1];
+#pragma unroll
+    for (int part = 0; part < parts; ++part) registers[part * 4 + n] = tvm_gdn_take(first, second);
+  }
+  return 0;
+}
+// Eight neighbouring numbers as the sum of two bf16 numbers each; all addresses are multiples of 16 bytes.
+static __device__ __forceinline__ int tvm_gdn_sum_of(void* high, void* low, const float* from) {
+  unsigned pairs[8];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    float first = from[2 * n], second = from[2 * n + 1];
+    pairs[n] = tvm_gdn_take(first, second);
+    pairs[4 + n] = tvm_gdn_take(first, second);
+  }
+  *(uint4*)high = *(const uint4*)pairs;
+  *(uint4*)low = *(const uint4*)(pairs + 4);
+  return 0;
+}
 // `count` pieces of 16 bytes, each `stride` bytes behind the one before in memory, `apart` in shared memory and `rows` further down a
 // tile: those from row `first` on and before row `end`, as counted from the first piece's; zeros for the others.
 static __device__ __forceinline__ int tvm_gdn_copy_rows(void* to, const void* from, int apart, long long stride, int count, int rows, int first, int end) {

@@ -27,6 +27,7 @@ The functions below are Python that runs while the kernel is parsed; `with T.ser
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,7 +87,7 @@ class _Advance:
         self.kept = tuple(T.alloc_buffer((units * elements,), dtype) for elements, dtype in sizes)
 
     def prepare(self, *arguments: Any) -> None:
-        """One chunk of one value head, ahead of the states."""
+        """One chunk of value heads of one q/k head, ahead of the states."""
         *work, unit, start = arguments
         _Chunks(*self.arguments).prepare(_Work(*work), self.kept, unit, start)
 
@@ -126,6 +127,15 @@ class _Work:
     l2norm: Expr
     #: Whether the states before the first chunk are zero.
     fresh: Expr
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Tiles of a value head: sums of log-decays, beta, A."""
+
+    G: Tile
+    beta: Tile
+    A: Tile
 
 
 class _Chunks:
@@ -183,71 +193,83 @@ class _Chunks:
                     self._value_head(work, start, m, index, zero)
 
     def prepare(self, work: _Work, kept: tuple[Any, ...], unit: Expr, at: Expr) -> None:
-        """Compute and keep what one chunk of one value head needs besides its state: tokens from `at` of the sequence."""
+        """Compute and keep what one chunk of value heads needs besides their states: tokens from `at` of the sequence.
+
+        Of lower-triangular tiles the blocks on and below the diagonal are kept.
+        """
         tiles, C, exp, zero, one = self.tiles, self.C, self.tiles.exp, T.float32(0), T.float32(1)
-        P = tiles.tile(C, C, dtype=self.data)
         start = T.Bind(work.first + at)
         m = T.Bind(T.min(T.int64(C), work.length - at))
-        factors = tiles.tile(C, FACTORS)
-        column = [tiles.block(factors, 0, number, C, 1) for number in range(FACTORS)]
-        G, n, r, beta = self.G, self.k_factor, self.q_factor, self.beta
+        n, r, several = self.k_factor, self.q_factor, tiles.together
+        # The triangles of all value heads one above the other.
+        self.A, self.inverse = tiles.tile(several * C, C), tiles.tile(several * C, C)
+        heads = [_Head(tiles.tile(C, 1), tiles.tile(C, 1), tiles.block(self.A, C * number, 0, C, C)) for number in range(several)]
+
+        def each(body: Callable[[int, _Head], None]) -> None:
+            """Emit `body` for every value head of this worker."""
+            body(0, heads[0])
+            for number in range(1, several):
+                with T.If(number < work.count):
+                    with T.Then():
+                        body(number, heads[number])
+
+        def fetch(number: int, head: _Head) -> None:
+            tiles.load(head.beta, self._rows(work.beta, work, start, work.hv + number, 1), rows=m)
+            if self.gate == "none":
+                tiles.zero(head.G)
+            else:
+                tiles.scan(head.G, self._rows(work.g, work, start, work.hv + number, 1), m, turn=number)
+
+        def window(number: int, buffer: Any, cols: int) -> Any:
+            return tiles.window(buffer, (unit + number) * (C * cols), C, cols, (cols, 1))
+
         tiles.load(self.k, self._rows(work.k, work, start, work.h, self.K), rows=m)
         tiles.load(self.q, self._rows(work.q, work, start, work.h, self.K), rows=m)
-        tiles.load(beta, self._rows(work.beta, work, start, work.hv, 1), rows=m)
-        if self.gate == "none":
-            tiles.zero(G)
-        else:
-            tiles.scan(G, self._rows(work.g, work, start, work.hv, 1), m)
+        each(fetch)
         tiles.sync()
-        for tile, factor, scale in ((self.k, n, one), (self.q, r, work.scale)):
-            with T.If(work.l2norm != 0):
-                with T.Then():
-                    tiles.row_sum(
-                        factor, lambda _i, _j, x: x * x, tile, finish=lambda s, a=scale: a / T.sqrt(s + T.float32(NORM_EPS))
-                    )
-                with T.Else():
-                    tiles.map(factor, lambda _i, _j, a=scale: a)
         tiles.pack(self.k_left, self.k_right)
         tiles.pack(self.q_left)
+        if self.data != "bfloat16":
+            tiles.sync()
+        for turn, (operand, factor, scale) in enumerate(((self.k_left, n, one), (self.q_left, r, work.scale))):
+            with T.If(work.l2norm != 0):
+                with T.Then():
+                    tiles.squares(factor, operand, lambda s, a=scale: a * T.rsqrt(s + T.float32(NORM_EPS)), turn=turn)
+                with T.Else():
+                    tiles.map(factor, lambda _i, _j, a=scale: a)
         tiles.sync()
-        last = tiles.block(G, C - 1, 0, 1, 1)
-        tiles.map(column[0], lambda _i, _j, x, a, b: x * a * exp(b), beta, n, G)
-        tiles.map(column[1], lambda _i, _j, a, b: a * exp(b), r, G)
-        tiles.map(column[2], lambda _i, _j, a, b, e: a * exp(e - b), n, G, last)
-        tiles.map(column[3], lambda _i, _j, x: x, beta)
-        tiles.map(column[4], lambda _i, _j, e: exp(e), last)
-        sources = (G, tiles.turn(G), n, tiles.turn(n), r, beta)
-        tiles.mma(
-            self.A, self.k_left, self.k_right, lower="result", sources=sources,
-            finish=lambda i, j, x, a, b, f, h, _r, w: T.Select(j < i, x * f * h * w * exp(a - b), zero),
-        )  # fmt: skip
-        tiles.mma(
-            P, self.q_left, self.k_right, lower="result", sources=sources,
-            finish=lambda i, j, x, a, b, _f, h, r, _w: T.Select(j <= i, x * r * h * exp(a - b), zero),
-        )  # fmt: skip
-        tiles.sync()
-        *summands_kept, P_kept, factors_kept = kept
+        *summands, P_kept, factors_kept = kept
 
-        def keep_tile(buffer: Any, tile: Tile) -> None:
-            tiles.store(tiles.window(buffer, unit * (C * tile.cols), C, tile.cols, (tile.cols, 1)), tile)
+        def triangles_of(number: int) -> tuple[tuple[Any, ...], tuple[Tile, ...]]:
+            G, beta, A = heads[number].G, heads[number].beta, heads[number].A
+            return (A, window(number, P_kept, C)), (G, tiles.turn(G), n, tiles.turn(n), r, beta)
 
-        keep_tile(P_kept, P)
-        keep_tile(factors_kept, factors)
+        def finish(i: Expr, j: Expr, decay: Expr, kk: Expr, qk: Expr, *values: Expr) -> tuple[Expr, Expr]:
+            _a, _b, f, _h, s, w = values
+            return T.Select(j < i, kk * (f * w) * decay, zero), T.Select(j <= i, qk * s * decay, zero)
+
+        tiles.triangles(
+            (self.k_left, self.q_left), self.k_right, triangles_of, each,
+            common=lambda a, b, _f, h, _r, _w: h * exp(a - b), finish=finish,
+        )  # fmt: skip
+
+        def keep_factors(number: int, head: _Head) -> None:
+            tiles.fill(
+                window(number, factors_kept, FACTORS), head.beta, n, r, head.G, tiles.block(head.G, C - 1, 0, 1, 1),
+                row=lambda w, f, s, a, e: (w * f * exp(a), s * exp(a), f * exp(e - a), w, exp(e), zero, zero, zero),
+                turn=number,
+            )  # fmt: skip
+
+        each(keep_factors)
         # Less memory, more chunks side by side.
         tiles.release(self.k, self.q)
-        tiles.zero(self.inverse)
-        tiles.release(P)
-        self._invert(T.int64(C))
+        self._invert(work.count * C)
         tiles.sync()
-        tiles.release(self.A, factors)
-        summands = [tiles.tile(C, C, dtype=dtype) for dtype in _summands(self.data)]
-        tiles.map(summands[0], lambda _i, _j, x: x, self.inverse)
-        if len(summands) > 1:
-            # Every element is a thread's own: what it just stored it can read without waiting.
-            tiles.map(summands[1], lambda _i, _j, x, high: x - high, self.inverse, summands[0])
-        tiles.sync()
-        for buffer, tile in zip(summands_kept, summands, strict=True):
-            keep_tile(buffer, tile)
+        each(
+            lambda number, _: tiles.keep(
+                tuple(window(number, buffer, C) for buffer in summands), tiles.block(self.inverse, C * number, 0, C, C)
+            )
+        )
 
     def carry(self, work: _Work, kept: tuple[Any, ...], unit: Expr, heads: Expr) -> None:
         """Advance the worker's state over all tokens of its sequence, with what was kept from `unit` on."""
@@ -433,7 +455,7 @@ class _Chunks:
             tiles.sync()
             tiles.pack(self.decayed_t_left, rows=m)
         # Here R = beta (V - n exp(G) (K S)), out = r exp(G) (Q S), A and P are decayed and masked.
-        self._invert(m)
+        self._invert(T.Bind(T.min(T.int64(self.C), (m + GRANULE - 1) // GRANULE * GRANULE)))
         tiles.sync()
         tiles.pack(self.inverse_left, rows=m, lower=True)
         tiles.pack(self.P_left, rows=m, lower=True)
@@ -516,8 +538,7 @@ class _Chunks:
                 tiles.pack(self.near_left)
                 tiles.sync()
                 tiles.mma(tiles.block(product, row, 0, BLOCK, C), self.near_left, self.far_right, cols=row)
-        tiles.pair_sum(self.kk, lambda x, a, y, b: x * y * exp(a - b), (self.k, G), (self.k, G), m)
-        tiles.pair_sum(self.qk, lambda x, a, y, b: x * y * exp(a - b), (self.q, G), (self.k, G), m)
+        tiles.pair_sum((self.kk, self.qk), lambda a, y, b: y * exp(a - b), (self.k, self.q), (G,), (self.k, G), m)
         tiles.map(self.k_end, lambda _i, _j, f: f, n)
         tiles.map(self.end, lambda _i, _j, e: exp(e), last)
         tiles.sync()
@@ -548,15 +569,31 @@ class _Chunks:
         tiles.expect(output, write=True)
         tiles.mma(self.out, self.decayed_left, S_right, rows=m, finish=lambda _i, _j, x, f: x * f, sources=(self.q_factor,))
 
-    def _invert(self, m: Expr) -> None:
-        """Inverse of I + A: diagonal blocks by substitution, then pairs of blocks, [[X, 0], [-Y A' X, Y]], by doubling."""
+    def _invert(self, wanted: Expr) -> None:
+        """Inverse of I + A: diagonal blocks by substitution, then pairs of blocks, [[X, 0], [-Y A' X, Y]], by doubling.
+
+        `wanted` are rows; where products are chained, of several triangles one above the other.
+        """
         tiles, T_, A, merge = self.tiles, self.inverse, self.A, self.merge
-        wanted = T.Bind(T.min(T.int64(self.C), (m + GRANULE - 1) // GRANULE * GRANULE))
         tiles.sync()
         tiles.invert_diagonal(T_, A, wanted)
         size = BLOCK
         while size < self.C:
-            with T.serial((wanted + size - 1) // (2 * size)) as pair:
+            pairs = (wanted + size - 1) // (2 * size)
+            if tiles.chained:
+
+                def pieces(pair: Expr, size: int = size) -> tuple[Tile, ...]:
+                    row = pair * (2 * size)
+                    below, col = row + size, row % self.C
+                    places = (T_, below, col), (T_, below, col + size), (A, below, col), (T_, row, col)
+                    return tuple(tiles.block(tile, row, col, size, size) for tile, row, col in places)
+
+                # A warp merges what it inverted itself.
+                tiles.sync(warp=size == BLOCK)
+                tiles.chain(pairs, pieces, lambda _i, _j, x: -x)
+                size *= 2
+                continue
+            with T.serial(pairs) as pair:
                 low = pair * (2 * size)
                 high = low + size
                 upper = tiles.operand(tiles.block(T_, low, low, size, size), "right")

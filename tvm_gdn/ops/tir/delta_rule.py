@@ -46,7 +46,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     advance : object, optional
         ``advance(...)`` emits code that advances a worker's states over a whole sequence (`chunk.py`); by default they step
         token by token. With ``advance.ahead`` what does not depend on states is computed first, chunks side by side, and kept
-        in memory: ``advance.keep(units)`` allocates it and ``advance.prepare(...)`` emits one chunk of one value head.
+        in memory: ``advance.keep(units)`` allocates it and ``advance.prepare(...)`` emits one chunk of a few value heads.
 
     Returns
     -------
@@ -91,7 +91,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     # Value heads of one q/k head that a worker takes; a token step has nothing to share between them.
     span = tiles.span if chunked else 1
     ahead = chunked and advance.ahead
-    size = tiles.chunk if ahead else 1
+    size, together = (tiles.chunk, tiles.together) if ahead else (1, 1)
     NW = 1 if convolved else NV  # workers per head, or heads
 
     def gate_dims(batch: Any, token: Any, head: Any) -> tuple[Any, ...]:
@@ -302,11 +302,14 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         if ahead:
             chunks: T.let[T.int64] = pick(varlen, TK // size + n_seq, n_seq * per_row)
             advance.keep(chunks * HV)
-            for block in tiles.workers(chunks * HV):
+            # Workers of a chunk: one per `together` value heads of a q/k head (the last may have fewer).
+            of_key: T.let[T.int64] = HV // T.max(heads, T.int64(1))
+            sets: T.let[T.int64] = (of_key + together - 1) // together
+            for block in tiles.workers(chunks * heads * sets):
                 for lane in tiles.lanes(states=False):
                     tiles.enter(lane)
                     piece: T.let[T.int64] = T.Cast("int64", tiles.worker(block, lane))
-                    number: T.let[T.int64] = div(piece, HV)
+                    number: T.let[T.int64] = div(piece, heads * sets)
                     found = tiles.integers(2)
                     found[0] = T.int64(0)
                     if varlen:
@@ -324,11 +327,13 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                     begin: T.let[T.int64] = pick(varlen, int64(cu_seqlens, owner), T.int64(0))
                     tokens: T.let[T.int64] = pick(varlen, int64(cu_seqlens, owner + 1) - begin, TK)
                     at: T.let[T.int64] = (number - pick(varlen, begin // size + owner, owner * per_row)) * size
-                    head: T.let[T.int64] = mod(piece, HV)
+                    key: T.let[T.int64] = div(mod(piece, heads * sets), sets)
+                    head: T.let[T.int64] = key * of_key + mod(piece, sets) * together
                     if at < tokens:
                         advance.prepare(
-                            q, k, v, g, beta, o, pick(varlen, T.int64(0), owner), begin, tokens, div(head, div(HV, heads)), head,
-                            T.int64(1), T.int64(0), scale, use_qk_l2norm_in_kernel, T.bool(False), piece, at,
+                            q, k, v, g, beta, o, pick(varlen, T.int64(0), owner), begin, tokens, key, head,
+                            T.min(T.int64(together), (key + 1) * of_key - head), T.int64(0), scale, use_qk_l2norm_in_kernel,
+                            T.bool(False), number * HV + head, at,
                         )  # fmt: skip
 
         # Workers of a sequence: one per v tile of every `span` value heads (the last of a q/k head may have fewer).

@@ -152,11 +152,19 @@ class ChunkTiles(Protocol):
     def scan(self, dst: Tile, src: Tile, rows: Expr) -> None:
         """Inclusive sums down the rows: ``dst[i, j] = sum_{r <= min(i, rows - 1)} src[r, j]``; all rows of `dst` are written."""
 
-    def pair_sum(self, dst: Tile, function: ElementFunction, left: tuple[Tile, ...], right: tuple[Tile, ...], rows: Expr) -> None:
-        """Sums over the columns of pairs of rows, in the diagonal blocks of 16.
+    def pair_sum(
+        self,
+        dsts: tuple[Tile, ...],
+        weight: ElementFunction,
+        lefts: tuple[Tile, ...],
+        own: tuple[Tile, ...],
+        right: tuple[Tile, ...],
+        rows: Expr,
+    ) -> None:
+        """Sums over the columns of pairs of rows, in the diagonal blocks of 16, one per `left`.
 
-        ``dst[i, j] = sum_c function(*(x[i, c] for x in left), *(y[j, c] for y in right))`` for j <= i, zero above the diagonal;
-        outside these blocks `dst` stays as it was.
+        ``dst[i, j] = sum_c left[i, c] * weight(*(x[i, c] for x in own), *(y[j, c] for y in right))`` for j <= i, zero above the
+        diagonal; outside these blocks `dst` stays as it was.
         """
 
     def exp(self, x: Expr) -> Expr:
