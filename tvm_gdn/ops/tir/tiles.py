@@ -69,6 +69,9 @@ class ChunkTiles(Protocol):
     fused : bool
         Whether products bring operands of their results up to date themselves (`into`, and `scale` and `coarse` of `operand`),
         and states have an operand each that stays so while the worker runs.
+    chained : bool
+        Whether products of triangles are operations of their own: `squares`, `triangles`, `chain`, `fill` and `keep`, as
+        `schedules/gpu_triangles.py` describes them, and barriers of a warp. What is computed ahead of states needs them.
     shift : Expr
         Columns of the worker that other workers take: a target may cut the columns of workers where they are fewer than threads.
     deferred : bool
@@ -83,6 +86,7 @@ class ChunkTiles(Protocol):
     v_tile: int
     span: int
     fused: bool
+    chained: bool
     shift: Expr
     deferred: bool
     teams: tuple[int, ...]
