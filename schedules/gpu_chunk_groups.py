@@ -1,11 +1,12 @@
 """Tile operations of the chunked delta rules' pass over states on Hopper: products of four warps together (wgmma).
 
 Both operands of a product are in shared memory, in rows of 128 bytes whose 16-byte pieces change places by the row's number
-(the "128-byte swizzle"). A left operand with more than 64 columns stands in halves of 64, one behind the other; read the other way
-round it needs no copy. A right operand has its 32 columns twice in a row: the high part, and behind it the rest, so that one
+(the "128-byte swizzle"). A left operand with more than 64 columns stands in halves of 64, one behind the other; read the other
+way round it needs no copy. A right operand has its 32 columns twice in a row: the high part, and behind it the rest, so that one
 instruction multiplies both and reads the left operand once for the two.
 
-A product goes on while the next statements run; whatever reads its result waits for it and adds up its sums first.
+A product goes on while the next statements run; whatever reads its result waits for it and adds up its sums first. Two groups of
+four warps are two teams: each has half of the state, and its own part of the rest of a chunk.
 """
 
 from __future__ import annotations
@@ -90,10 +91,10 @@ class GroupChunkTiles(GpuChunkTiles):
             assert not self.pending, "a product that nobody waits for"
         self.lane, self.threads, self.own = lane, self.warps * WARP, T.Cast("int32", lane) // GROUP
 
-    def sync(self, *, loads: bool = True) -> None:
+    def sync(self, *, loads: bool = True, warp: bool = False) -> None:
         """A barrier of the block; groups come to it in different places."""
-        if not self.states:
-            super().sync(loads=loads)
+        if warp or not self.states:
+            super().sync(loads=loads, warp=warp)
             return
         self._arrive(loads)
         T.evaluate(T.call_extern("int32", "tvm_gdn_block_sync"))
@@ -122,7 +123,7 @@ class GroupChunkTiles(GpuChunkTiles):
 
     # Tiles.
     def tile(self, rows: int, cols: int, place: str = "shared", dtype: str = "float32") -> Tile | Fragments:
-        """A result has registers for further sums, which are there wherever the tile is: a product may be begun under a condition."""
+        """A result has registers for further sums, there wherever the tile is: a product may be begun under a condition."""
         found = super().tile(rows, cols, place, dtype)
         if self.states and isinstance(found, Fragments):
             self.spare[id(found)] = [self._registers("float32", self._count(found)) for _ in range(3)]

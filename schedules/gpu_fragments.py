@@ -191,7 +191,7 @@ class FragmentTiles(WarpTiles):
         self.sync()
 
     def _arena(self, size: int) -> Callable[[Expr], None]:
-        """Allocate `size` bytes of the block's shared memory, with a view per dtype; a function that clears a piece of 16 of them."""
+        """Allocate `size` bytes of shared memory, with a view per dtype; a function that clears a piece of 16 of them."""
         align = self.align[self.states]
         memory = T.alloc_buffer((size + align - 16,), "uint8", scope="shared.dyn")
         first: Any = 0

@@ -50,9 +50,13 @@ static __device__ __forceinline__ int tvm_gdn_follow() {
 #endif
   return 0;
 }
-// All threads of a block, wherever in the code they are.
+// All threads of a block, whose warps may come from different places in the code.
 static __device__ __forceinline__ int tvm_gdn_block_sync() {
+#if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
+  asm volatile("bar.sync 0;" : : : "memory");
+#else
   __syncthreads();
+#endif
   return 0;
 }
 

@@ -69,8 +69,15 @@ class ChunkTiles(Protocol):
     fused : bool
         Whether products bring operands of their results up to date themselves (`into`, and `scale` and `coarse` of `operand`),
         and states have an operand each, which `load` of a state brings up to date and which stays so while the worker runs.
+    chained : bool
+        Whether products of triangles are operations of their own: `squares`, `triangles`, `chain`, `fill` and `keep`, as
+        `schedules/gpu_triangles.py` describes them, and barriers of a warp. What is computed ahead of states needs them.
     shift : Expr
         Columns of the worker that other workers take: a target may cut the columns of workers where they are fewer than threads.
+    deferred : bool
+        Whether products go on behind the call that begins them, until their result is read or packed.
+    teams : tuple of int
+        Groups of threads that may do different things at the same time, each under `team`.
     host_checks : bool
         Whether the host part of a kernel can read tensors, and so checks slots and sequence bounds.
     """
@@ -79,7 +86,10 @@ class ChunkTiles(Protocol):
     v_tile: int
     span: int
     fused: bool
+    chained: bool
     shift: Expr
+    deferred: bool
+    teams: tuple[int, ...]
     host_checks: bool
 
     def outputs(self, *tensors: tuple[Any, Expr]) -> None:
