@@ -65,7 +65,13 @@ def test_gpu_source(form, suffix, op, dims, tmp_path, capsys):
         assert kernel["name"] in text and {"blockIdx.x", "threadIdx.x"} <= set(kernel["launch"])
         # Every value can be worked out from the operator's own arguments.
         values = [*kernel["launch"].values(), *(argument["value"] for argument in kernel["arguments"])]
-        assert {name for value in values for name in re.findall(r"[A-Za-z_]\w*", value)} - {"if", "else", "or", "and"} <= known
+        assert {name for value in values for name in re.findall(r"[A-Za-z_]\w*", value)} - {
+            "if",
+            "else",
+            "or",
+            "and",
+            "not",
+        } <= known
     if form == "opencl-src":
         runtime = opencl_run.runtime()
         by = r"an OpenCL runtime +not run" if runtime is None else rf"{re.escape(runtime[1])} +ok"

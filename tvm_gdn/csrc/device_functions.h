@@ -43,13 +43,6 @@ static __device__ __forceinline__ int tvm_gdn_move_4(void* to, const void* from)
   return 0;
 }
 
-// Waits until what the kernels ahead of this one wrote is there, where blocks may begin before that; then the next kernel's may.
-static __device__ __forceinline__ int tvm_gdn_follow() {
-#if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
-  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" : : : "memory");
-#endif
-  return 0;
-}
 // All threads of a block, whose warps may come from different places in the code.
 static __device__ __forceinline__ int tvm_gdn_block_sync() {
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
@@ -88,6 +81,12 @@ static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicA
 #endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
+// Waits until what the kernels ahead of this one wrote is there, where blocks may begin before that; then the next kernel's may.
+template <class T = int>
+static __device__ __forceinline__ T tvm_gdn_follow() {
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" : : : "memory");
+  return 0;
+}
 template <int N>
 static __device__ __forceinline__ int tvm_gdn_load_a(unsigned (&registers)[N], int at, const void* tile, int stride) {
   TVM_GDN_INSIDE(N, at, 4);
@@ -347,6 +346,7 @@ static __device__ __forceinline__ unsigned tvm_gdn_take(float& first, float& sec
 }
 #else
 // The same in plain C++ and shuffles of width 32: for devices whose compilers take no PTX, and for the emulation.
+static __device__ __forceinline__ int tvm_gdn_follow() { return 0; }
 static __device__ __forceinline__ unsigned tvm_gdn_pair(const void* tile, int first, int second) {
   const unsigned short* elements = (const unsigned short*)tile;
   return (unsigned)elements[first] | (unsigned)elements[second] << 16;

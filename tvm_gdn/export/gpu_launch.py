@@ -1,8 +1,8 @@
 """How kernels of an exported source are launched: read out of the host part, written as JSON, and run from it in emulation.
 
-Expressions of the description are plain: numbers, ``+ - * // %``, comparisons, ``min``, ``max`` and ``a if c else b`` over the
-scalar arguments and over the names of sizes and strides that ``tensors`` introduces. They are Python's, and C's but for ``//``
-(of numbers that are not negative) and the conditional.
+Expressions of the description are plain: numbers, ``+ - * // %``, comparisons, ``and``, ``or``, ``not``, ``min``, ``max`` and
+``a if c else b`` over the scalar arguments and over the names of sizes and strides that ``tensors`` introduces. They are
+Python's, and C's but for ``//`` (of numbers that are not negative), the words and the conditional.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def description(host: str, device: Any) -> dict[str, Any]:
     dict
         ``tensors``: shapes and strides by argument; ``arguments``: the order of the operator's arguments; ``workspaces``: device
         memory that the caller allocates, in elements; ``kernels``: in the order in which they run, each with the values of its
-        parameters and its ``launch`` dimensions.
+        parameters and its ``launch`` dimensions; one that does not run has no blocks.
     """
     tensors: dict[str, Any] = {}
     workspaces: dict[str, Any] = {}
@@ -100,18 +100,35 @@ def description(host: str, device: Any) -> dict[str, Any]:
         values = ast.parse(f"f({call[1]})", mode="eval").body
         assert isinstance(values, ast.Call)
         texts = [_value(value, known, buffers) for value in values.args[1:]]
+        conditions = [_text(_Plain(known).visit(ast.parse(text, mode="eval").body)) for text in _enclosing(host[: call.start()])]
         tags = [str(tag) for tag in function.attrs["tirx.kernel_launch_params"]]
         count = len(function.params)
         arguments = [
             {"name": parameter.name, "type": str(parameter.ty).removeprefix("T."), "value": value}
             for parameter, value in zip(function.params, texts[:count], strict=True)
         ]
-        kernels.append(
-            (call.start(), {"name": name, "arguments": arguments, "launch": dict(zip(tags, texts[count:], strict=True))})
-        )
+        launch = dict(zip(tags, texts[count:], strict=True))
+        if conditions:
+            launch[_TAGS[0]] = f"({launch[_TAGS[0]]}) if {' and '.join(f'({text})' for text in conditions)} else 0"
+        kernels.append((call.start(), {"name": name, "arguments": arguments, "launch": launch}))
     order = re.findall(r"(\w+)_type_index: T\.let", host)
     ordered = [kernel for _, kernel in sorted(kernels, key=lambda pair: pair[0])]
     return {"arguments": order, "tensors": tensors, "workspaces": workspaces, "kernels": ordered}
+
+
+def _enclosing(before: str) -> list[str]:
+    """Conditions under which the line behind some text runs."""
+    open_: list[tuple[int, str]] = []
+    for line in before.splitlines():
+        indent, text = len(line) - len(line.lstrip()), line.strip()
+        closed = [condition for at, condition in open_ if at >= indent]
+        open_ = [pair for pair in open_ if pair[0] < indent]
+        if found := re.match(r"if (.*):$", text):
+            open_.append((indent, found[1]))
+        elif text == "else:" and closed:
+            open_.append((indent, f"not ({closed[0]})"))
+    # The last line is the beginning of the one that is asked for.
+    return [condition for _, condition in open_]
 
 
 def _first(text: str) -> str:
