@@ -11,7 +11,6 @@ from tvm_gdn.schedules.moe_weights import LANES, signed_nibbles
 from tvm_gdn.schedules.x86_matrix import ROWS, EmulatedMatrixUnit, MatrixUnit
 
 
-
 class AmxExpertTiles(ExpertTiles):
     """Experts with at most `few` rows run on the micro-kernel of `ExpertTiles`, others on AMX tiles.
 
