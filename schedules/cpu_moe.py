@@ -166,7 +166,7 @@ class ExpertTiles(TeamTiles):
                         T.buffer_store(acc, weights.fold(acc[r, _lanes(c)], sums[r, _lanes(c)]), [r, _lanes(c)])
 
     def _micro(self) -> Any:
-        """C[r, :] = rows first + r of A times the 32 columns of group n, r < height; half of them at once if registers are few."""
+        """C[r, :] = rows first + r of A times the 32 columns of group n, r < height; by halves if registers are few."""
         weights, groups, run, vectors = self.weights, self.groups, self._run, self.vectors
         lines, quantized = weights.lines, weights.quantized
 
