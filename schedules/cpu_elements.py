@@ -99,7 +99,7 @@ class ElementTiles(TileMemory):
             with T.serial(self.K // BLOCK) as rb:
 
                 def line(tile: Tile, n: int, cb: Expr = cb, rb: Expr = rb) -> tuple[Any, list[Any]]:
-                    """16 elements that follow each other: of the n-th column of the block in memory, of the n-th row of a tile."""
+                    """16 elements in a row: of the n-th column of the block in memory, of the n-th row of a tile."""
                     if tile.v_first:
                         return columns, [cb * BLOCK + n, T.ramp(rb * BLOCK, 1, BLOCK)]
                     return tile.buffer, tile.at(rb * BLOCK + n, cb, BLOCK, lanes)

@@ -141,18 +141,7 @@ class ExpertTiles(TeamTiles):
         return 0 if count == 1 else count // int(steps)
 
     def _run(
-        self,
-        acc: Any,
-        A: Any,
-        first: Any,
-        W: Any,
-        e: Any,
-        n: Any,
-        s: Any,
-        line: Any,
-        count: int,
-        height: int,
-        halves: tuple[int, ...],
+        self, acc: Any, A: Any, first: Any, W: Any, e: Any, n: Any, s: Any, line: Any, count: int, height: int, halves: Any
     ) -> None:
         """Accumulators += `count` lines of step s, from `line` on, times `height` rows."""
         weights, width = self.weights, len(halves) * LANES
@@ -169,16 +158,15 @@ class ExpertTiles(TeamTiles):
                 with T.unroll(height) as r:
                     for c in range(len(halves)):
                         k = s * self.k_step + at * weights.per
-                        T.buffer_store(
-                            sums, weights.dot(sums[r, _lanes(c)], A, first + r, k, words[c, _lanes(0)]), [r, _lanes(c)]
-                        )
+                        total = weights.dot(sums[r, _lanes(c)], A, first + r, k, words[c, _lanes(0)])
+                        T.buffer_store(sums, total, [r, _lanes(c)])
             if weights.folds:
                 with T.unroll(height) as r:
                     for c in range(len(halves)):
                         T.buffer_store(acc, weights.fold(acc[r, _lanes(c)], sums[r, _lanes(c)]), [r, _lanes(c)])
 
     def _micro(self) -> Any:
-        """C[r, :] = rows first + r of A times the 32 columns of group n, r < height; half of them at a time if registers are few."""
+        """C[r, :] = rows first + r of A times the 32 columns of group n, r < height; by halves if registers are few."""
         weights, groups, run, vectors = self.weights, self.groups, self._run, self.vectors
         lines, quantized = weights.lines, weights.quantized
 
