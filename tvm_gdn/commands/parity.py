@@ -75,7 +75,7 @@ def report_of(target: TargetSpec, chosen: Chosen, *, compile_only: bool = False)
         device code on this CPU), ``built`` (compiled, not run) or ``none``, with the reason.
     """
     ran = "built" if compile_only else "emulated" if target.emulated else "device"
-    lacking = _without_schedule(list(chosen), target)
+    lacking = without_schedule(list(chosen), target)
     wanted = {op: cases for op, cases in chosen.items() if op not in lacking}
     refused = _precompile(wanted, target, compile_only=compile_only)
     rows = [] if compile_only else list(_run(wanted, target, refused))
@@ -91,7 +91,7 @@ def report_of(target: TargetSpec, chosen: Chosen, *, compile_only: bool = False)
     }  # fmt: skip
 
 
-def _without_schedule(ops: list[str], target: TargetSpec) -> dict[str, str]:
+def without_schedule(ops: list[str], target: TargetSpec) -> dict[str, str]:
     """Operators that the target has no schedule for, and what says so; calls of them run on the torch reference."""
     if target.image == "elf-so":
         return {}
