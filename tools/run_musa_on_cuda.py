@@ -24,11 +24,12 @@ from typing import Any
 import torch
 import tvm_ffi
 
-from tvm_gdn import build, cases, device, parity, schedule, torch_ops
+from tvm_gdn import build, cases, device, parity, torch_ops
 from tvm_gdn.bench import machine
 from tvm_gdn.commands.arguments import geometry_of_case
+from tvm_gdn.commands.parity import without_schedule
 from tvm_gdn.commands.text import as_json
-from tvm_gdn.errors import BuildError, TargetError
+from tvm_gdn.errors import BuildError
 from tvm_gdn.ops import OPS
 from tvm_gdn.pack import BuiltKernel
 from tvm_gdn.target import TargetSpec, named
@@ -56,14 +57,9 @@ def compile_with_nvcc(source: Path, arch: str) -> Path:
 
 def chosen_cases(ops: list[str], selection: str, target: TargetSpec) -> list[tuple[str, dict[str, Any]]]:
     """Operators that have a schedule on the target, with their cases."""
-    found = []
-    for op in ops:
-        try:
-            schedule.find_space(OPS[op].algorithm, target)
-        except TargetError:
-            continue
-        found += [(op, case) for case in (parity.sample(OPS[op]) if selection == "small" else map(dict, OPS[op].cases))]
-    return found
+    lacking = without_schedule(ops, target)
+    chosen = {op: parity.sample(OPS[op]) if selection == "small" else map(dict, OPS[op].cases) for op in ops if op not in lacking}
+    return [(op, case) for op, found in chosen.items() for case in found]
 
 
 def build_all(requests: list[build.Request], target: TargetSpec, folder: Path, jobs: int) -> list[BuiltKernel | BuildError]:

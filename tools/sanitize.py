@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import tvm_gdn
-from tvm_gdn import cases, parity, schedule
+from tvm_gdn import cases, parity
 from tvm_gdn.bench import machine
 from tvm_gdn.commands import aot
 from tvm_gdn.commands.arguments import geometry_of_case, use_target
+from tvm_gdn.commands.parity import without_schedule
 from tvm_gdn.commands.text import as_json
-from tvm_gdn.errors import TargetError, TvmGdnError
+from tvm_gdn.errors import TvmGdnError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import TargetSpec, resolve
 
@@ -45,14 +46,8 @@ _ENVIRONMENT = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TVM_GDN_DISABLE_JIT": "1
 
 def chosen(ops: list[str], count: int, target: TargetSpec) -> list[tuple[str, dict[str, Any]]]:
     """Short cases of the operators that have a schedule on the target."""
-    found = []
-    for op in ops:
-        try:
-            schedule.find_space(OPS[op].algorithm, target)
-        except TargetError:
-            continue
-        found += [(op, case) for case in parity.sample(OPS[op], count)]
-    return found
+    lacking = without_schedule(ops, target)
+    return [(op, case) for op in ops if op not in lacking for case in parity.sample(OPS[op], count)]
 
 
 def run_cases(ops: list[str], count: int, target: TargetSpec) -> None:

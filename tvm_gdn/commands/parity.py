@@ -75,9 +75,9 @@ def report_of(target: TargetSpec, chosen: Chosen, *, compile_only: bool = False)
         device code on this CPU), ``built`` (compiled, not run) or ``none``, with the reason.
     """
     ran = "built" if compile_only else "emulated" if target.emulated else "device"
-    lacking = _without_schedule(list(chosen), target)
+    lacking = without_schedule(list(chosen), target)
     wanted = {op: cases for op, cases in chosen.items() if op not in lacking}
-    refused = _precompile(wanted, target, tolerant=target.emulated)
+    refused = _precompile(wanted, target, compile_only=compile_only)
     rows = [] if compile_only else list(_run(wanted, target, refused))
     ops = {op: {**_summary(cases, op, [row for row in rows if row["op"] == op]), "ran": ran} for op, cases in chosen.items()}
     for op, reason in lacking.items():
@@ -91,7 +91,7 @@ def report_of(target: TargetSpec, chosen: Chosen, *, compile_only: bool = False)
     }  # fmt: skip
 
 
-def _without_schedule(ops: list[str], target: TargetSpec) -> dict[str, str]:
+def without_schedule(ops: list[str], target: TargetSpec) -> dict[str, str]:
     """Operators that the target has no schedule for, and what says so; calls of them run on the torch reference."""
     if target.image == "elf-so":
         return {}
@@ -106,8 +106,11 @@ def _without_schedule(ops: list[str], target: TargetSpec) -> dict[str, str]:
     return lacking
 
 
-def _precompile(chosen: Chosen, target: TargetSpec, *, tolerant: bool) -> str:
-    """Compile what the cache lacks; where one kernel less is no reason to stop, what could not be compiled and why."""
+def _precompile(chosen: Chosen, target: TargetSpec, *, compile_only: bool) -> str:
+    """Compile what the cache lacks; where one kernel less is no reason to stop, what could not be compiled and why.
+
+    It is one where compiling is all that is done, and where nothing at all could be compiled for a target of this machine.
+    """
     wanted = [(OPS[op], arguments.geometry_of_case(OPS[op], case)) for op, cases in chosen.items() for case in cases]
     if not wanted:
         return ""
@@ -118,7 +121,8 @@ def _precompile(chosen: Chosen, target: TargetSpec, *, tolerant: bool) -> str:
     try:
         aot.compile_all(wanted, target)
     except BuildError as error:
-        if not tolerant:
+        some = any(kernel_cache.is_whole(kernel_cache.folder_of(spec, geometry, target)) for spec, geometry in wanted)
+        if compile_only or not (target.emulated or some):
             raise
         refused = str(error)
     _log.info("kernels are ready after %.1f s", time.perf_counter() - start)
