@@ -78,7 +78,7 @@ class ChunkGpu:
 
 @schedule("chunk", "cuda-sm90")
 class ChunkHopper(ChunkGpu):
-    """With 227 KiB of shared memory, and products of four warps together in the pass over states."""
+    """With 227 KiB of shared memory; the pass over states may have products of four warps together."""
 
     shared = 227 * 1024
     #: What these products want of the other knobs.
@@ -96,8 +96,13 @@ class ChunkHopper(ChunkGpu):
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
-        """Warps together where they can."""
-        knobs = {**super().default(geometry), "groups": 0}
+        """Every warp on its own: groups are faster, but have not run on a device in their present form (docs/gpu.md)."""
+        return {**super().default(geometry), "groups": 0}
+
+    @classmethod
+    def most_groups(cls, geometry: Geometry) -> dict[str, Any]:
+        """The knobs with as many groups as there may be."""
+        knobs = cls.default(geometry)
         for groups in cls.knobs(geometry)["groups"]:
             together = {**knobs, **cls.grouped, "groups": groups, "warps": 4 * groups}
             if groups and arena_bytes(geometry, **together) <= cls.shared:

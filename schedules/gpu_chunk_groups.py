@@ -163,7 +163,7 @@ class GroupChunkTiles(GpuChunkTiles):
             if found is None:
                 continue
             # What else the result is made of is read while the products go on.
-            read = [self._read(tile, source).buffer for source in found.sources]
+            read = [self._gathered(tile, source).buffer for source in found.sources]
             own = () if found.start else (tile.buffer,)
             for sums in (*own, *found.others):
                 T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_arrived", sums.data, self.begun - found.number))
@@ -182,7 +182,7 @@ class GroupChunkTiles(GpuChunkTiles):
 
             self._over(tile, element)
 
-    def _read(self, dst: Fragments, source: Any) -> Fragments:
+    def _gathered(self, dst: Fragments, source: Any) -> Fragments:
         """A source's elements for those of `dst`, in registers."""
         values = self._registers("float32", self._count(dst))
         self._over(dst, lambda i, j, slot: T.buffer_store(values, self._get(source, i, j, slot), [slot]))
@@ -194,7 +194,7 @@ class GroupChunkTiles(GpuChunkTiles):
             super().map(dst, function, *sources, rows=rows, lower=lower)
             return
         # Shared numbers are read before this thread waits.
-        read = [source if isinstance(source, Fragments) else self._read(dst, source) for source in sources]
+        read = [source if isinstance(source, Fragments) else self._gathered(dst, source) for source in sources]
         self._settle(dst, *sources)
         super().map(dst, function, *read, rows=rows)
 

@@ -1,17 +1,18 @@
-"""The chunked rules with products of four warps together: their operands' layouts, the kernel emulated, and where it is the default."""
+"""The chunked rules with products of four warps together: their operands' layouts, the kernel emulated, and where there is one."""
 
 import ctypes
 
 import pytest
 import torch
 from compilers import needs_cxx
+from test_device import with_knobs
 from test_emulation import compiled
 from tvm_gdn.schedules.gpu_chunk import ChunkHopper
 
-from tvm_gdn import cases, dispatch, images, parity
+from tvm_gdn import cases, images, parity
 from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.ops import OPS
-from tvm_gdn.target import EMULATED
+from tvm_gdn.target import EMULATED, resolve
 
 OP = "chunk_gated_delta_rule"
 CASE = {
@@ -79,25 +80,22 @@ def test_operands_lie_either_way_round(tmp_path, monkeypatch, turned):
     ],
 )  # fmt: skip
 def test_where_warps_multiply_together(change, groups):
-    assert ChunkHopper.default(geometry_of_case(OPS[OP], {**CASE, **change}))["groups"] == groups
+    assert ChunkHopper.most_groups(geometry_of_case(OPS[OP], {**CASE, **change}))["groups"] == groups
 
 
 @needs_cxx
-def test_two_groups_meet_the_reference(monkeypatch):
+@pytest.mark.parametrize("change", [{}, {"K": 64}])
+def test_groups_meet_the_reference(tmp_path, change):
     """Two chunks, the second in part; then tensors at odd addresses, whose pieces are no 16 bytes."""
-    monkeypatch.setenv("TVM_GDN_TARGET", f"{EMULATED}cuda-sm90")
-    dispatch.reset()
-    try:
-        result = parity.check_case(OPS[OP], CASE)
-        assert result.passed and "emulated:cuda-sm90" in result.served, result
-        arguments = cases.draw(OPS[OP], CASE)
-        want = parity.expected(OPS[OP], arguments)
-        for name in ("k", "v"):
+    case = {**CASE, **change}
+    arguments = cases.draw(OPS[OP], case)
+    want = parity.expected(OPS[OP], arguments)
+    knobs = ChunkHopper.most_groups(geometry_of_case(OPS[OP], case))
+    function = with_knobs(resolve(f"{EMULATED}cuda-sm90"), tmp_path, OP, arguments, **knobs)
+    for odd in (False, True):
+        for name in ("k", "v") if odd else ():
             value = arguments[name]
             arguments[name] = torch.empty(value.numel() + 1, dtype=value.dtype)[1:].view(value.shape).copy_(value)
-        errors, limits = parity.compare(OPS[OP], parity.run(OPS[OP], arguments), want)
+        errors, limits = parity.compare(OPS[OP], parity.run(OPS[OP], cases.clone(arguments), function), want)
         assert all(errors[name] <= limits[name] for name in limits), errors
-        assert all(parity.rms_ratio(torch.zeros_like(value), value) > 0.5 for value in want.values())
-    finally:
-        monkeypatch.undo()
-        dispatch.reset()
+    assert all(parity.rms_ratio(torch.zeros_like(value), value) > 0.5 for value in want.values())
