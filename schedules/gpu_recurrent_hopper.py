@@ -18,7 +18,7 @@ THREADS, PIECES = (32, 64, 128, 256), (1, 2, 4)
 EVERY = 1 << 30
 #: Heads of all sequences up to which states are in registers; threads along V, columns of each and workers per block there. By
 #: whether the pool is fp32.
-FEW = {True: (64, 2, 4, 4), False: (128, 2, 8, 2)}
+FEW = {True: (512, 4, 4, 2), False: (128, 2, 8, 2)}
 
 
 @schedule("recurrent", "cuda-sm90")
