@@ -57,6 +57,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="16 experts, bf16 and int8, fewer shapes, 3 rounds")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument(
+        "--without", nargs="+", choices=experts.PEERS, default=[], help="peers to leave out; onnxruntime's set-up takes minutes"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
@@ -65,15 +68,17 @@ def parse() -> argparse.Namespace:
         options.batches, options.lengths, options.rounds, options.seconds = [1, 8], [512], 3, 0.05
     if options.suite:
         options.work = ["experts"]
+    left_out = experts.PEERS if options.no_peers or options.scaling else options.without
+    options.peers = [name for name in experts.PEERS if name not in left_out]
     return options
 
 
-def expert_rows(options: argparse.Namespace, report: Report, peers: bool) -> Iterator[dict[str, Any]]:
+def expert_rows(options: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
     """Rows of the experts."""
     sizes = dict(layers.MODELS[options.model])
     sizes["E"] = min(sizes["E"], options.experts or sizes["E"])
     sizes["k"] = min(sizes["k"], sizes["E"])
-    layer = experts.Layer(sizes, options.schemes, peers, report)
+    layer = experts.Layer(sizes, options.schemes, options.peers, report)
     try:
         cases = layers.SUITE if options.suite else [(f"T {tokens}", tokens) for tokens in options.tokens]
         suite = (layers.WARMUP, layers.RUNS) if options.suite else None
@@ -83,12 +88,12 @@ def expert_rows(options: argparse.Namespace, report: Report, peers: bool) -> Ite
         layer.close()
 
 
-def rows_of(options: argparse.Namespace, report: Report, peers: bool) -> Iterator[dict[str, Any]]:
+def rows_of(options: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
     """Rows of all works."""
-    timing = {"seconds": options.seconds, "rounds": options.rounds, "peers": peers}
+    timing = {"seconds": options.seconds, "rounds": options.rounds, "peers": options.peers}
     for work in options.work:
         if work == "experts":
-            yield from expert_rows(options, report, peers)
+            yield from expert_rows(options, report)
             continue
         if work == "prefill":
             wanted = (
@@ -136,7 +141,7 @@ def scaling(options: argparse.Namespace, report: Report) -> None:
             continue
         torch.set_num_threads(threads)
         print(f"\n=== {threads} threads", flush=True)
-        show(rows_of(options, report, peers=False), report)
+        show(rows_of(options, report), report)
     table: dict[tuple[str, str, str], dict[int, float]] = {}
     for row in report.rows:
         table.setdefault((row["work"], row["case"], row["contender"]), {})[row["threads"]] = row["ms"]["median"]
@@ -158,9 +163,10 @@ def main() -> None:
         if options.scaling:
             scaling(options, report)
         else:
-            if not options.no_peers:
+            if options.peers:
                 report.missing["fla-core"] = "its kernels are Triton: nothing runs on a CPU"
-            show(rows_of(options, report, not options.no_peers), report, every_load=options.suite)
+            report.missing |= dict.fromkeys(options.without, "left out by --without")
+            show(rows_of(options, report), report, every_load=options.suite)
     print("\ndoes not take part:" if report.missing else "")
     for name, reason in report.missing.items():
         print(f"  {name}: {reason}")

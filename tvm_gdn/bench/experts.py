@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from tvm_gdn.errors import TvmGdnError
 
 Run = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+#: Who else can take part.
+PEERS = ("transformers", "onnxruntime", "kt-kernel")
 #: Tokens whose outputs are compared with the float64 reference.
 CHECKED = 4
 #: Up to so many tokens the routing changes from call to call.
@@ -38,18 +40,18 @@ class Layer:
         As in `layers.MODELS`.
     schemes : sequence of str
         Schemes of `pack_experts`.
-    peers : bool
-        Whether others take part.
+    peers : collection of str
+        Others that take part, of `PEERS`.
     report : Report
         Told who is missing.
     """
 
-    def __init__(self, sizes: dict[str, int], schemes: Sequence[str], peers: bool, report: Report) -> None:
+    def __init__(self, sizes: dict[str, int], schemes: Sequence[str], peers: Collection[str], report: Report) -> None:
         self.sizes, self.report = sizes, report
         self.runs: dict[str, tuple[str, Run, float]] = {}
         self.children: dict[str, kt_kernel.Layer] = {}
         # They load while this process packs.
-        for build, kinds in kt_kernel.KINDS.items() if peers else ():
+        for build, kinds in kt_kernel.KINDS.items() if "kt-kernel" in peers else ():
             self._kt_kernel(build, [scheme for scheme in schemes if scheme in kinds])
         self.w13, self.w2 = layers.weights(sizes, torch.bfloat16)
         plain = (self.w13.nbytes + self.w2.nbytes) / sizes["E"]
@@ -61,11 +63,9 @@ class Layer:
             self.runs[f"tvm_gdn {scheme}"] = scheme, functools.partial(_packed, packed), packed.nbytes / sizes["E"]
         if "bf16" in schemes:
             self.runs["tvm_gdn raw bf16"] = "bf16", self._raw, plain
-        if not peers:
-            return
-        if "bf16" in schemes:
+        if "bf16" in schemes and "transformers" in peers:
             self._transformers(plain)
-        for scheme in schemes:
+        for scheme in schemes if "onnxruntime" in peers else ():
             self._onnxruntime(scheme)
         for build, child in list(self.children.items()):
             try:

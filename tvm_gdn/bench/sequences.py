@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -50,7 +50,9 @@ def conv(batch: int, tokens: int, dtype: str) -> tuple[str, Case]:
     return CONV, {**size, "with": ()}
 
 
-def measure(work: str, op: str, case: Case, report: Report, *, peers: bool = True, **options: Any) -> list[dict[str, Any]]:
+def measure(
+    work: str, op: str, case: Case, report: Report, *, peers: Collection[str] = PEERS, **options: Any
+) -> list[dict[str, Any]]:
     """Rows of one case.
 
     Parameters
@@ -61,8 +63,8 @@ def measure(work: str, op: str, case: Case, report: Report, *, peers: bool = Tru
         As `prefill`, `decode`, `conv` give them.
     report : Report
         Told who is missing.
-    peers : bool
-        Whether others take part.
+    peers : collection of str
+        Others that take part, of `PEERS`.
     **options
         As in `side_by_side.measure`.
     """
@@ -77,7 +79,9 @@ def measure(work: str, op: str, case: Case, report: Report, *, peers: bool = Tru
     found = [
         Contender("tvm_gdn", "", contenders.public_call(spec, inputs), check(next(iter(ours.values()))), moved, flops, peak, True)
     ]
-    for name in PEERS if peers else ():
+    for name in PEERS:
+        if name not in peers:
+            continue
         try:
             call, once = contenders.PEERS[name](spec, inputs), contenders.PEERS[name](spec, cases.clone(drawn))
         except Exception as error:
