@@ -190,7 +190,7 @@ class ElementTiles(FragmentTiles):
                 lambda: T.evaluate(T.call_extern("int32", "tvm_gdn_move", to, source)),
             )
 
-    def row_sum(self, dst: Tile, function: ElementFunction, *sources: Any, rows: Expr | None = None, finish: Any = None) -> None:
+    def row_sum(self, dst: Tile, function: ElementFunction, *sources: Any, rows: Expr | None = None) -> None:
         """Four threads per row, neighbours on neighbouring columns."""
         cols, part = sources[0].cols, self.scalars(1)
         lane, limit = T.Cast("int32", self.lane), dst.rows if rows is None else rows
@@ -211,7 +211,7 @@ class ElementTiles(FragmentTiles):
                 other = T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), part[0], bit, WARP, WARP)
                 T.buffer_store(part, part[0] + other, [0])
             own = T.And(lane % 4 == 0, T.Cast("int64", row) < limit)
-            when(own, lambda: self._put(dst, part[0] if finish is None else finish(part[0]), row, 0))
+            when(own, lambda: self._put(dst, part[0], row, 0))
 
     def scan(self, dst: Tile, src: Window, rows: Expr, *, turn: int = 0) -> None:
         """One column: a warp, the last but `turn`, by shuffles. Several: a thread per column, row by row."""

@@ -249,6 +249,10 @@ class GpuChunkTiles(TriangleTiles):
         i = i if dst.rows % BLOCK == 0 else T.min(i, dst.rows - 1)
         return i, j if dst.cols % 8 == 0 else T.min(j, dst.cols - 1)
 
+    def _take_four(self, registers: Any, at: int, tile: Tile, i: Expr, j: Expr) -> None:
+        """Four neighbouring fp32 numbers of a shared tile; its rows, and so every fourth column, begin at 16 bytes."""
+        move(T.address_of(registers[at]), T.address_of(self.views["float32"][self._index(tile, i, j)]), 16)
+
     def invert_diagonal(self, dst: Tile, a: Tile, rows: Expr) -> None:
         """A thread per column of a block: forward substitution in registers.
 
@@ -268,9 +272,7 @@ class GpuChunkTiles(TriangleTiles):
                     for i in range(BLOCK):
                         T.buffer_store(x, T.Select(j == i, T.float32(1), T.float32(0)), [i])
                         for k in range(0, i, 4):
-                            # The rows of a tile begin at multiples of 16 bytes.
-                            source = T.address_of(self.views["float32"][self._index(a, b * BLOCK + i, left + k)])
-                            move(T.address_of(row[k]), source, 16)
+                            self._take_four(row, k, a, b * BLOCK + i, left + k)
                         for k in range(i):
                             T.buffer_store(x, x[i] - row[k] * x[k], [i])
                     for i in range(BLOCK):

@@ -70,6 +70,10 @@ class MfmaChunkTiles(GpuChunkTiles):
         T.buffer_store(self.shorts, T.Cast("uint16", T.bitwise_and(bits, T.uint32(0xFFFF))), [place * 2])
         T.buffer_store(self.shorts, T.Cast("uint16", T.shift_right(bits, T.uint32(16))), [place * 2 + 1])
 
+    def _take_four(self, registers: Any, at: int, tile: Tile, i: Expr, j: Expr) -> None:
+        for n in range(4):
+            T.buffer_store(registers, self._get(tile, i, j + n), [at + n])
+
     # Fragments.
     def _grid(self, rows: int, cols: int) -> tuple[int, int, int, int]:
         high, wide = ceil_div(rows, BLOCK), ceil_div(cols, BLOCK)

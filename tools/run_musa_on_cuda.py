@@ -66,7 +66,7 @@ def build_all(requests: list[build.Request], target: TargetSpec, folder: Path, j
     """Generate the sources in several processes; each request's outcome in its place."""
     # Neighbours take alike long: each process gets some of every kind.
     shares = [requests[first::jobs] for first in range(min(jobs, len(requests)))]
-    with ThreadPoolExecutor(len(shares)) as pool:
+    with ThreadPoolExecutor(max(1, len(shares))) as pool:
         parts = list(pool.map(lambda share: build.run_builder(share, target, folder, timeout=60.0 * len(share) + 600), shares))
     return [parts[n % len(parts)][n // len(parts)] for n in range(len(requests))]
 

@@ -285,6 +285,9 @@ def _compile_source(source: str, kernels: list[str], target: TargetSpec, image: 
 
 def with_functions(source: str) -> str:
     """Generated source behind the functions that it calls by name."""
+    if "tvm_gdn_follow" in source:
+        # What is read through restricted pointers counts as constant, and may be read before the kernel ahead has written it.
+        source = source.replace(" __restrict__", "")
     return (resources.files("tvm_gdn") / "csrc" / FUNCTIONS).read_text(encoding="utf-8") + source
 
 

@@ -261,7 +261,7 @@ static inline int bulk_read(void* to, const void* from, int bytes, void* barrier
   block->bulks.push_back({to, from, bytes, (Arrival*)barrier});
   return arrive_once(barrier);
 }
-// The engine writes when it has been waited for: what is changed in between, or not waited for, shows.
+// At once: a fence that is missing in front does not show.
 static inline int bulk_write(void* to, const void* from, int bytes) {
   if (((uintptr_t)to | (uintptr_t)from | (uintptr_t)bytes) & 15) fail("a copy of bytes that are not aligned");
   return memcpy(to, from, (size_t)bytes), 0;

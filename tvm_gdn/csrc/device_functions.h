@@ -626,7 +626,7 @@ static __device__ __forceinline__ int tvm_gdn_split_sums(unsigned (&registers)[N
 }
 // Eight neighbouring numbers as the sum of two bf16 numbers each; all addresses are multiples of 16 bytes.
 static __device__ __forceinline__ int tvm_gdn_sum_of(void* high, void* low, const float* from) {
-  unsigned pairs[8];
+  alignas(16) unsigned pairs[8];
 #pragma unroll
   for (int n = 0; n < 4; ++n) {
     float first = from[2 * n], second = from[2 * n + 1];

@@ -250,9 +250,9 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
             with tiles.team():
                 parts = tiles.share(PARTS)
                 tiles.begin(KD)
-                A = tiles.rows(block, DP)
+                A = tiles.rows(block + SLACK, DP)
                 if quantized:
-                    sums = T.alloc_buffer((block, S13), "int32")
+                    sums = T.alloc_buffer((block + SLACK, S13), "int32")
                     scale = T.alloc_buffer((block,), "float32")
                 for a in T.serial(active[E]):
                     e = active[a]

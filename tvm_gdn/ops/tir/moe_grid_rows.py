@@ -50,6 +50,13 @@ def most_tiles(plan: Any, pairs: Any, E: Any) -> Any:
     return T.min(pairs, pairs // plan.rows + T.min(E, pairs))
 
 
+def _follow_at_last(tiles: Any, followed: bool) -> None:
+    """Where there is no tile: blocks that never wait would let the next kernel begin before what this one waits for is done."""
+    if not followed:
+        with T.Else():
+            tiles.follow()
+
+
 @dataclass(frozen=True)
 class Sorted:
     """What the sort leaves, and the sizes of a call."""
@@ -78,10 +85,12 @@ class Sorted:
                 tiles.follow()
             tile, n = T.Bind(block // across), T.Bind(T.Cast("int32", block % across))
             e = T.Bind(T.Cast("int64", self.owner[tile]))
-            with T.If(e >= 0), T.Then():
-                first = T.Bind(self.start[tile])
-                count = T.Bind(T.min(T.int32(plan.rows), self.offsets[e + 1] - first))
-                body(n, Rows(e, count, lambda r: self.order[first + r], lambda r: first + r))
+            with T.If(e >= 0):
+                with T.Then():
+                    first = T.Bind(self.start[tile])
+                    count = T.Bind(T.min(T.int32(plan.rows), self.offsets[e + 1] - first))
+                    body(n, Rows(e, count, lambda r: self.order[first + r], lambda r: first + r))
+                _follow_at_last(tiles, follow)
 
 
 @dataclass(frozen=True)
@@ -127,9 +136,11 @@ class Seen:
                 T.buffer_store(found, found[0] + tiles.of(counts, warp - 1), [0])
             tiles.sync()
             here = T.And(T.And(e >= 0, e < self.experts), found[0] // half % plan.rows == 0)
-            with T.If(here), T.Then():
-                count = T.Bind(T.min(T.int32(plan.rows), found[0] % half))
-                body(n, Rows(e, count, lambda r: members[r], lambda r: members[r]))
+            with T.If(here):
+                with T.Then():
+                    count = T.Bind(T.min(T.int32(plan.rows), found[0] % half))
+                    body(n, Rows(e, count, lambda r: members[r], lambda r: members[r]))
+                _follow_at_last(tiles, follow)
 
 
 def sort_macro(tiles: Any) -> Any:
