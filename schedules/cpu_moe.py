@@ -1,8 +1,8 @@
 """Tile operations of the experts on CPUs: staged rows, register-blocked products of packed or raw weights.
 
 One micro-kernel serves every packed scheme: `rows` x 32 accumulators, one line of weights times a broadcast word of each row at a
-time; as many rows, or half, or a half of that, and so on, so that a decode step does not pay for rows that are not there. Raw weights (rows contiguous along the
-reduction axis) are multiplied vector by vector, and the vectors summed at the end.
+time; as many rows, or half, or a half of that, and so on, so that a decode step does not pay for rows that are not there. Raw
+weights (rows contiguous along the reduction axis) are multiplied vector by vector, and the vectors summed at the end.
 """
 
 from __future__ import annotations
