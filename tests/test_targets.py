@@ -9,6 +9,7 @@ import torch
 import tvm_gdn
 from tvm_gdn import build, cases, check, dispatch, kernel_cache, pack, parity
 from tvm_gdn import target as targets
+from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.errors import PackError, TargetError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import named, resolve, target_names
@@ -28,6 +29,15 @@ def test_every_file_is_a_target():
         found = resolve(name)  # a family's name, such as cuda, stands for its member that is present
         assert name in found.lineage
         hash(found)
+
+
+def test_targets_share_no_kernel_of_the_cache():
+    """Two of them compile for one CPU, with schedules of their own: the matrix unit's emulation and AVX2."""
+    spec = OPS["fused_experts_quantized"]
+    geometry = geometry_of_case(spec, spec.cases[0])
+    keys = {name: kernel_cache.kernel_key(spec, geometry, named(name)) for name in target_names()}
+    assert named("x86-amx-emulated").digest() == named("x86-avx2").digest()
+    assert len(set(keys.values())) == len(keys)
 
 
 def test_json_targets_are_named_after_what_they_generate():

@@ -39,6 +39,7 @@ def kernel_key(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> str:
         spec.name,
         geometry.key,
         target.digest(),
+        *target.lineage,  # whose schedules apply: two targets may compile for one CPU
         build.kernel_digest(spec, target),
         version_of("apache-tvm"),
         version_of("apache-tvm-ffi"),
