@@ -76,7 +76,7 @@ def build_one(request: build.Request, target: TargetSpec, folder: Path, arch: st
     (kernel,) = build.run_builder([request], target, folder)
     if isinstance(kernel, BuildError):
         raise kernel
-    return compile_with_nvcc(kernel.image.with_suffix(".mu"), arch), kernel.symbol
+    return compile_with_nvcc(folder / f"{kernel.symbol}.mu", arch), kernel.symbol
 
 
 def check(

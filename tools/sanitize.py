@@ -67,6 +67,7 @@ FORMS: dict[str, list[tuple[dict[str, Any], dict[str, Any] | None]]] = {
     ],
     # Products of four warps together, in one group and in two.
     "chunk_gated_delta_rule": [(_CHUNK, {"groups": 1, "warps": 4}), ({**_CHUNK, "K": 128}, {"groups": 2, "warps": 8})],
+    "chunk_kda": [({**_CHUNK, "HV": 1}, None)],
     # Tiles of few rows without a sort, 128 rows, the next product begun early, and the order made by many blocks.
     "fused_experts": [
         ({**_EXPERTS, "T": 2}, None),
