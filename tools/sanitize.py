@@ -316,8 +316,8 @@ def main() -> int:
     clean = sum(summary(tool, found[tool]) for tool in tools)
     # Device code that is not ours is torch's.
     others = sorted({report for text in texts for report in findings(text) if not re.search(r"_[0-9a-f]{12}", report)})
-    for report in others[:3]:
-        print(f"not ours: {report[:600]}")
+    for text in others[:3]:
+        print(f"not ours: {text[:600]}")
     if args.json:
         report = {"format": 1, **machine.stamp(), "count": args.count, "tools": found, "others": others}
         args.json.write_text(as_json(report) + "\n", encoding="utf-8")
