@@ -119,6 +119,8 @@ def test_emulated_device_code_meets_the_reference(emulated, op, case):
     [
         ("rocm-gfx942", CHUNK, {"B": 1, "T": 37, "H": 1, "HV": 2, "K": 32, "V": 16, "dtype": "bfloat16"}),
         ("rocm-gfx942", "chunk_kda", {"lengths": (21, 0, 1), "H": 1, "HV": 1, "K": 16, "V": 32, "S": 3, "dtype": "float16"}),
+        ("rocm-gfx1100", CHUNK, {"B": 1, "T": 37, "H": 1, "HV": 2, "K": 32, "V": 16, "dtype": "bfloat16"}),
+        ("rocm-gfx1100", "chunk_kda", {"lengths": (21, 0, 1), "H": 1, "HV": 1, "K": 16, "V": 32, "S": 3, "dtype": "float16"}),
         # What 64 KiB hold of a gate per channel in fp32: chunks of one block.
         ("musa-mp31", "chunk_kda", {"B": 1, "T": 37, "H": 1, "HV": 1, "K": 64, "V": 32, "dtype": "float32"}),
     ],
