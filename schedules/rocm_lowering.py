@@ -121,11 +121,13 @@ def _mfma_halves(left: Any, right: Any, sums: Any) -> Any:
     return sums
 
 
-def _wmma(left: Any, right: Any, sums: Any) -> Any:
-    import tvm
+def _wmma(kind: str) -> Callable[[Any, Any, Any], Any]:
+    def emit(left: Any, right: Any, sums: Any) -> Any:
+        import tvm
 
-    kind = "f16" if left.dtype.startswith("float16") else "bf16"
-    return tvm.tirx.op.call_llvm_pure_intrin("float32x8", f"llvm.amdgcn.wmma.f32.16x16x16.{kind}", left, right, sums)
+        return tvm.tirx.op.call_llvm_pure_intrin("float32x8", f"llvm.amdgcn.wmma.f32.16x16x16.{kind}", left, right, sums)
+
+    return emit
 
 
 def _wmma_halves(left: Any, right: Any, sums: Any) -> Any:
@@ -150,7 +152,7 @@ _FUNCTIONS: dict[str, Callable[[Any], Any]] = {
     "tvm_gdn_mfma_half": _product(2, "float16x4", _mfma("f32.16x16x16f16")),
     "tvm_gdn_mfma_bytes": _product(2, "int64", _mfma("i32.16x16x32.i8", "int32x4")),
     "tvm_gdn_mfma_bytes_short": _product(2, "int32x2", _mfma_halves),
-    "tvm_gdn_wmma": _product(8, "int16x16", _wmma),
-    "tvm_gdn_wmma_half": _product(8, "float16x16", _wmma),
+    "tvm_gdn_wmma": _product(8, "int16x16", _wmma("bf16")),
+    "tvm_gdn_wmma_half": _product(8, "float16x16", _wmma("f16")),
     "tvm_gdn_wmma_bytes": _product(8, "int32x8", _wmma_halves),
 }
