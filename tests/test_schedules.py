@@ -1,5 +1,7 @@
 """Design spaces: every operator resolves on every CPU target and every shape, and the one definition lowers to a GPU too."""
 
+import contextlib
+
 import pytest
 
 from tvm_gdn import cases, check, schedule
@@ -103,3 +105,26 @@ def test_the_same_definition_lowers_to_cuda(name):
     assert "threadIdx.x" in text
     assert "blockIdx.x" in text
     assert "warp_shuffle_xor" in text
+
+
+def test_tracing_reads_no_callers_source_and_changes_no_function(monkeypatch):
+    import inspect
+
+    import tvm
+    from tvm.script.parser.core.parser import ScriptMacro
+
+    spec, target, before = OPS["fused_gdn_gating"], named("x86"), ScriptMacro._find_parser_def
+    shape, asked = check.geometry_of(spec, cases.draw(spec, spec.cases[0])), []
+
+    def traced():
+        return prim_func(spec, shape, schedule.choose(spec, shape, target).tiles(shape))
+
+    outer_frames = inspect.getouterframes
+    monkeypatch.setattr(inspect, "getouterframes", lambda *args: asked.append(args) or outer_frames(*args))
+    quick = traced()
+    assert len(asked) <= 2  # of the decorator, not of every macro
+    assert ScriptMacro._find_parser_def is before
+    monkeypatch.setattr("tvm_gdn.build.quick_macros", contextlib.nullcontext)
+    plain = traced()
+    assert len(asked) > 5
+    tvm.ir.assert_structural_equal(quick, plain)

@@ -30,6 +30,7 @@ from tvm_gdn.pack import BuiltKernel
 from tvm_gdn.records import algorithm_digest
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import HOST, TargetSpec, host_isa, resolve
+from tvm_gdn.tracing import quick_macros
 
 #: C compilers that are looked for, first match first.
 COMPILERS = ("cc", "gcc", "clang")
@@ -63,7 +64,8 @@ def prim_func(spec: OpSpec, geometry: Geometry, tiles: Any) -> Any:
     import tvm
 
     algorithm = import_module(f"tvm_gdn.ops.tir.{spec.algorithm}")
-    function = getattr(algorithm, spec.algorithm)(geometry, tiles)
+    with quick_macros():
+        function = getattr(algorithm, spec.algorithm)(geometry, tiles)
     parameters = {param.name: param for param in function.params}
     names = [tensor.name for tensor in spec.tensors if tensor.name in geometry.dtype]
     ordered = [
