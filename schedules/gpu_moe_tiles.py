@@ -86,7 +86,8 @@ class Plan:
         if self.grouped:
             return self.rows == 16 * self.warps and self.rows % 64 == 0 and self.columns in (32, 64, 128) and self.depth == 64
         tall, wide, along, across = self.grid
-        return tall * along * BLOCK == self.rows and across * along == self.warps and wide * across * self.fragment == self.columns > 0
+        fit = wide * across * self.fragment == self.columns > 0
+        return fit and tall * along * BLOCK == self.rows and across * along == self.warps
 
     def bytes(self, dtype: str, scheme: str) -> int:
         """Shared memory of a block."""
@@ -173,7 +174,7 @@ class ExpertGridTiles(GridTiles):
         return fragment_elements(self.lane, row, column)
 
     def _over(self, plan: Plan, row: Expr, column: Expr, body: Callable[[int, Expr, Expr], None]) -> None:
-        """Call ``body(at, r, c)`` for pairs of neighbours in a thread's fragments: `at` of the first half, + held of the other."""
+        """Call ``body(at, r, c)`` for pairs of neighbours in a thread's fragments: `at` of a half, + held of the other."""
         tall, wide, _, _ = plan.grid
         for a in range(tall):
             for b in range(wide):

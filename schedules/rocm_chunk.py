@@ -1,7 +1,7 @@
 """Tile operations of the chunked delta rules on AMD's matrix units (`schedules/rocm_units.py`; bf16, fp32 accumulators).
 
-Everything but products is the common GPU form. `tvm_gdn_bits` is lowered to a reinterpretation (`schedules/rocm_lowering.py`); in C
-form it is a function of the emulation.
+Everything but products is the common GPU form. `tvm_gdn_bits` is lowered to a reinterpretation (`schedules/rocm_lowering.py`);
+in C form it is a function of the emulation.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ class WordRing(Ring):
         self.stage = sum(rows.size for rows in operands)
         self.memory = T.alloc_buffer((self.stage * self.stages // 4,), "uint32", scope="shared.dyn")
         self.pieces = [rows.count * rows.length * SIZES[rows.buffer.dtype] // 16 for rows in operands]
-        self.registers = [
-            T.alloc_buffer((4 * ceil_div(pieces, threads),), "uint32", scope="local") for pieces in self.pieces
-        ]
+        self.registers = [T.alloc_buffer((4 * ceil_div(pieces, threads),), "uint32", scope="local") for pieces in self.pieces]
 
     def at(self, number: int, slot: Expr) -> tuple[Any, Expr]:
         """The memory, and the first word of an operand in a stage."""
@@ -80,50 +78,47 @@ class WordRing(Ring):
     def ask(self, step: Expr) -> None:
         """Ask for the operands of a step, weights first; those that begin anywhere are read when they are put down."""
         for number in (1, 0):
-            rows, registers = self.operands[number], self.registers[number]
+            aligned = self.operands[number].aligned
+            if aligned is not False:
+                when(aligned, lambda number=number: self._ask(number, step))
 
-            def copy(
-                aligned: Any, number: int = number, rows: Rows = rows, registers: Any = registers, step: Expr = step
-            ) -> None:
-                if not aligned:
-                    return
-                words, begin = _flat(rows.buffer, "uint32")
-                first = T.Bind(T.Cast("int32", step) * rows.length)
+    def _ask(self, number: int, step: Expr) -> None:
+        rows, registers = self.operands[number], self.registers[number]
+        words, begin = _flat(rows.buffer, "uint32")
+        first = T.Bind(T.Cast("int32", step) * rows.length)
 
-                def piece(turn: int, i: Expr, k: Expr) -> None:
-                    there, at = rows.there(i), first + k
-                    if rows.limit % rows.length:
-                        there, at = T.And(there, at < rows.limit), T.Select(at < rows.limit, at, 0)
-                    place = T.Bind(begin(rows.index(i, at, turn)))
-                    with T.vectorized(4) as word:
-                        T.buffer_store(registers, words[place + word], [turn * 4 + word])
-                    if there is not True:
-                        with T.If(T.Not(there)), T.Then():
-                            for word in range(4):
-                                T.buffer_store(registers, T.uint32(0), [turn * 4 + word])
+        def piece(turn: int, i: Expr, k: Expr) -> None:
+            there, at = rows.there(i), first + k
+            if rows.limit % rows.length:
+                there, at = T.And(there, at < rows.limit), T.Select(at < rows.limit, at, 0)
+            place = T.Bind(begin(rows.index(i, at, turn)))
+            with T.vectorized(4) as word:
+                T.buffer_store(registers, words[place + word], [turn * 4 + word])
+            if there is not True:
+                with T.If(T.Not(there)), T.Then():
+                    for word in range(4):
+                        T.buffer_store(registers, T.uint32(0), [turn * 4 + word])
 
-                self._each(number, piece)
-
-            either(rows.aligned, copy)
+        self._each(number, piece)
 
     def put(self, step: Expr, slot: Expr) -> None:
         """Write the operands of a step to its stage."""
         for number in (1, 0):
-            rows, registers, (memory, base) = self.operands[number], self.registers[number], self.at(number, slot)
-            per = 4 // SIZES[rows.buffer.dtype]
+            either(self.operands[number].aligned, lambda aligned, number=number: self._put(number, step, slot, aligned))
 
-            def piece(turn: int, i: Expr, k: Expr, registers: Any = registers, base: Expr = base, rows: Rows = rows, per: int = per) -> None:
-                # No name for the place: LLVM is told how it is aligned where the generator sees it.
-                with T.vectorized(4) as word:
-                    T.buffer_store(self.memory, registers[turn * 4 + word], [base + rows.place(i, k) // per + word])
+    def _put(self, number: int, step: Expr, slot: Expr, aligned: Any) -> None:
+        rows, registers, base = self.operands[number], self.registers[number], self.at(number, slot)[1]
+        if not aligned:
+            self._scattered(rows, base, T.Bind(T.Cast("int32", step) * rows.length))
+            return
 
-            def copy(aligned: Any, number: int = number, piece: Any = piece, rows: Rows = rows, base: Expr = base) -> None:
-                if aligned:
-                    self._each(number, piece)
-                else:
-                    self._scattered(rows, base, T.Bind(T.Cast("int32", step) * rows.length))
+        def piece(turn: int, i: Expr, k: Expr) -> None:
+            # No name for the place: the generator tells LLVM how it is aligned where it sees it.
+            place = base + rows.place(i, k) // (4 // SIZES[rows.buffer.dtype])
+            with T.vectorized(4) as word:
+                T.buffer_store(self.memory, registers[turn * 4 + word], [place + word])
 
-            either(rows.aligned, copy)
+        self._each(number, piece)
 
     def _each(self, number: int, body: Callable[[int, Expr, Expr], None]) -> None:
         """Call ``body(turn, i, k)`` for this thread's pieces of 16 bytes: row, and first element."""

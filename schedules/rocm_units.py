@@ -1,8 +1,8 @@
 """AMD's matrix units: which thread of a wave has which numbers of a product of 16 x 16 x 16, or x 32 of bytes.
 
-`MFMA` (gfx90a, gfx942): waves of 64, of whose threads four share a row of an operand. `WMMA` (gfx1100): waves of 32; a thread has a
-whole row of an operand, its neighbour 16 threads on the same one. A product is a function per number of its result (C's calls have no
-vectors): `schedules/rocm_lowering.py` makes one instruction of them, in C form they are functions of the emulation.
+`MFMA` (gfx90a, gfx942): waves of 64, of whose threads four share a row of an operand. `WMMA` (gfx1100): waves of 32; a thread
+has a whole row of an operand, the one 16 threads further the same. A product is a function per number of its result (C's calls
+have no vectors): `schedules/rocm_lowering.py` makes one instruction of them, in C form they are functions of the emulation.
 """
 
 from __future__ import annotations
