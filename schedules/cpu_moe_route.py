@@ -76,6 +76,11 @@ class RouteTiles(CpuTiles):
         T.buffer_store(winner, where[0], [0])
 
     @staticmethod
+    def strike(buffer: Any, number: Any, value: int) -> None:
+        """Write the element with that number."""
+        T.buffer_store(buffer, T.int32(value), [number[0]])
+
+    @staticmethod
     def spread(count: int, dtype: str = "float32") -> Any:
         """Scratch of all lanes."""
         return local_array(count, dtype=dtype)

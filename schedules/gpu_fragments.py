@@ -145,6 +145,9 @@ class FragmentTiles(WarpTiles):
 
     span = 1
 
+    #: Numbers of a fragment that a thread has.
+    held = 4
+
     #: Whether products go on behind the call that begins them, until their result is read.
     deferred = False
 
@@ -283,7 +286,7 @@ class FragmentTiles(WarpTiles):
         """Shared memory, or accumulator registers."""
         if place == "register":
             mi, ni, _, _ = self._grid(rows, cols)
-            return Fragments(T.alloc_buffer((mi * ni * 4,), "float32", scope="local"), rows, cols)
+            return Fragments(T.alloc_buffer((mi * ni * self.held,), "float32", scope="local"), rows, cols)
         return Tile(Storage(rows, cols, dtype=dtype), rows, cols)
 
     def state(self, index: Expr) -> Fragments:
@@ -395,7 +398,7 @@ class FragmentTiles(WarpTiles):
                     inside = True
                     if cut and (dst.rows % BLOCK or dst.cols % 8):
                         inside = T.And(i < dst.rows, j < dst.cols)
-                    when(inside, lambda i=i, j=j, e=e: body(i, j, (a * per_row + b) * 4 + e))
+                    when(inside, lambda i=i, j=j, e=e: body(i, j, (a * per_row + b) * self.held + e))
 
             self._fragments(dst.rows, dst.cols, fragment, rows)
             return

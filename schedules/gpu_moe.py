@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm_gdn.schedules.gpu_moe_groups import WGMMA, GroupGridTiles
@@ -74,12 +75,14 @@ class ExpertsGpu:
                 raise TargetError(f"{plan}: warps and fragments do not come out even")
             if cls._bytes(geometry, plan) > cls.shared:
                 raise TargetError(f"{plan} needs {cls._bytes(geometry, plan)} bytes of shared memory, a block has {cls.shared}")
-        kind = IntegerGridTiles if geometry.attr.get("scheme") in ZERO else ExpertGridTiles
-        if any(plan.grouped for plan in plans):
-            kind = GroupGridTiles
-        tiles = kind(geometry, plans, knobs["partial"])
+        tiles = cls.kind(geometry)(geometry, plans, knobs["partial"])
         tiles.early = cls.early
         return tiles
+
+    @classmethod
+    def kind(cls, geometry: Geometry) -> Callable[..., ExpertGridTiles]:
+        """Tile operations by what is multiplied."""
+        return IntegerGridTiles if geometry.attr.get("scheme") in ZERO else ExpertGridTiles
 
 
 @schedule("moe_experts", "cuda-sm90")
@@ -126,6 +129,11 @@ class ExpertsHopper(ExpertsGpu):
             "most": 0.25, "few_columns": 16, "few_depth": 128, "few_stages": 3, "more": 48, "middle_columns": 64,
             "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "partial": cls._partial(geometry)[0],
         }  # fmt: skip
+
+    @classmethod
+    def kind(cls, geometry: Geometry) -> Callable[..., ExpertGridTiles]:
+        """Tile operations by what is multiplied."""
+        return GroupGridTiles if cls._grouped(geometry) else super().kind(geometry)
 
     @classmethod
     def plans(cls, geometry: Geometry, **knobs: Any) -> tuple[Plan, ...]:

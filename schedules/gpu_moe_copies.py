@@ -103,6 +103,16 @@ class Ring:
         view, before, stage = self.views[number]
         return view, before + self.skip // SIZES[view.dtype] + slot * stage
 
+    def number(self, operand: int, slot: Expr, place: Expr) -> Expr:
+        """Element of an operand in a stage, in fp32."""
+        view, base = self.at(operand, slot)
+        return T.Cast("float32", view[base + place])
+
+    def word(self, operand: int, slot: Expr, place: Expr) -> Expr:
+        """The same of an operand of words, as it is."""
+        view, base = self.at(operand, slot)
+        return view[base + place]
+
     def fetch(self, step: Expr, slot: Expr, numbers: tuple[int, ...] = (1, 0)) -> None:
         """Ask for operands of a step: weights first, which take longest and whose place is known first."""
         for number in numbers:

@@ -39,7 +39,7 @@ class IntegerGridTiles(ExpertGridTiles):
         """Rows of A times columns of W[e], in what they stand for, to the sink."""
         row_scale, row_sums, scale = scales
         groups, last = int(scale.shape[2]), int(scale.shape[1]) - 1
-        ring = Ring(self.lane, plan.threads, plan.stages, (self._left(plan, A, row_of, m), self._right(plan, W, e, n, shift)))
+        ring = self._ring(plan, self._left(plan, A, row_of, m), self._right(plan, W, e, n, shift))
         row, column = self._place(plan)
         whole = self._zeros(plan, "int32")
         steps, wait = -(-int(A.shape[1]) // plan.depth), self.follow if follow else None
@@ -71,7 +71,7 @@ class IntegerGridTiles(ExpertGridTiles):
                         def add(at: int, r: Expr, c: Expr) -> None:
                             for half in range(2):
                                 for i in range(2):
-                                    k = at + half * 4 + i
+                                    k = at + half * self.held + i
                                     T.buffer_store(total, total[k] + scaled(k, r, half, c + i, group), [k])
                                     T.buffer_store(whole, T.int32(0), [k])
 

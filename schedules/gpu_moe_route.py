@@ -73,6 +73,11 @@ class RouteWarpTiles(LoopTiles):
                 T.buffer_store(own, other, [0])
                 T.buffer_store(winner, place, [0])
 
+    def strike(self, buffer: Any, number: Any, value: int) -> None:
+        """Write the element with that number: a thread its own, which it compares again without waiting for others."""
+        with T.If(number[0] % WARP == self.lane), T.Then():
+            T.buffer_store(buffer, T.int32(value), [number[0]])
+
     @staticmethod
     def _other(value: Any, bit: int) -> Any:
         return T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), value, bit, WARP, WARP)

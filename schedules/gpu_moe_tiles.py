@@ -51,6 +51,8 @@ class Plan:
         Whether four warps multiply together: 64 rows, and all columns; a stage has 128 bytes of each.
     lag : int
         Such products that are still under way when the next begins: 0 or 1.
+    wave, fragment : int
+        Threads of a warp, and columns of its fragments.
     """
 
     rows: int
@@ -62,11 +64,13 @@ class Plan:
     ahead: bool = False
     grouped: bool = False
     lag: int = 0
+    wave: int = WARP
+    fragment: int = 8
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return self.warps * WARP
+        return self.warps * self.wave
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
@@ -75,14 +79,15 @@ class Plan:
         tall = min(2, high)
         along = high // tall
         across = self.warps // along
-        return tall, self.columns // 8 // max(1, across), along, across
+        return tall, self.columns // self.fragment // max(1, across), along, across
 
     def fits(self) -> bool:
         """Whether warps and fragments come out even."""
         if self.grouped:
             return self.rows == 16 * self.warps and self.rows % 64 == 0 and self.columns in (32, 64, 128) and self.depth == 64
         tall, wide, along, across = self.grid
-        return tall * along * BLOCK == self.rows and across * along == self.warps and wide * across * 8 == self.columns > 0
+        fit = wide * across * self.fragment == self.columns > 0
+        return fit and tall * along * BLOCK == self.rows and across * along == self.warps
 
     def bytes(self, dtype: str, scheme: str) -> int:
         """Shared memory of a block."""
@@ -111,6 +116,8 @@ class ExpertGridTiles(GridTiles):
     sorters, adders = 1024, 256
     #: Elements of the reduction axis in a fragment.
     slice = BLOCK
+    #: Numbers of a fragment that a thread has, and how many of them are neighbours in a row.
+    held, beside = 4, 2
 
     def __init__(self, geometry: Geometry, plans: tuple[Plan, ...], partial: str = "float32") -> None:
         super().__init__()
@@ -133,8 +140,7 @@ class ExpertGridTiles(GridTiles):
         sink: Callable[..., None], *, follow: bool = False,
     ) -> None:  # fmt: skip
         """Rows of A times columns of W[e], to the sink."""
-        left, right = self._left(plan, A, row_of, m), self._right(plan, W, e, n, shift)
-        ring = Ring(self.lane, plan.threads, plan.stages, (left, right))
+        ring = self._ring(plan, self._left(plan, A, row_of, m), self._right(plan, W, e, n, shift))
         row, column = self._place(plan)
         sums = self._zeros(plan, "float32")
         compute = self._fragments if self.unit else self._elements
@@ -144,29 +150,37 @@ class ExpertGridTiles(GridTiles):
         )  # fmt: skip
         self._finish(plan, row, column, m, lambda at, _r, _half, _c: sums[at], sink)
 
+    def _ring(self, plan: Plan, left: Rows, right: Rows) -> Ring:
+        """The stages through which operands pass."""
+        return Ring(self.lane, plan.threads, plan.stages, (left, right))
+
     def _place(self, plan: Plan) -> tuple[Expr, Expr]:
         """A warp's first fragment along rows, and along columns."""
         tall, wide, along, _ = plan.grid
-        warp = T.Bind(T.Cast("int32", self.lane) // WARP)
+        warp = T.Bind(T.Cast("int32", self.lane) // plan.wave)
         return T.Bind(warp % along * tall), T.Bind(warp // along * wide)
 
-    @staticmethod
-    def _zeros(plan: Plan, dtype: str) -> Any:
+    def _zeros(self, plan: Plan, dtype: str) -> Any:
         """Sums of a thread's fragments: by row of fragments, column, half, element."""
         tall, wide, _, _ = plan.grid
-        sums = T.alloc_buffer((tall * wide * 8,), dtype, scope="local")
-        with T.unroll(tall * wide * 8) as i:
+        count = tall * wide * 2 * self.held
+        sums = T.alloc_buffer((count,), dtype, scope="local")
+        with T.unroll(count) as i:
             T.buffer_store(sums, T.Cast(dtype, 0), [i])
         return sums
 
+    def _where(self, row: Expr, column: Expr) -> list[tuple[Expr, Expr]]:
+        """Rows and columns of a thread's numbers of a fragment."""
+        return fragment_elements(self.lane, row, column)
+
     def _over(self, plan: Plan, row: Expr, column: Expr, body: Callable[[int, Expr, Expr], None]) -> None:
-        """Call ``body(at, r, c)`` for pairs of neighbours in a thread's fragments: `at` of the first half, + 4 of the other."""
+        """Call ``body(at, r, c)`` for pairs of neighbours in a thread's fragments: `at` of a half, + held of the other."""
         tall, wide, _, _ = plan.grid
         for a in range(tall):
             for b in range(wide):
-                places = fragment_elements(self.lane, row + a, column + b)
-                for pair in (0, 2):
-                    body((a * wide + b) * 8 + pair, *places[pair])
+                places = self._where(row + a, column + b)
+                for pair in range(0, self.held, 2):
+                    body((a * wide + b) * 2 * self.held + pair, *places[pair])
 
     def _finish(
         self, plan: Plan, row: Expr, column: Expr, m: Expr, value: Callable[..., Expr], sink: Callable[..., None]
@@ -175,7 +189,7 @@ class ExpertGridTiles(GridTiles):
 
         def pair(at: int, r: Expr, c: Expr) -> None:
             def body() -> None:
-                sink(r, c, *([value(at + half * 4 + i, r, half, c + i) for i in range(2)] for half in range(2)))
+                sink(r, c, *([value(at + half * self.held + i, r, half, c + i) for i in range(2)] for half in range(2)))
 
             when(r < m, body)
 
@@ -285,32 +299,30 @@ class ExpertGridTiles(GridTiles):
 
     def _elements(self, plan: Plan, ring: Ring, slot: Expr, sums: Any, row: Expr, column: Expr, m: Expr) -> None:
         tall, wide, _, _ = plan.grid
-        view, base = ring.at(0, slot)
-        stride = ring.operands[0].stride
+        stride, held, beside = ring.operands[0].stride, self.held, self.beside
         for a in range(tall):
             for b in range(wide):
-                places = fragment_elements(self.lane, row + a, column + b)
+                places = self._where(row + a, column + b)
 
                 def element(k: Expr, a: int = a, b: int = b, places: Any = places) -> None:
-                    x = [T.Bind(T.Cast("float32", view[base + places[i][0] * stride + k])) for i in (0, 2)]
+                    x = [T.Bind(ring.number(0, slot, places[i][0] * stride + k)) for i in range(0, held, beside)]
                     for half in range(2):
-                        w = [T.Bind(self._weight(plan, ring, slot, half, places[i][1], k)) for i in (0, 1)]
-                        for i in range(4):
-                            at = ((a * wide + b) * 2 + half) * 4 + i
-                            T.buffer_store(sums, sums[at] + x[i // 2] * w[i % 2], [at])
+                        w = [T.Bind(self._weight(plan, ring, slot, half, places[i][1], k)) for i in range(beside)]
+                        for i in range(held):
+                            at = ((a * wide + b) * 2 + half) * held + i
+                            T.buffer_store(sums, sums[at] + x[i // beside] * w[i % beside], [at])
 
                 with T.serial(plan.depth) as k:
                     when((row + a) * BLOCK < m, lambda k=k, element=element: element(k))
 
     def _weight(self, plan: Plan, ring: Ring, slot: Expr, half: int, c: Expr, k: Expr) -> Expr:
         """Element k of column c of a half, in fp32."""
-        view, base = ring.at(1, slot)
         stride = ring.operands[1].stride
         if not self.scheme:
-            return T.Cast("float32", view[base + (half * plan.columns + c) * stride + k])
+            return ring.number(1, slot, (half * plan.columns + c) * stride + k)
         step, per = STEP[self.scheme], STEP[self.scheme] // BLOCK
         line = half * 16 + k % step // per
-        word = view[base + c // 16 * stride + k // step * WORDS + line * 16 + c % 16]
+        word = ring.word(1, slot, c // 16 * stride + k // step * WORDS + line * 16 + c % 16)
         if per == 1:
             return T.reinterpret("float32", word)
         bits = T.bitwise_and(T.shift_right(word, k % 2 * 16), 65535)

@@ -93,6 +93,7 @@ class LoopTiles(ThreadTiles):
         """One thread sees what it wrote."""
 
     mine, fold, best = staticmethod(RouteTiles.mine), staticmethod(RouteTiles.fold), staticmethod(RouteTiles.best)
+    strike = staticmethod(RouteTiles.strike)
 
     def spread(self, count: int, dtype: str = "float32") -> Any:
         """Scratch of a thread, which has all lanes."""

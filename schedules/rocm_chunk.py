@@ -1,9 +1,7 @@
-"""Tile operations of the chunked delta rules on AMD's matrix units (MFMA 16 x 16 x 16, bf16, fp32 accumulators, waves of 64).
+"""Tile operations of the chunked delta rules on AMD's matrix units (`schedules/rocm_units.py`; bf16, fp32 accumulators).
 
-Everything but products is the common GPU form. Element e of an accumulator fragment stands in row ``lane / 16 * 4 + e``, column
-``lane % 16``; of an operand a thread has four neighbours along the depth, ``lane / 16 * 4 + (0, 1, 2, 3)``, as two words.
-`tvm_gdn_mfma` is lowered to the instruction and `tvm_gdn_bits` to a reinterpretation (`schedules/rocm_lowering.py`); in C form
-they are functions of the emulation.
+Everything but products is the common GPU form. `tvm_gdn_bits` is lowered to a reinterpretation (`schedules/rocm_lowering.py`);
+in C form it is a function of the emulation.
 """
 
 from __future__ import annotations
@@ -15,6 +13,7 @@ from tvm.script import tirx as T
 from tvm_gdn.schedules.gpu_chunk import arena_bytes
 from tvm_gdn.schedules.gpu_fragments import BLOCK, Fragments, Operand, Tile, Window, ceil_div, padded, when
 from tvm_gdn.schedules.gpu_products import GpuChunkTiles
+from tvm_gdn.schedules.rocm_units import MFMA, WMMA, MatrixUnit
 
 from tvm_gdn.errors import TargetError
 from tvm_gdn.ops.tir.chunk import chunk as chunk_rule
@@ -22,8 +21,6 @@ from tvm_gdn.ops.tir.chunk import chunk_lengths
 from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
-
-WAVE = 64
 
 
 def _rounded_bits(bits: Expr) -> Expr:
@@ -34,10 +31,22 @@ def _rounded_bits(bits: Expr) -> Expr:
     return T.Cast("uint16", T.Select(number, near, T.uint32(0x7FC0)))
 
 
-class MfmaChunkTiles(GpuChunkTiles):
-    """Products on fragments of 16 x 16; value columns come in multiples of 16."""
+class UnitChunkTiles(GpuChunkTiles):
+    """Products on fragments of 16 x 16; value columns come in multiples of 16.
+
+    Parameters
+    ----------
+    K, V : int
+        State rows and columns.
+    matrix : MatrixUnit
+        What multiplies; other options as `FragmentTiles` has them.
+    """
 
     chained = False
+
+    def __init__(self, K: int, V: int, *, matrix: MatrixUnit, **options: Any) -> None:
+        super().__init__(K, V, **options)
+        self.matrix, self.held = matrix, matrix.held
 
     def _arena(self, size: int) -> Callable[[Expr], None]:
         """Shared memory as 16-bit words: TVM's generator of machine code takes views of other dtypes for global memory."""
@@ -77,7 +86,7 @@ class MfmaChunkTiles(GpuChunkTiles):
     # Fragments.
     def _grid(self, rows: int, cols: int) -> tuple[int, int, int, int]:
         high, wide = ceil_div(rows, BLOCK), ceil_div(cols, BLOCK)
-        waves, along = self.threads // WAVE, 1
+        waves, along = self.threads // self.matrix.wave, 1
         while along * 2 <= min(high, waves):
             along *= 2
         return ceil_div(high, along), ceil_div(wide, waves // along), along, waves // along
@@ -85,7 +94,7 @@ class MfmaChunkTiles(GpuChunkTiles):
     def _fragments(self, rows: int, cols: int, body: Any, limit: Expr | None = None) -> None:
         high, wide = ceil_div(rows, BLOCK), ceil_div(cols, BLOCK)
         count_a, count_b, along, across = self._grid(rows, cols)
-        wave = T.Bind(T.Cast("int32", self.lane) // WAVE)
+        wave = T.Bind(T.Cast("int32", self.lane) // self.matrix.wave)
         for a in range(count_a):
             mi = wave % along + a * along
             bound: Any = True if (a + 1) * along <= high else mi < high
@@ -97,9 +106,8 @@ class MfmaChunkTiles(GpuChunkTiles):
                 when(bound, lambda a=a, b=b, mi=mi, ni=ni, inside=inside: when(inside, lambda: body(a, b, mi, ni)))
 
     def _elements(self, mi: Expr, ni: Expr) -> list[tuple[Expr, Expr]]:
-        lane = T.Cast("int32", self.lane) % WAVE
-        row, col = mi * BLOCK + lane // BLOCK * 4, ni * BLOCK + lane % BLOCK
-        return [(row + e, col) for e in range(4)]
+        lane = self.matrix.lane(self.lane)
+        return [(mi * BLOCK + row, ni * BLOCK + lane % BLOCK) for row in self.matrix.rows(lane)]
 
     # Copies and operands: element by element, without C functions.
     def _load_shared(self, dst: Tile, src: Window, rows: Expr | None, **known: Any) -> None:
@@ -193,23 +201,22 @@ class MfmaChunkTiles(GpuChunkTiles):
         if coarse and self.data == "bfloat16":
             terms = terms[:1]
         per_row = self._grid(dst.rows, dst.cols)[1]
-        left, right = self._registers("uint32", 2), self._registers("uint32", 2)
-        acc = self._registers("float32", 4)
+        words, held = self.matrix.words, self.held
+        left, right = self._registers("uint32", words), self._registers("uint32", words)
+        acc = self._registers("float32", held)
 
         def product(kk: int, mi: Expr, ni: Expr) -> None:
             for x, y in terms:
                 self._load_words(a, left, x, mi * BLOCK, kk * BLOCK, depth_first=a.transposed)
                 self._load_words(b, right, y, ni * BLOCK, kk * BLOCK, depth_first=not b.transposed)
-                # One element of the result each: C's calls have no vectors, and LLVM makes one instruction of the four.
-                numbers = (left[0], left[1], right[0], right[1], acc[0], acc[1], acc[2], acc[3])
-                made = [T.Bind(T.call_extern("float32", "tvm_gdn_mfma", *numbers, e)) for e in range(4)]
-                for e in range(4):
-                    T.buffer_store(acc, made[e], [e])
+                operands = ([registers[w] for w in range(words)] for registers in (left, right))
+                for e, made in enumerate(self.matrix.product("", *operands, [acc[e] for e in range(held)])):
+                    T.buffer_store(acc, made, [e])
 
         def fragment(na: int, nb: int, mi: Expr, ni: Expr) -> None:
             def whole() -> None:
                 for e, (i, j) in enumerate(self._elements(mi, ni)):
-                    slot, (ci, cj) = (na * per_row + nb) * 4 + e, self._clamped(dst, i, j)
+                    slot, (ci, cj) = (na * per_row + nb) * held + e, self._clamped(dst, i, j)
                     first: Any = T.float32(0)
                     if start is not None:
                         values = [self._get(source, ci, cj, slot) for source in sources]
@@ -221,7 +228,7 @@ class MfmaChunkTiles(GpuChunkTiles):
                         inside = kk <= mi if inside is True else T.And(inside, kk <= mi)
                     when(inside, lambda kk=kk: product(kk, mi, ni))
                 for e, (i, j) in enumerate(self._elements(mi, ni)):
-                    slot, (ci, cj) = (na * per_row + nb) * 4 + e, self._clamped(dst, i, j)
+                    slot, (ci, cj) = (na * per_row + nb) * held + e, self._clamped(dst, i, j)
                     last: Any = acc[e]
                     if finish is not None:
                         last = finish(i, j, last, *(self._get(source, ci, cj, slot) for source in sources))
@@ -246,23 +253,23 @@ class MfmaChunkTiles(GpuChunkTiles):
         return i, j if dst.cols % BLOCK == 0 else T.min(j, dst.cols - 1)
 
     def _load_words(self, operand: Operand, words: Any, part: int, across: Expr, deep: Expr, *, depth_first: bool) -> None:
-        """This thread's four elements of a fragment; `depth_first`: the depth runs along the rows of the memory."""
-        packed, lane = operand.packed, T.Cast("int32", self.lane) % WAVE
-        across, deep = across + lane % BLOCK, deep + lane // BLOCK * 4
+        """This thread's words of a fragment; `depth_first`: the depth runs along the rows of the memory."""
+        packed, lane = operand.packed, self.matrix.lane(self.lane)
+        across, deep = across + lane % BLOCK, deep + self.matrix.word(lane) * 2
         row, col = (deep, across) if depth_first else (across, deep)
         if isinstance(operand.tile, Tile) and packed.parts == 1 and packed.exact:
             row, col = operand.tile.row + row, operand.tile.col + col
         place = T.Bind(packed.offset // 2 + part * packed.plane + row * packed.stride + col)
         step = packed.stride if depth_first else 1
-        for word in range(2):
+        for word in range(self.matrix.words):
             low, high = (T.Cast("uint32", self.shorts[place + (2 * word + n) * step]) for n in range(2))
             T.buffer_store(words, T.bitwise_or(low, T.shift_left(high, T.uint32(16))), [word])
 
 
-def sized(geometry: Geometry, **options: Any) -> MfmaChunkTiles:
+def sized(geometry: Geometry, *, matrix: MatrixUnit, **options: Any) -> UnitChunkTiles:
     """Tile operations with an arena of the size that the algorithm turns out to use."""
     K, V, data = geometry.axis["K"], geometry.axis["V"], geometry.dtype["v"]
-    tiles = MfmaChunkTiles(K, V, data=data, v_first=bool(geometry.attr.get("state_v_first")), **options)
+    tiles = UnitChunkTiles(K, V, matrix=matrix, data=data, v_first=bool(geometry.attr.get("state_v_first")), **options)
     chunk_rule(geometry, tiles)
     tiles.arenas = tiles.bytes
     return tiles
@@ -273,7 +280,7 @@ def sized(geometry: Geometry, **options: Any) -> MfmaChunkTiles:
 class ChunkMfma:
     """Chunked delta rules: a block per tile of value columns, the state in accumulator fragments; 64 KiB of LDS, 256 threads."""
 
-    shared = 64 * 1024
+    shared, matrix = 64 * 1024, MFMA
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
@@ -289,15 +296,22 @@ class ChunkMfma:
         columns = [d for d in cls.knobs(geometry)["v_tile"] if d <= 32]
         for chunk in sorted(cls.knobs(geometry)["chunk"], reverse=True):
             for v_tile in sorted(columns, reverse=True):
-                if arena_bytes(geometry, sized, chunk=chunk, v_tile=v_tile, warps=8) <= cls.shared:
+                if arena_bytes(geometry, sized, chunk=chunk, v_tile=v_tile, warps=8, matrix=cls.matrix) <= cls.shared:
                     return {"chunk": chunk, "v_tile": v_tile}
         raise TargetError(f"K = {geometry.axis['K']} needs more than {cls.shared} bytes of local memory")
 
     @classmethod
-    def tiles(cls, geometry: Geometry, *, chunk: int, v_tile: int) -> MfmaChunkTiles:
+    def tiles(cls, geometry: Geometry, *, chunk: int, v_tile: int) -> UnitChunkTiles:
         """Tile operations on the matrix unit."""
-        found = sized(geometry, chunk=chunk, v_tile=v_tile, warps=8)
+        found = sized(geometry, chunk=chunk, v_tile=v_tile, warps=8, matrix=cls.matrix)
         size = max(found.arenas.values())
         if size > cls.shared:
             raise TargetError(f"chunk {chunk} and v_tile {v_tile} need {size} bytes of local memory, a block has {cls.shared}")
         return found
+
+
+@schedule("chunk", "rocm-gfx1100")
+class ChunkWmma(ChunkMfma):
+    """The same on WMMA."""
+
+    matrix = WMMA

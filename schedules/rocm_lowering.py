@@ -71,22 +71,88 @@ def _bits(call: Any) -> Any:
     return tvm.tirx.reinterpret("uint32", call.args[1])
 
 
-def _mfma(call: Any) -> Any:
-    """One element of the matrix unit's product of 16 x 16 x 16; equal products become one instruction."""
+def _next(call: Any) -> Any:
+    """The number at an address, which becomes one more."""
     import tvm
 
-    _, *numbers, element = call.args
+    return tvm.tirx.call_intrin("int32", "tirx.atomic_add", call.args[1], tvm.tirx.const(1, "int32"))
 
-    def vector(parts: list[Any]) -> Any:
-        return tvm.tirx.Shuffle(parts, list(range(len(parts))))
 
-    # Pairs of bf16 in a word each, which the intrinsic takes for 16-bit integers.
-    a, b = (tvm.tirx.reinterpret("int16x4", vector(numbers[n : n + 2])) for n in (0, 2))
-    none = tvm.tirx.const(0, "int32")
-    name = "llvm.amdgcn.mfma.f32.16x16x16bf16.1k"
-    made = tvm.tirx.op.call_llvm_pure_intrin("float32x4", name, a, b, vector(numbers[4:]), none, none, none)
-    return tvm.tirx.Shuffle([made], [element])
+def _vector(parts: list[Any]) -> Any:
+    import tvm
+
+    return tvm.tirx.Shuffle(parts, list(range(len(parts)))) if len(parts) > 1 else parts[0]
+
+
+def _product(words: int, operand: str, emit: Callable[[Any, Any, Any], Any]) -> Callable[[Any], Any]:
+    """One number of a matrix unit's product; equal products become one instruction.
+
+    Of the call's numbers `words` are the left operand's and as many the right one's, which the intrinsic that `emit` calls takes
+    as `operand`; the others are the sums.
+    """
+
+    def lowered(call: Any) -> Any:
+        import tvm
+
+        _, *numbers, element = call.args
+        left, right = (tvm.tirx.reinterpret(operand, _vector(numbers[n : n + words])) for n in (0, words))
+        return tvm.tirx.Shuffle([emit(left, right, _vector(numbers[2 * words :]))], [element])
+
+    return lowered
+
+
+def _mfma(name: str, dtype: str = "float32x4") -> Callable[[Any, Any, Any], Any]:
+    def emit(left: Any, right: Any, sums: Any) -> Any:
+        import tvm
+
+        none = tvm.tirx.const(0, "int32")
+        return tvm.tirx.op.call_llvm_pure_intrin(dtype, f"llvm.amdgcn.mfma.{name}", left, right, sums, none, none, none)
+
+    return emit
+
+
+def _mfma_halves(left: Any, right: Any, sums: Any) -> Any:
+    """Products of bytes on units that take four of a row at once: two words each."""
+    import tvm
+
+    emit = _mfma("i32.16x16x16i8", "int32x4")
+    for word in range(2):
+        sums = emit(tvm.tirx.Shuffle([left], [word]), tvm.tirx.Shuffle([right], [word]), sums)
+    return sums
+
+
+def _wmma(kind: str) -> Callable[[Any, Any, Any], Any]:
+    def emit(left: Any, right: Any, sums: Any) -> Any:
+        import tvm
+
+        return tvm.tirx.op.call_llvm_pure_intrin("float32x8", f"llvm.amdgcn.wmma.f32.16x16x16.{kind}", left, right, sums)
+
+    return emit
+
+
+def _wmma_halves(left: Any, right: Any, sums: Any) -> Any:
+    """Products of bytes, 16 of a row at once: four words each, both signed."""
+    import tvm
+
+    yes, no = tvm.tirx.const(1, "bool"), tvm.tirx.const(0, "bool")
+    for half in range(2):
+        a, b = (tvm.tirx.Shuffle([operand], [half * 4 + n for n in range(4)]) for operand in (left, right))
+        name = "llvm.amdgcn.wmma.i32.16x16x16.iu8"
+        sums = tvm.tirx.op.call_llvm_pure_intrin("int32x8", name, yes, a, yes, b, sums, no)
+    return sums
 
 
 #: C functions by name, as expressions.
-_FUNCTIONS: dict[str, Callable[[Any], Any]] = {"tvm_gdn_aligned": _aligned, "tvm_gdn_bits": _bits, "tvm_gdn_mfma": _mfma}
+_FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    "tvm_gdn_aligned": _aligned,
+    "tvm_gdn_bits": _bits,
+    "tvm_gdn_next": _next,
+    # Pairs of bf16 in a word each, which the intrinsics take for 16-bit integers.
+    "tvm_gdn_mfma": _product(2, "int16x4", _mfma("f32.16x16x16bf16.1k")),
+    "tvm_gdn_mfma_half": _product(2, "float16x4", _mfma("f32.16x16x16f16")),
+    "tvm_gdn_mfma_bytes": _product(2, "int64", _mfma("i32.16x16x32.i8", "int32x4")),
+    "tvm_gdn_mfma_bytes_short": _product(2, "int32x2", _mfma_halves),
+    "tvm_gdn_wmma": _product(8, "int16x16", _wmma("bf16")),
+    "tvm_gdn_wmma_half": _product(8, "float16x16", _wmma("f16")),
+    "tvm_gdn_wmma_bytes": _product(8, "int32x8", _wmma_halves),
+}

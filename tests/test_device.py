@@ -115,20 +115,24 @@ def test_emulated_device_code_meets_the_reference(emulated, op, case):
 
 @needs_cxx
 @pytest.mark.parametrize(
-    ("op", "case"),
+    ("target", "op", "case"),
     [
-        ("chunk_gated_delta_rule", {"B": 1, "T": 37, "H": 1, "HV": 2, "K": 32, "V": 16, "dtype": "bfloat16"}),
-        ("chunk_kda", {"lengths": (21, 0, 1), "H": 1, "HV": 1, "K": 16, "V": 32, "S": 3, "dtype": "float16"}),
+        ("rocm-gfx942", CHUNK, {"B": 1, "T": 37, "H": 1, "HV": 2, "K": 32, "V": 16, "dtype": "bfloat16"}),
+        ("rocm-gfx942", "chunk_kda", {"lengths": (21, 0, 1), "H": 1, "HV": 1, "K": 16, "V": 32, "S": 3, "dtype": "float16"}),
+        ("rocm-gfx1100", CHUNK, {"B": 1, "T": 37, "H": 1, "HV": 2, "K": 32, "V": 16, "dtype": "bfloat16"}),
+        ("rocm-gfx1100", "chunk_kda", {"lengths": (21, 0, 1), "H": 1, "HV": 1, "K": 16, "V": 32, "S": 3, "dtype": "float16"}),
+        # What 64 KiB hold of a gate per channel in fp32: chunks of one block.
+        ("musa-mp31", "chunk_kda", {"B": 1, "T": 37, "H": 1, "HV": 1, "K": 64, "V": 32, "dtype": "float32"}),
     ],
 )
-def test_emulated_matrix_units_of_wide_waves_meet_the_reference(monkeypatch, op, case):
-    monkeypatch.setenv("TVM_GDN_TARGET", f"{PREFIX}rocm-gfx942")
+def test_emulated_chunks_on_other_devices_meet_the_reference(monkeypatch, target, op, case):
+    monkeypatch.setenv("TVM_GDN_TARGET", f"{PREFIX}{target}")
     dispatch.reset()
     try:
         extra = ("initial_state", "cu_seqlens") if "lengths" in case else ()
         result = parity.check_case(OPS[op], {**case, "output_final_state": True, "with": extra})
         assert result.passed, result
-        assert "emulated:rocm-gfx942" in result.served
+        assert f"emulated:{target}" in result.served
     finally:
         monkeypatch.undo()
         dispatch.reset()

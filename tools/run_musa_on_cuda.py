@@ -15,8 +15,9 @@ import argparse
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ from tvm_gdn.commands.parity import without_schedule
 from tvm_gdn.commands.text import as_json
 from tvm_gdn.errors import BuildError
 from tvm_gdn.ops import OPS
-from tvm_gdn.pack import BuiltKernel
 from tvm_gdn.target import TargetSpec, named
 
 _FLAGS = ("-x", "cu", "-w", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
+#: Beginnings of the operators whose sources are longest.
+_LONG = ("chunk", "fused_experts")
 
 
 def compile_with_nvcc(source: Path, arch: str) -> Path:
@@ -62,22 +64,28 @@ def chosen_cases(ops: list[str], selection: str, target: TargetSpec) -> list[tup
     return [(op, case) for op, found in chosen.items() for case in found]
 
 
-def build_all(requests: list[build.Request], target: TargetSpec, folder: Path, jobs: int) -> list[BuiltKernel | BuildError]:
-    """Generate the sources in several processes; each request's outcome in its place."""
-    # Neighbours take alike long: each process gets some of every kind.
-    shares = [requests[first::jobs] for first in range(min(jobs, len(requests)))]
-    with ThreadPoolExecutor(max(1, len(shares))) as pool:
-        parts = list(pool.map(lambda share: build.run_builder(share, target, folder, timeout=60.0 * len(share) + 600), shares))
-    return [parts[n % len(parts)][n // len(parts)] for n in range(len(requests))]
+def build_one(request: build.Request, target: TargetSpec, folder: Path, arch: str) -> tuple[Path, str]:
+    """Generate and compile a kernel's source: its library and the name of its function.
+
+    Raises
+    ------
+    BuildError
+        Either fails.
+    """
+    folder.mkdir()
+    (kernel,) = build.run_builder([request], target, folder)
+    if isinstance(kernel, BuildError):
+        raise kernel
+    return compile_with_nvcc(folder / f"{kernel.symbol}.mu", arch), kernel.symbol
 
 
-def check(op: str, case: Mapping[str, Any], kernel: Any) -> dict[str, Any]:
+def check(
+    op: str, case: Mapping[str, Any], arguments: Mapping[str, Any], want: Mapping[str, torch.Tensor], kernel: Any
+) -> dict[str, Any]:
     """Run one case on the device and compare: a row of a parity report."""
-    spec, arguments = OPS[op], cases.draw(OPS[op], case)
-    geometry = geometry_of_case(spec, case)
+    spec, geometry = OPS[op], geometry_of_case(OPS[op], case)
     present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
     function = torch_ops.call_function(spec, present, geometry.axis, kernel)
-    want = parity.expected(spec, arguments)
     there = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
     errors, limits = parity.compare(spec, parity.run(spec, there, function), want)
     passed = all(errors[name] <= limit for name, limit in limits.items())
@@ -105,40 +113,48 @@ def main() -> int:
         return 2
     target, arch = named(args.target), args.arch or (present or "8.0").replace(".", "")
     wanted = chosen_cases(args.op or list(OPS), args.cases, target)
-    rows, failed = [], 0
+    geometries = [(op, geometry_of_case(OPS[op], case)) for op, case in wanted]
+    # What takes longest to compile begins first; a case runs as soon as its kernel is there.
+    unique = sorted(dict.fromkeys(geometries), key=lambda pair: not pair[0].startswith(_LONG))
+    rows: dict[int, dict[str, Any]] = {}
+    failed, start = 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        requests = [build.Request(OPS[op], geometry_of_case(OPS[op], case)) for op, case in wanted]
-        built = build_all(requests, target, Path(folder), args.jobs)
-        sources = [None if isinstance(kernel, BuildError) else kernel.image.with_suffix(".mu") for kernel in built]
-        unique = sorted({path for path in sources if path})
-        libraries = dict(zip(unique, (pool.submit(compile_with_nvcc, path, arch) for path in unique), strict=True))
-        for (op, case), kernel, source in zip(wanted, built, sources, strict=True):
-            name = f"{op} [{cases.label(case)}]"
+        built = {
+            pool.submit(build_one, build.Request(OPS[pair[0]], pair[1]), target, Path(folder) / str(number), arch): pair
+            for number, pair in enumerate(unique)
+        }
+        torch.set_num_threads(1)  # the other cores compile
+        drawn = [] if args.compile_only else [cases.draw(OPS[op], case) for op, case in wanted]
+        expected = [parity.expected(OPS[op], arguments) for (op, _), arguments in zip(wanted, drawn, strict=False)]
+        ready = ((done, n) for done in as_completed(built) for n, pair in enumerate(geometries) if pair == built[done])
+        for done, number in ready:
+            op, case = wanted[number]
             try:
-                if isinstance(kernel, BuildError):
-                    raise kernel
-                function = tvm_ffi.load_module(str(libraries[source].result()))[kernel.symbol]
-                row = None if args.compile_only else check(op, case, function)
+                library, symbol = done.result()
+                function = tvm_ffi.load_module(str(library))[symbol]
+                row = None if args.compile_only else check(op, case, drawn[number], expected[number], function)
             except (BuildError, RuntimeError) as error:
                 row = {
                     "op": op, "case": cases.label(case), "passed": False, "served_by": "none", "errors": {}, "limits": {},
                     "failure": str(error),
                 }  # fmt: skip
             failed += row is not None and not row["passed"]
-            rows += [row] if row else []
-            print(f"{name}: {'compiled' if row is None else 'passed' if row['passed'] else row['failure'] or row['errors']}")
+            if row:
+                rows[number] = row
+            outcome = "compiled" if row is None else "passed" if row["passed"] else row["failure"] or row["errors"]
+            print(f"{time.perf_counter() - start:5.0f} s, {op} [{cases.label(case)}]: {outcome}", flush=True)
     if args.json:
         note = f"the .mu source and its launcher, compiled by nvcc through a shim header, on {device.name('cuda')}; not by mcc"
         ops = {
             op: {
-                "kernels": len({source for (name, _), source in zip(wanted, sources, strict=True) if name == op}),
+                "kernels": sum(name == op for name, _ in unique),
                 "ran": "built" if args.compile_only else "emulated",
                 "image": {"format": "mu", "built": True, "text": note},
             }
             for op in dict.fromkeys(op for op, _ in wanted)
         }
         report = {"format": 1, **machine.stamp(), "target": target.name, "compile_only": args.compile_only, "ops": ops}
-        args.json.write_text(as_json({**report, "cases": rows}) + "\n", encoding="utf-8")
+        args.json.write_text(as_json({**report, "cases": [rows[number] for number in sorted(rows)]}) + "\n", encoding="utf-8")
     print(f"{len(wanted) - failed} of {len(wanted)} cases {'compiled' if args.compile_only else 'passed'}")
     return int(failed > 0)
 

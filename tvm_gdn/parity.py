@@ -116,8 +116,14 @@ def check_case(spec: OpSpec, case: Mapping[str, Any], seed: int = 0, device: str
     Result
     """
     arguments = cases.draw(spec, case, seed)
+    return check_arguments(spec, case, arguments, expected(spec, arguments), device)
+
+
+def check_arguments(
+    spec: OpSpec, case: Mapping[str, Any], arguments: Mapping[str, Any], want: Mapping[str, torch.Tensor], device: str = "cpu"
+) -> Result:
+    """Run one case whose arguments are drawn, and compare with what `expected` made of them."""
     geometry = geometry_of(spec, arguments)
-    want = expected(spec, arguments)
     got = run(spec, {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()})
     served = dispatch.served_by(spec.name, geometry, device)
     errors, limits = compare(spec, got, want)

@@ -522,6 +522,22 @@ class _Chunks:
         tiles, exp, zero = self.tiles, self.tiles.exp, T.float32(0)
         G, K, C, n, r, beta = self.G, self.K, self.C, self.k_factor, self.q_factor, self.beta
         last = tiles.block(G, C - 1, 0, 1, K)
+        if C > BLOCK:
+            self._channel_products_below(m)
+        tiles.pair_sum((self.kk, self.qk), lambda a, y, b: y * exp(a - b), (self.k, self.q), (G,), (self.k, G), m)
+        tiles.map(self.k_end, lambda _i, _j, f: f, n)
+        tiles.map(self.end, lambda _i, _j, e: exp(e), last)
+        tiles.sync()
+        tiles.map(self.P, lambda i, j, x, f, h: T.Select(j <= i, x * f * h, zero), self.qk, r, tiles.turn(n), rows=m, lower=True)
+        tiles.map(
+            self.A, lambda i, j, x, f, h, b: T.Select(j < i, x * f * h * b, zero), self.kk, n, tiles.turn(n), beta,
+            rows=m, lower=True,
+        )  # fmt: skip
+        tiles.sync()
+
+    def _channel_products_below(self, m: Expr) -> None:
+        """Of K K^T and Q K^T what stands left of the diagonal blocks; one block has nothing there, and needs no memory for it."""
+        tiles, exp, G, K, C = self.tiles, self.tiles.exp, self.G, self.K, self.C
         with T.serial((m + BLOCK - 1) // BLOCK) as b:
             row = b * BLOCK
             reference = tiles.block(G, row, 0, 1, K)
@@ -537,16 +553,6 @@ class _Chunks:
                 tiles.pack(self.near_left)
                 tiles.sync()
                 tiles.mma(tiles.block(product, row, 0, BLOCK, C), self.near_left, self.far_right, cols=row)
-        tiles.pair_sum((self.kk, self.qk), lambda a, y, b: y * exp(a - b), (self.k, self.q), (G,), (self.k, G), m)
-        tiles.map(self.k_end, lambda _i, _j, f: f, n)
-        tiles.map(self.end, lambda _i, _j, e: exp(e), last)
-        tiles.sync()
-        tiles.map(self.P, lambda i, j, x, f, h: T.Select(j <= i, x * f * h, zero), self.qk, r, tiles.turn(n), rows=m, lower=True)
-        tiles.map(
-            self.A, lambda i, j, x, f, h, b: T.Select(j < i, x * f * h * b, zero), self.kk, n, tiles.turn(n), beta,
-            rows=m, lower=True,
-        )  # fmt: skip
-        tiles.sync()
 
     def _channel_state(self, m: Expr, S_right: Operand, output: Tile) -> None:
         """K S and Q S."""

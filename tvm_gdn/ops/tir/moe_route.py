@@ -43,8 +43,8 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
     tiles : object
         The target's loops: `workers` over blocks of `rows_per_worker` rows; `across` over the `vector` lanes of a worker, which
         are elements of a vector or threads; `every` over elements and `each` over pieces of work that lanes share out. `fold`
-        and `best` of what lanes have; `sync` before one lane reads what another wrote; `mine`, whether a lane writes choice j
-        of a row. Scratch: `spread` of all lanes, `scalars` and `integers` of one.
+        and `best` of what lanes have; `strike`, an element that its own lane writes; `sync` before one lane reads what another
+        wrote; `mine`, whether a lane writes choice j of a row. Scratch: `spread` of all lanes, `scalars` and `integers` of one.
 
     Returns
     -------
@@ -162,8 +162,7 @@ def moe_route(geometry: Geometry, tiles: Any) -> Any:
             if tiles.mine(j):
                 ids[t, j] = winner[0]
                 weights[t, j] = score[winner[0]]
-            # Lanes compare their own elements again next time: all write this one.
-            key[winner[0]] = OUT
+            tiles.strike(key, winner, OUT)
 
         for w in tiles.workers((tokens + rows - 1) // rows):
             score, choice, part = tiles.spread(EP), tiles.spread(EP), tiles.spread(lanes)
