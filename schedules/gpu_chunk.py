@@ -101,13 +101,8 @@ class ChunkHopper(ChunkGpu):
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
-        """Every warp on its own: groups are faster, but have not run on a device in their present form (docs/gpu.md)."""
-        return {**super().default(geometry), "groups": 0, "cluster": 1}
-
-    @classmethod
-    def most_groups(cls, geometry: Geometry) -> dict[str, Any]:
-        """The knobs with as many groups as there may be."""
-        knobs = cls.default(geometry)
+        """With as many groups as there may be; where there is none, every warp on its own."""
+        knobs = {**super().default(geometry), "groups": 0, "cluster": 1}
         for groups in cls.knobs(geometry)["groups"]:
             together = {**knobs, **cls.grouped, "groups": groups, "warps": 4 * groups}
             if groups and arena_bytes(geometry, **together) <= cls.shared:

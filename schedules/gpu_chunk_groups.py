@@ -103,7 +103,7 @@ class GroupChunkTiles(GpuChunkTiles):
         if team and len(self.teams) > 1:
             T.evaluate(T.call_extern("int32", "tvm_gdn_team_sync", self.own))
         else:
-            T.evaluate(T.call_extern("int32", "tvm_gdn_block_sync"))
+            T.evaluate(T.call_extern("int32", "tvm_gdn_block_sync", self.warps * WARP))
 
     def _grid(self, rows: int, cols: int) -> tuple[int, int, int, int]:
         """The rows of one product are a group's; the halves of a state are shared out."""

@@ -80,7 +80,7 @@ def test_operands_lie_either_way_round(tmp_path, monkeypatch, turned):
     ],
 )  # fmt: skip
 def test_where_warps_multiply_together(change, groups):
-    assert ChunkHopper.most_groups(geometry_of_case(OPS[OP], {**CASE, **change}))["groups"] == groups
+    assert ChunkHopper.default(geometry_of_case(OPS[OP], {**CASE, **change}))["groups"] == groups
 
 
 @needs_cxx
@@ -92,7 +92,7 @@ def test_groups_meet_the_reference(tmp_path, change, cluster):
     case = {**CASE, **change}
     arguments = cases.draw(OPS[OP], case)
     want = parity.expected(OPS[OP], arguments)
-    knobs = {**ChunkHopper.most_groups(geometry_of_case(OPS[OP], case)), "cluster": cluster}
+    knobs = {**ChunkHopper.default(geometry_of_case(OPS[OP], case)), "cluster": cluster}
     function = with_knobs(resolve(f"{EMULATED}cuda-sm90"), tmp_path, OP, arguments, **knobs)
     for odd in (False, True):
         for name in ("k", "v") if odd else ():

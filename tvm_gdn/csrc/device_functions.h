@@ -43,10 +43,10 @@ static __device__ __forceinline__ int tvm_gdn_move_4(void* to, const void* from)
   return 0;
 }
 
-// All threads of a block, whose warps may come from different places in the code.
-static __device__ __forceinline__ int tvm_gdn_block_sync() {
+// All `threads` of a block, whose warps may come from different places in the code: that wants a barrier with a count of its own.
+static __device__ __forceinline__ int tvm_gdn_block_sync(int threads) {
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
-  asm volatile("bar.sync 0;" : : : "memory");
+  asm volatile("bar.sync 1, %0;" : : "r"(threads) : "memory");
 #else
   __syncthreads();
 #endif
@@ -59,7 +59,7 @@ static __device__ __forceinline__ int tvm_gdn_block_sync() {
 #endif
 static __device__ __forceinline__ int tvm_gdn_team_sync(int number) {
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
-  asm volatile("bar.sync %0, 128;" : : "r"(number + 1) : "memory");
+  asm volatile("bar.sync %0, 128;" : : "r"(number + 2) : "memory");
 #else
   TVM_GDN_TEAM_SYNC();
 #endif
