@@ -52,7 +52,7 @@ class GroupChunkTiles(GpuChunkTiles):
     What is computed ahead of the states is the common form's.
     """
 
-    deferred = True
+    deferred = whole = True
 
     def __init__(self, K: int, V: int, *, cluster: int = 1, **options: Any) -> None:
         super().__init__(K, V, **options)

@@ -151,6 +151,9 @@ class FragmentTiles(WarpTiles):
     #: Groups of threads that may do different things at the same time.
     teams: tuple[int, ...] = (0,)
 
+    #: Whether products read nothing but what was written for them.
+    whole = False
+
     #: Blocks side by side that bring keys and queries for one another.
     cluster = 1
 
@@ -186,6 +189,8 @@ class FragmentTiles(WarpTiles):
             # Loads and products write all that is read.
             return
         self._state = self.tile(self.K, self.v_tile, "register")
+        if self.whole:
+            return
         # What products round up to is multiplied by zeros; what an earlier block left there may be no number.
         with T.serial(ceil_div(size // 16, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + lane))
