@@ -154,6 +154,12 @@ class FragmentTiles(WarpTiles):
     #: Groups of threads that may do different things at the same time.
     teams: tuple[int, ...] = (0,)
 
+    #: Whether products read nothing but what was written for them.
+    whole = False
+
+    #: Blocks side by side that bring keys and queries for one another.
+    cluster = 1
+
     def __init__(
         self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0, together: int = 1
     ) -> None:
@@ -186,6 +192,8 @@ class FragmentTiles(WarpTiles):
             # Loads and products write all that is read.
             return
         self._state = self.tile(self.K, self.v_tile, "register")
+        if self.whole:
+            return
         # What products round up to is multiplied by zeros; what an earlier block left there may be no number.
         with T.serial(ceil_div(size // 16, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + lane))
@@ -223,8 +231,12 @@ class FragmentTiles(WarpTiles):
         """The same, written."""
         T.buffer_store(self.views[dtype], value if dtype == "float32" else T.Cast(dtype, value), [place])
 
-    def sync(self, *, loads: bool = True, warp: bool = False) -> None:
-        """A barrier of the block, after this thread's copies have arrived; `warp`: of the warp, for what none copies."""
+    def sync(self, *, loads: bool = True, warp: bool = False, team: bool = False) -> None:
+        """A barrier of the block, after this thread's copies have arrived; `warp`: of the warp, for what none copies.
+
+        `team`: of the threads that do what stands here, where there are several teams.
+        """
+        del team
         if warp:
             T.evaluate(T.call_extern("int32", "tvm_gdn_warp_sync"))
             return
@@ -368,11 +380,16 @@ class FragmentTiles(WarpTiles):
         across = self.warps // along
         return ceil_div(high, along), ceil_div(wide, across), along, across
 
+    def _warp(self, rows: int) -> Expr:
+        """Number of this thread's warp among those that share so many rows."""
+        del rows
+        return T.Cast("int32", self.lane) // WARP
+
     def _fragments(self, rows: int, cols: int, body: Any, limit: Expr | None = None) -> None:
         """Call ``body(a, b, mi, ni)`` for this warp's fragments: number among its own, and place in the tile."""
         high, wide = ceil_div(rows, BLOCK), ceil_div(cols, 8)
         count_a, count_b, along, across = self._grid(rows, cols)
-        warp = T.Bind(T.Cast("int32", self.lane) // WARP)
+        warp = T.Bind(self._warp(rows))
         for a in range(count_a):
             mi = warp % along + a * along
             bound: Any = True if (a + 1) * along <= high else mi < high

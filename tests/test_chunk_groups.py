@@ -80,17 +80,19 @@ def test_operands_lie_either_way_round(tmp_path, monkeypatch, turned):
     ],
 )  # fmt: skip
 def test_where_warps_multiply_together(change, groups):
-    assert ChunkHopper.most_groups(geometry_of_case(OPS[OP], {**CASE, **change}))["groups"] == groups
+    assert ChunkHopper.default(geometry_of_case(OPS[OP], {**CASE, **change}))["groups"] == groups
 
 
 @needs_cxx
-@pytest.mark.parametrize("change", [{}, {"K": 64}])
-def test_groups_meet_the_reference(tmp_path, change):
-    """Two chunks, the second in part; then tensors at odd addresses, whose pieces are no 16 bytes."""
+@pytest.mark.parametrize(
+    ("change", "cluster"), [({}, 1), ({"K": 64}, 1), ({"T": 150, "H": 2, "HV": 4, "V": 64}, 2), ({"K": 192, "V": 64}, 2)]
+)
+def test_groups_meet_the_reference(tmp_path, change, cluster):
+    """Two chunks and more, the last in part; then tensors at odd addresses, whose pieces are no 16 bytes."""
     case = {**CASE, **change}
     arguments = cases.draw(OPS[OP], case)
     want = parity.expected(OPS[OP], arguments)
-    knobs = ChunkHopper.most_groups(geometry_of_case(OPS[OP], case))
+    knobs = {**ChunkHopper.default(geometry_of_case(OPS[OP], case)), "cluster": cluster}
     function = with_knobs(resolve(f"{EMULATED}cuda-sm90"), tmp_path, OP, arguments, **knobs)
     for odd in (False, True):
         for name in ("k", "v") if odd else ():

@@ -33,6 +33,7 @@
 #define __constant__ static
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __restrict__ __restrict
 #define __maxnreg__(...)
 using std::max;
@@ -145,6 +146,8 @@ __asm__(
 
 namespace emulation {
 enum State { RUN, BARRIER, WARP, DONE };
+// Threads of the groups that may have barriers of their own.
+enum { TEAM = 128 };
 
 struct Context {
 #if defined(__x86_64__)
@@ -256,22 +259,28 @@ static inline int arrive_once(void* barrier) {
   if (arrival->opened != OPENED || arrival->arrived) fail("an arrival at a barrier that is not open, or a second one");
   return arrival->arrived = 1, 0;
 }
-static inline int bulk_read(void* to, const void* from, int bytes, void* barrier) {
+// One of several copies that come with an arrival.
+static inline int bulk_bring(void* to, const void* from, int bytes, void* barrier) {
   if (((uintptr_t)to | (uintptr_t)from | (uintptr_t)bytes) & 15) fail("a copy of bytes that are not aligned");
-  block->bulks.push_back({to, from, bytes, (Arrival*)barrier});
-  return arrive_once(barrier);
+  return block->bulks.push_back({to, from, bytes, (Arrival*)barrier}), 0;
+}
+static inline int bulk_read(void* to, const void* from, int bytes, void* barrier) {
+  return bulk_bring(to, from, bytes, barrier), arrive_once(barrier);
 }
 // At once: a fence that is missing in front does not show.
 static inline int bulk_write(void* to, const void* from, int bytes) {
   if (((uintptr_t)to | (uintptr_t)from | (uintptr_t)bytes) & 15) fail("a copy of bytes that are not aligned");
   return memcpy(to, from, (size_t)bytes), 0;
 }
+static inline void team_sync();
 static inline int bulk_wait(void* barrier);
 #define TVM_GDN_OPEN emulation::open_arrival
 #define TVM_GDN_READ emulation::bulk_read
 #define TVM_GDN_SKIP emulation::arrive_once
 #define TVM_GDN_WAIT emulation::bulk_wait
 #define TVM_GDN_WRITE emulation::bulk_write
+#define TVM_GDN_BRING emulation::bulk_bring
+#define TVM_GDN_TEAM_SYNC emulation::team_sync
 static inline void* dynamic_shared() { return block->shared.data(); }
 
 static void entry() {
@@ -288,6 +297,8 @@ static inline void pause(State state, int width = EMULATED_WARP) {
   me.width = width;
   me.context.change(own->main);
 }
+// Threads of a group of four warps, whatever the width of a warp.
+static inline void team_sync() { pause(WARP, TEAM); }
 static inline int bulk_wait(void* barrier) {
   Arrival* arrival = (Arrival*)barrier;
   if (arrival->opened != OPENED) fail("waiting for a barrier that is not open");
@@ -354,7 +365,7 @@ static void run_block(Block& own, int threads, std::mt19937* random) {
       own.main.change(fiber.context);
       alive -= fiber.state == DONE;
     }
-    for (int width = 32; width <= (EMULATED_WARP < 32 ? 32 : EMULATED_WARP); width *= 2)
+    for (int width = 32; width <= TEAM; width *= 2)
       for (int first = 0; first < threads; first += width) {
         int end = std::min(threads, first + width), waiting = 0, left = 0;
         for (int n = first; n < end; ++n)
