@@ -44,6 +44,9 @@ class ConvTiles(ColumnTiles):
         Channels or tokens computed at once.
     """
 
+    #: Inputs are read again for every token that needs them: from the first cache.
+    ahead = 0
+
     def __init__(self, tokens: int, channels: int, vector: int) -> None:
         self.tokens, self.channels, self.vector = tokens, channels, vector
 

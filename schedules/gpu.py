@@ -11,6 +11,7 @@ a misaligned vector would end the process's device context. Everything else of a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -100,7 +101,7 @@ class WarpTiles:
         with (T.vectorized if vector and not self.functions else T.unroll)(count) as lane:
             T.buffer_store(raw, T.Cast(buffer.dtype, get(lane)), list(place(lane)))
         if raw is not buffer:
-            move(T.address_of(buffer[at(0)]), T.address_of(raw[0]), count * itemsize(buffer))
+            put(T.address_of(buffer[at(0)]), T.address_of(raw[0]), count * itemsize(buffer))
 
 
 def itemsize(buffer: Any) -> int:
@@ -120,6 +121,17 @@ def aligned(buffer: Any, *index: Any, elements: int) -> Any:
 MOVES = {4: "tvm_gdn_move_4", 8: "tvm_gdn_move_8", 16: "tvm_gdn_move"}
 
 
+def short_sigmoid(lanes: int) -> Any:
+    """Macro ``(x)``: the logistic function of `lanes` elements in place, for what is rounded to 16 bits."""
+
+    @T.inline
+    def sigmoid(x):
+        for lane in T.unroll(lanes):
+            x[lane] = T.call_extern("float32", "tvm_gdn_sigmoid", x[lane])
+
+    return sigmoid
+
+
 def either(condition: Any, emit: Any) -> None:
     """``emit(condition)``, for both outcomes where it is not known yet."""
     if isinstance(condition, bool):
@@ -135,6 +147,11 @@ def either(condition: Any, emit: Any) -> None:
 def move(to: Any, source: Any, size: int) -> None:
     """Move aligned bytes from one address to another."""
     T.evaluate(T.call_extern("int32", MOVES[size], to, source))
+
+
+def put(to: Any, source: Any, size: int) -> None:
+    """Move aligned bytes of registers to an address in global memory."""
+    T.evaluate(T.call_extern("int32", "tvm_gdn_put" if size == 16 else MOVES[size], to, source))
 
 
 class RecurrentWarpTiles(WarpTiles):
@@ -159,6 +176,8 @@ class RecurrentWarpTiles(WarpTiles):
     direct = False
     #: Whether a one-token step asks for its state before the token's data.
     state_first = False
+    #: Whether what is moved now is known to move as vectors.
+    fits: bool | None = None
 
     def __init__(
         self,
@@ -205,16 +224,59 @@ class RecurrentWarpTiles(WarpTiles):
 
     def read(self, dst: Any, buffer: Any, *index: Any) -> None:
         """This thread's share of K elements of a tensor from `index` on, in vectors where the address allows it."""
-        *outer, first = index
-        width = math.gcd(self.row_group, 16 // itemsize(buffer))
+        self.read_all((dst, buffer, *index))
+
+    def read_all(self, *reads: tuple[Any, ...]) -> None:
+        """Several such shares, behind one test of their addresses: behind a test each, the first would be waited for."""
+        width = math.gcd(self.row_group, 16 // itemsize(reads[0][1]))
+        fits = self._row_fits(*reads[0][1:])
+        for _, *row in reads[1:] if width > 1 else ():
+            fits = T.And(fits, self._row_fits(*row))
 
         def copy(vector: bool) -> None:
-            with T.unroll(self.row_count // width) as i:
-                start, base = first + self.row(i * width), i * width
-                at, put = lambda lane: (*outer, start + lane), lambda lane, x: T.buffer_store(dst, x, [base + lane])
-                self._take(buffer, at, width, vector, put)
+            for dst, buffer, *outer, first in reads:
+                with T.unroll(self.row_count // width) as i:
+                    start, base = first + self.row(i * width), i * width
+                    at = lambda lane, outer=outer, start=start: (*outer, start + lane)
+                    put = lambda lane, x, dst=dst, base=base: T.buffer_store(dst, x, [base + lane])
+                    self._take(buffer, at, width, vector, put)
 
-        either(aligned(buffer, *outer, first + self.row(0), elements=width), copy)
+        either(self.fits if self.fits and width > 1 else fits, copy)
+
+    def settled(self, rows: tuple[Any, ...], view: Any, stride: Any, emit: Callable[[], None]) -> None:
+        """Emit a step for addresses of which all move as vectors, and for any.
+
+        A test at each access splits the step's code, and what was asked for before it would be waited for there.
+
+        Parameters
+        ----------
+        rows : tuple
+            Tensors of which `read` will be asked, with their indices.
+        view : Buffer
+            The first slot's tile of a pool.
+        stride : PrimExpr
+            Elements from slot to slot.
+        emit : callable
+            Emits the step.
+        """
+        tests = [self._fits(view), *(self._row_fits(*row) for row in rows)]
+        if any(test is False for test in tests):
+            emit()
+            return
+
+        def choose(vector: bool) -> None:
+            self.fits = True if vector else None
+            emit()
+            self.fits = None
+
+        condition = T.truncmod(stride, T.int64(self._width(view))) == 0
+        for test in tests:
+            condition = T.And(condition, test)
+        either(condition, choose)
+
+    def _row_fits(self, buffer: Any, *index: Any) -> Any:
+        *outer, first = index
+        return aligned(buffer, *outer, first + self.row(0), elements=math.gcd(self.row_group, 16 // itemsize(buffer)))
 
     def k_vector(self) -> Any:
         """This thread's share of an fp32 vector along K."""
@@ -244,6 +306,21 @@ class RecurrentWarpTiles(WarpTiles):
 
         either(self._fits(view), copy)
 
+    def ask_state(self, view: Any, present: Any) -> None:
+        """Ask for this thread's share of a tile of vectors, or for zeros if it is not `present`."""
+        self.asked = []
+        for place, at, count in self._vectors(view):
+            raw = T.alloc_buffer((count,), view.dtype, scope="local")
+            name = MOVES[count * itemsize(view)] + "_if"
+            T.evaluate(T.call_extern("int32", name, T.address_of(raw[0]), T.address_of(view[at(0)]), present))
+            self.asked.append((raw, place, count))
+
+    def take_state(self, W: Any) -> None:
+        """What was asked for, in fp32: where it is needed, since it is waited for there."""
+        for raw, place, count in self.asked:
+            for lane in range(count):
+                T.buffer_store(W, T.Cast("float32", raw[lane]), list(place(lane)))
+
     def store(self, view: Any, W: Any) -> None:
         """Write this thread's share of a state tile."""
 
@@ -254,7 +331,8 @@ class RecurrentWarpTiles(WarpTiles):
         either(self._fits(view), copy)
 
     def _fits(self, view: Any) -> Any:
-        return aligned(view, self.row(0), self.col(0), elements=self._width(view))
+        """Whether a tile moves as vectors."""
+        return self.fits or aligned(view, self.row(0), self.col(0), elements=self._width(view))
 
     def _vectors(self, view: Any) -> Any:
         """This thread's vectors of a tile: where lane n of one stands in registers and in memory, and its length."""

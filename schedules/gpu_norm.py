@@ -1,17 +1,20 @@
-"""Design space of the gated norm on GPUs: a warp per row, neighbouring threads on neighbouring vectors."""
+"""Design space of the gated norm on GPUs: a warp or a half of one per row, neighbouring threads on neighbouring vectors."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu import WarpTiles, aligned, either
+from tvm_gdn.schedules.gpu import WarpTiles, aligned, either, short_sigmoid
 from tvm_gdn.schedules.gpu_portable import NormThreadTiles
 
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
 WARP = 32
+#: Bytes that move at once at most.
+PIECE = 16
 
 
 def _along(index: tuple[Any, ...]) -> Any:
@@ -26,27 +29,53 @@ class NormWarpTiles(WarpTiles):
     Parameters
     ----------
     rows_per_worker, group : int
-        Rows of a warp, one after the other, and warps of a block.
+        Rows of a team, one after the other, and warps of a block.
     vector : int
         Neighbouring elements of a thread.
+    team : int
+        Threads of a row, a power of two: a warp or a part of one.
+    short : bool
+        Whether outputs have 16 bits.
     """
 
-    def __init__(self, rows_per_worker: int, group: int, vector: int) -> None:
-        super().__init__(WARP)
-        self.rows_per_worker, self.group, self.vector = rows_per_worker, group, vector
+    #: A row's gate is on its way while its squares are summed.
+    gate_early = True
+
+    def __init__(self, rows_per_worker: int, group: int, vector: int, *, team: int = WARP, short: bool = False) -> None:
+        super().__init__(team)
+        self.rows_per_worker, self.group, self.vector = rows_per_worker, group * WARP // team, vector
+        self.sigmoid = short_sigmoid if short else WarpTiles.sigmoid
+        #: Whether what is moved now may move as vectors, where that is settled for all of it.
+        self.fits: bool | None = None
+
+    def enter(self, lane: Any) -> None:
+        """Take the thread index that the following operations belong to."""
+        super().enter(lane)
+        self.thread = lane
 
     @staticmethod
-    def turns(count: int) -> int:
+    def held(number: Any) -> Any:
+        """A number in a register: an expression with a name is computed wherever it is used."""
+        kept = T.alloc_buffer((1,), "int64", scope="local")
+        T.buffer_store(kept, number, [0])
+        return kept[0]
+
+    @staticmethod
+    def lane_loop(count: int) -> Any:
+        """Loop over neighbouring elements, which are registers of one thread."""
+        return T.unroll(count)
+
+    def turns(self, count: int) -> int:
         """Pieces of `count` that a thread has at most."""
-        return (count + WARP - 1) // WARP
+        return (count + self.warp - 1) // self.warp
 
     def piece(self, turn: Any) -> Any:
         """The piece that is this thread's at a turn."""
-        return turn * WARP + T.Cast("int32", self.lane)
+        return turn * self.warp + T.Cast("int32", self.lane)
 
     def has(self, turn: Any, count: int) -> Any:
         """Whether there is such a piece among `count`."""
-        return True if count % WARP == 0 else self.piece(turn) < count
+        return True if count % self.warp == 0 else self.piece(turn) < count
 
     @staticmethod
     def every(count: int) -> Any:
@@ -61,11 +90,42 @@ class NormWarpTiles(WarpTiles):
             total = total + part[lane]
         return total
 
-    @staticmethod
-    def total(acc: Any) -> None:
-        """Sum of acc[0] over the warp."""
-        for bit in (1, 2, 4, 8, 16):
-            T.buffer_store(acc, acc[0] + T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), acc[0], bit, WARP, WARP), [0])
+    def total(self, acc: Any) -> None:
+        """Sum of acc[0] over the row's threads."""
+        mask, bit = T.uint32(0xFFFFFFFF), 1
+        if self.warp < WARP:
+            # The others of the warp may have no row.
+            first = T.Cast("uint32", self.thread % WARP // self.warp * self.warp)
+            mask = T.shift_left(T.uint32((1 << self.warp) - 1), first)
+        while bit < self.warp:
+            T.buffer_store(acc, acc[0] + T.tvm_warp_shuffle_xor(mask, acc[0], bit, self.warp, WARP), [0])
+            bit *= 2
+
+    def settled(self, places: tuple[Any, ...], further: tuple[Any, ...], emit: Callable[[bool], None]) -> None:
+        """Emit code for rows that all move as vectors and meet further conditions, and for any."""
+        rows = [found for buffer, index, stride in places for found in self._regular(buffer, index, stride)]
+        if self.vector == 1 or any(found is False for found in rows):
+            emit(False)
+            return
+
+        def choose(fits: bool) -> None:
+            self.fits = True if fits else None
+            emit(fits)
+            self.fits = None
+
+        condition: Any = True
+        for found in (*rows, *further):
+            condition = found if condition is True else condition if found is True else T.And(condition, found)
+        either(condition, choose)
+
+    def _regular(self, buffer: Any, index: tuple[Any, ...], stride: Any) -> tuple[Any, Any]:
+        """Whether rows that are `stride` elements apart begin at vectors."""
+        apart = stride % self.vector == 0 if isinstance(stride, int) else T.truncmod(stride, T.int64(self.vector)) == 0
+        return apart, aligned(buffer, *index, elements=self.vector)
+
+    def _vectors(self, buffer: Any, index: tuple[Any, ...], count: int) -> Any:
+        """Whether `count` neighbours move as a vector."""
+        return self.fits if self.fits and count > 1 else aligned(buffer, *index, elements=count)
 
     def read(self, dst: Any, to: Any, source: Any, index: tuple[Any, ...], count: int) -> None:
         """Read `count` neighbouring elements in fp32."""
@@ -74,7 +134,7 @@ class NormWarpTiles(WarpTiles):
             T.buffer_store(dst, value, [to + lane])
 
         along = _along(index)
-        either(aligned(source, *index, elements=count), lambda vector: self._take(source, along, count, vector, put))
+        either(self._vectors(source, index, count), lambda vector: self._take(source, along, count, vector, put))
 
     def write(self, dst: Any, index: tuple[Any, ...], source: Any, at: Any, count: int) -> None:
         """Write `count` neighbouring elements, rounded."""
@@ -83,7 +143,12 @@ class NormWarpTiles(WarpTiles):
             return source[at + lane]
 
         along = _along(index)
-        either(aligned(dst, *index, elements=count), lambda vector: self._give(dst, along, count, vector, get))
+        either(self._vectors(dst, index, count), lambda vector: self._give(dst, along, count, vector, get))
+
+
+def _power(count: int) -> int:
+    """The smallest power of two that is no less."""
+    return 1 << (count - 1).bit_length()
 
 
 @schedule("norm", "cuda")
@@ -93,19 +158,25 @@ class NormGpu:
 
     @staticmethod
     def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Rows per warp, warps per block, and elements of a thread that lie side by side."""
-        del geometry
-        return {"rows_per_worker": (1, 2, 4, 8), "group": (1, 2, 4, 8), "vector": (1, 2, 4)}
+        """Rows per team of threads, warps per block, and elements of a thread that lie side by side."""
+        longest = NormGpu._longest(geometry)
+        return {"rows_per_worker": (1, 2, 4, 8), "group": (1, 2, 4, 8), "vector": tuple(n for n in (1, 2, 4, 8) if n <= longest)}
+
+    @staticmethod
+    def _longest(geometry: Geometry) -> int:
+        """Elements of the widest dtype that move at once, and that a row has."""
+        names = {geometry.dtype[name] for name in ("x", "z", "weight") if name in geometry.dtype}
+        return min(PIECE // (4 if "float32" in names else 2), 1 << (geometry.axis["D"].bit_length() - 1))
 
     @staticmethod
     def default(geometry: Geometry) -> dict[str, Any]:
-        """As long vectors as keep all threads of a warp busy, and enough warps for every multiprocessor at a thousand rows."""
-        return {"rows_per_worker": 1, "group": 4, "vector": max(n for n in (1, 2, 4) if n == 1 or geometry.axis["D"] >= n * WARP)}
+        """Vectors of 16 bytes, and enough warps for every multiprocessor at a thousand rows."""
+        return {"rows_per_worker": 1, "group": 4, "vector": NormGpu._longest(geometry)}
 
     @staticmethod
     def tiles(geometry: Geometry, *, rows_per_worker: int = 1, group: int = 1, vector: int = 1, alone: bool = False) -> WarpTiles:
         """Threads along rows; `alone`, no knob, gives each thread a row: other languages than CUDA C have no shuffles."""
         if alone:
             return NormThreadTiles()
-        # A row shorter than a vector is all there is.
-        return NormWarpTiles(rows_per_worker, group, min(vector, 1 << (geometry.axis["D"].bit_length() - 1)))
+        team = min(WARP, _power(max(1, geometry.axis["D"] // vector)))
+        return NormWarpTiles(rows_per_worker, group, vector, team=team, short=geometry.dtype["x"] != "float32")

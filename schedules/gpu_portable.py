@@ -64,6 +64,8 @@ class LoopTiles(ThreadTiles):
     rows_per_worker = 1
     #: Tokens and channels of a thread in the convolution.
     tokens, channels = 32, 1
+    #: Its inputs are read again for every token that needs them.
+    ahead = 0
 
     def __init__(self, threads: int = 128) -> None:
         super().__init__()

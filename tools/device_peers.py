@@ -1,6 +1,6 @@
 """Times this package next to kernels of others on a CUDA device: SGLang's packed decode, flash-linear-attention, torch.
 
-    python tools/device_peers.py OUT.json [decode] [update] [prefill] [conv] [norm]
+    python tools/device_peers.py OUT.json [decode] [update] [fused] [prefill] [conv] [norm]
 
 Captured graphs and eager calls, in interleaved rounds of one process, each contender's error to the float64 reference beside its
 time. Peers that are not installed, or that fail, are named with the reason. Qwen3-Next's heads: H 16, HV 32, K = V = 128.
@@ -10,21 +10,30 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tvm_gdn import cases, dispatch, parity
+import tvm_gdn
+from tvm_gdn import cases, dispatch, kernel_cache, parity
 from tvm_gdn.bench import contenders, machine
 from tvm_gdn.bench import device as bench_device
 from tvm_gdn.bench.timing import ratio
 from tvm_gdn.check import geometry_of
+from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.ops import OPS
+from tvm_gdn.target import resolve
 
 SECONDS = 0.3
+#: Seconds of a first call, mostly a peer's autotuning, from which on it is told.
+LONG = 2.0
 HEADS = {"H": 16, "HV": 32, "K": 128, "V": 128, "dtype": "bfloat16"}
 POOL = ("initial_state_source", "initial_state_indices")
+Peer = Callable[[Mapping[str, Any]], Callable[[], Any]]
 
 
 def sglang_packed(arguments: Mapping[str, Any]) -> Callable[[], Any]:
@@ -90,6 +99,43 @@ def fla_conv_update(arguments: Mapping[str, Any]) -> Callable[[], Any]:
     return lambda: call(x, cache, weight=a["weight"], activation=a["activation"])[0].unsqueeze(2)
 
 
+def sglang_conv(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """SGLang's convolution of packed sequences on a pool of states; lengths are known to the host."""
+    from sglang.kernels.ops.mamba.causal_conv1d_triton import causal_conv1d_fn as function
+
+    a = arguments
+    bounds, slots = (a[name].int() for name in ("query_start_loc", "cache_indices"))
+    lengths = bounds.diff().tolist()
+    return lambda: function(
+        a["x"], a["weight"], None, a["conv_states"], bounds, lengths, slots, a["has_initial_state"], a["activation"]
+    )
+
+
+def sglang_conv_update(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """SGLang's convolution of one token on a pool of states."""
+    from sglang.kernels.ops.mamba.causal_conv1d_triton import causal_conv1d_update as function
+
+    a = arguments
+    slots = a["conv_state_indices"].int()
+    return lambda: function(a["x"], a["conv_state"], a["weight"], None, a["activation"], conv_state_indices=slots)
+
+
+def separate_steps(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """The two operators that the fused step is made of."""
+    a = arguments
+
+    def call() -> torch.Tensor:
+        row = tvm_gdn.causal_conv1d_update(
+            a["mixed_qkv"], a["conv_state"], a["conv_weight"], None, a["activation"], a["conv_state_indices"]
+        )
+        return tvm_gdn.packed_decode_gated_delta_rule(
+            row, *(a[name] for name in ("a", "b", "A_log", "dt_bias", *POOL)),
+            use_qk_l2norm_in_kernel=a["use_qk_l2norm_in_kernel"],
+        )  # fmt: skip
+
+    return call
+
+
 def torch_conv(arguments: Mapping[str, Any]) -> Callable[[], Any]:
     """Torch's own: a grouped convolution and SiLU."""
     x, weight = arguments["x"], arguments["weight"]
@@ -119,8 +165,11 @@ def compare(
     errors = {}
     for name, make in peers.items():
         try:
+            begun = time.perf_counter()
             got = make(cases.clone(on_device))()
             errors[name] = parity.rms_ratio(got[0] if isinstance(got, tuple) else got, want)
+            if time.perf_counter() - begun > LONG:
+                notes[name] = f"the first call took {time.perf_counter() - begun:.0f} s"
         except Exception as error:
             notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
     result = parity.run(spec, cases.clone(on_device))
@@ -148,49 +197,57 @@ def compare(
     return row
 
 
-def main() -> None:
-    """Run what the arguments name and write everything as JSON."""
-    wanted = sys.argv[2:] or ["decode", "prefill"]
-    rows = []
-    if "decode" in wanted:
-        for state in ("float32", "bfloat16"):
-            for batch in (1, 8, 32, 128, 256):
-                case = {"B": batch, "S": batch, **HEADS, "state_dtype": state, "with": POOL, "use_qk_l2norm_in_kernel": True}
-                check = {**case, "B": min(batch, 8), "S": min(batch, 8)}
-                rows.append(compare("packed_decode_gated_delta_rule", case, {"sglang": sglang_packed}, check))
-    if "update" in wanted:
-        for state in ("float32", "bfloat16"):
-            for batch in (1, 32, 256):
-                case = {"B": batch, "T": 1, "S": batch, **HEADS, "state_dtype": state, "with": POOL}
-                case |= {"use_qk_l2norm_in_kernel": True}
-                check = {**case, "B": min(batch, 8), "S": min(batch, 8)}
-                rows.append(compare("fused_recurrent_gated_delta_rule_update", case, {"sglang": sglang_update}, check))
-    if "prefill" in wanted:
+def wanted_rows(modes: Collection[str]) -> Iterator[tuple[str, dict[str, Any], dict[str, Peer], dict[str, Any] | None]]:
+    """Operator, shape, peers and shape for the errors of every row."""
+    few = lambda case: {**case, "B": min(case["B"], 8), "S": min(case["S"], 8)}  # noqa: E731
+    states = ("float32", "bfloat16")
+    step = {**HEADS, "use_qk_l2norm_in_kernel": True}
+    if "decode" in modes:
+        for state, batch in product(states, (1, 8, 32, 128, 256)):
+            case = {**step, "B": batch, "S": batch, "state_dtype": state, "with": POOL}
+            yield "packed_decode_gated_delta_rule", case, {"sglang": sglang_packed}, few(case)
+    if "update" in modes:
+        for state, batch in product(states, (1, 32, 256)):
+            case = {**step, "B": batch, "T": 1, "S": batch, "state_dtype": state, "with": POOL}
+            yield "fused_recurrent_gated_delta_rule_update", case, {"sglang": sglang_update}, few(case)
+    if "fused" in modes:
+        for state, batch in product(states, (1, 8, 32, 256)):
+            case = {**step, "W": 4, "B": batch, "S": batch, "SC": batch, "state_dtype": state, "conv_state_dtype": "bfloat16"}
+            case["with"] = ("conv_state_indices", "initial_state_indices")
+            yield "fused_conv_gated_delta_rule_update", case, {"separate": separate_steps}, {**few(case), "SC": min(batch, 8)}
+    if "prefill" in modes:
         for tokens in (1024, 8192, 32768):
-            case = {
-                "B": 1,
-                "T": tokens,
-                **HEADS,
-                "state_dtype": "float32",
-                "with": ("initial_state",),
-                "output_final_state": True,
-            }
-            case |= {"use_qk_l2norm_in_kernel": True}
-            rows.append(compare("chunk_gated_delta_rule", case, {"fla": fla_chunk}, {**case, "T": 1000}))
-    if "conv" in wanted:
+            case = {**step, "B": 1, "T": tokens, "state_dtype": "float32", "with": ("initial_state",), "output_final_state": True}
+            yield "chunk_gated_delta_rule", case, {"fla": fla_chunk}, {**case, "T": 1000}
+    if "conv" in modes:
         conv = {"D": 8192, "W": 4, "dtype": "bfloat16", "state_dtype": "bfloat16", "activation": "silu"}
-        for batch in (1, 32, 256):
+        for batch in (1, 8, 32, 128, 256):
             case = {**conv, "B": batch, "T": 1, "S": batch, "with": ("conv_state_indices",)}
-            rows.append(compare("causal_conv1d_update", case, {"fla": fla_conv_update}))
+            yield "causal_conv1d_update", case, {"fla": fla_conv_update, "sglang": sglang_conv_update}, few(case)
         for tokens in (1024, 8192):
             case = {**conv, "B": 1, "T": tokens, "with": ()}
-            rows.append(compare("causal_conv1d_fn", case, {"fla": fla_conv, "torch": torch_conv}, {**case, "T": 100}))
-    if "norm" in wanted:
+            yield "causal_conv1d_fn", case, {"fla": fla_conv, "torch": torch_conv}, {**case, "T": 100}
+        packed = {**conv, "with": ("conv_states", "query_start_loc", "cache_indices", "has_initial_state")}
+        case = {**packed, "lengths": (4000, 1, 2500, 1200, 491)}
+        yield "causal_conv1d_fn", case, {"sglang": sglang_conv}, {**packed, "lengths": (40, 1, 30)}
+    if "norm" in modes:
         for tokens in (1, 32, 256, 1024, 8192):
             case = {"M": tokens, "G": HEADS["HV"], "D": 128, "with": ("z",), "dtype": "bfloat16"}
-            rows.append(compare("rms_norm_gated", case, {"fla": fla_norm}, {**case, "M": min(tokens, 64)}))
-    with open(sys.argv[1], "w", encoding="utf-8") as file:  # noqa: PTH123
-        json.dump({**machine.stamp(), "device": torch.cuda.get_device_name(), "rows": rows}, file, indent=1)
+            yield "rms_norm_gated", case, {"fla": fla_norm}, {**case, "M": min(tokens, 64)}
+
+
+def main() -> None:
+    """Run what the arguments name and write everything as JSON."""
+    rows = list(wanted_rows(sys.argv[2:] or ["decode", "prefill"]))
+    wanted = [(OPS[op], geometry_of_case(OPS[op], case)) for op, case, _, _ in rows]
+    missing = kernel_cache.prebuild(wanted, resolve("cuda"))
+    print("\n".join(missing) or "kernels are compiled", flush=True)
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        found.append(compare(*row))
+        # What is there when time runs out is kept.
+        text = json.dumps({**machine.stamp(), "device": torch.cuda.get_device_name(), "rows": found}, indent=1)
+        Path(sys.argv[1]).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

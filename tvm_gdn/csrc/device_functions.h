@@ -33,6 +33,17 @@ static __device__ __forceinline__ int tvm_gdn_move(void* to, const void* from) {
   return 0;
 }
 
+// The same from registers to global memory; nvcc makes four stores of such a move where the registers hold 16-bit numbers.
+static __device__ __forceinline__ int tvm_gdn_put(void* to, const void* from) {
+  uint4 x = *(const uint4*)from;
+#if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" : : "l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+#else
+  *(uint4*)to = x;
+#endif
+  return 0;
+}
+
 // The same of 8 and of 4.
 static __device__ __forceinline__ int tvm_gdn_move_8(void* to, const void* from) {
   *(uint2*)to = *(const uint2*)from;
@@ -40,6 +51,37 @@ static __device__ __forceinline__ int tvm_gdn_move_8(void* to, const void* from)
 }
 static __device__ __forceinline__ int tvm_gdn_move_4(void* to, const void* from) {
   *(unsigned*)to = *(const unsigned*)from;
+  return 0;
+}
+
+// 1 / (1 + exp(-x)) with errors of some 1e-7 times |x|, for what is rounded to 16 bits: a full division and exponential cost more
+// than the rest of such an element.
+static __device__ __forceinline__ float tvm_gdn_sigmoid(float x) {
+#if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
+  float e, y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1 + e));
+  return y;
+#else
+  return 1 / (1 + expf(-x));
+#endif
+}
+
+// The same if a condition holds, else zeros, without a branch.
+static __device__ __forceinline__ int tvm_gdn_move_if(void* to, const void* from, bool condition) {
+  uint4 x = make_uint4(0, 0, 0, 0);
+  if (condition) x = *(const uint4*)from;
+  *(uint4*)to = x;
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_move_8_if(void* to, const void* from, bool condition) {
+  uint2 x = make_uint2(0, 0);
+  if (condition) x = *(const uint2*)from;
+  *(uint2*)to = x;
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_move_4_if(void* to, const void* from, bool condition) {
+  *(unsigned*)to = condition ? *(const unsigned*)from : 0u;
   return 0;
 }
 

@@ -8,6 +8,7 @@ then writes it: no other worker touches it, since blocks are counted from the se
 
 x and o may have any strides. Where channels are contiguous (the usual layout of engines: ``[tokens, channels]`` seen transposed)
 vectors run along channels, where tokens are contiguous along tokens, else element by element; the kernel looks at the strides.
+Where reading an input again costs (`tiles.ahead`), the inputs of a strip of channels pass through registers token by token.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.conv_step import ConvStep
+from tvm_gdn.ops.tir.integers import quotient
 from tvm_gdn.spec import Geometry
 
 
@@ -30,7 +32,9 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
         where every sequence has a state.
     tiles : object
         The target's loops: `workers`, `tokens` and `channels` of one, `vector` elements at once, `array` for scratch, and
-        `columns_in` and `columns_out` for the small matrices that taps and states are in memory.
+        `columns_in` and `columns_out` for the small matrices that taps and states are in memory. With `ahead` a worker has one
+        strip of `vector` channels, whose inputs it reads once, `ahead` tokens at a time, by `take`; `give` writes outputs. `fit`
+        and `fit_rows` say whether strips and dense rows move as vectors.
 
     Returns
     -------
@@ -47,6 +51,7 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
     block, strip, lanes = max(tiles.tokens, W - 1), tiles.channels, tiles.vector
     one = T.int64(1)  # here, not in the kernel: TVMScript would make a variable of it, and of every stride a product
     sigmoids = {width: tiles.sigmoid(width) for width in (1, lanes)}
+    ahead, windowed = tiles.ahead, tiles.ahead > 0
 
     def pick(condition: bool, yes: Any, no: Any) -> Any:
         """A choice made while the function is parsed."""
@@ -63,6 +68,16 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
     def slot_of(n: Any, *indices: Any) -> Any:
         """Slot of a sequence."""
         return int64(indices[update], n) if stateful and slots_given else n
+
+    def in_memory(source: Any, n: Any, c: Any, t: Any, along: int) -> Any:
+        """Inputs of token t and the W - 1 before it."""
+        return lambda k, lane: T.Cast(
+            "float32", source[of_batch(n, c + lane * along, t + lane * (1 - along) - (W - 1) + k)]
+        )  # fmt: skip
+
+    def in_registers(near: Any, j: int, width: int) -> Any:
+        """The same of the j-th token in a window."""
+        return lambda k, lane: near[(j + k) * width + lane]
 
     step = ConvStep(tiles, W=W, L=L, state=state_dtype, biased=biased, silu=silu, index=of_batch)
 
@@ -104,6 +119,8 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
             pool = pick(update, conv_state.data, conv_states.data)
             states = T.decl_buffer((S, D, T.int64(L)), state_dtype, data=pool, strides=(s0, s1, s2))
             states_flat = T.decl_buffer((S * s0,), state_dtype, data=pool)
+        else:
+            states_flat = weight_flat  # a name that choices made while the function is parsed mention
         sequences: T.let[T.int64] = pick(varlen, N1 - 1, B)
 
         if tiles.host_checks:
@@ -128,26 +145,29 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
         # Block ids of packed sequences: sequence n has those from start // block + n on, more than it needs at times.
         blocks: T.let[T.int64] = pick(varlen, TT // block + sequences, sequences * ((TT + block - 1) // block))
         for w in tiles.workers(blocks * strips):
-            c0: T.let[T.int64] = w % strips * strip
+            # In an array, which is computed once: a name would be a quotient at every place that has it.
+            found = tiles.array(3, "int64")
+            found[2] = quotient(w, strips, blocks * strips)
+            number: T.let[T.int64] = found[2]
+            c0: T.let[T.int64] = (w - number * strips) * strip
             c1: T.let[T.int64] = T.min(c0 + strip, D)
-            found = tiles.array(2, "int64")
             if varlen:
                 # The last sequence whose ids start at or before this one.
                 found[0] = T.int64(0)
                 found[1] = sequences
                 while found[1] - found[0] > 1:
                     middle: T.let[T.int64] = (found[0] + found[1]) // 2
-                    if int64(query_start_loc, middle) // block + middle <= w // strips:
+                    if int64(query_start_loc, middle) // block + middle <= number:
                         found[0] = middle
                     else:
                         found[1] = middle
             else:
-                found[0] = w // strips // T.max((TT + block - 1) // block, one)
+                found[0] = quotient(number, T.max((TT + block - 1) // block, one), blocks)
             n: T.let[T.int64] = found[0]
             start: T.let[T.int64] = pick(varlen, int64(query_start_loc, n), T.int64(0))
             end: T.let[T.int64] = pick(varlen, int64(query_start_loc, n + 1), TT)
             before: T.let[T.int64] = pick(varlen, start // block + n, n * ((TT + block - 1) // block))
-            first: T.let[T.int64] = start + (w // strips - before) * block
+            first: T.let[T.int64] = start + (number - before) * block
             last: T.let[T.int64] = T.min(first + block, end)
             given: T.let[T.int64] = slot_of(n, cache_indices, conv_state_indices)
             usable: T.let[T.bool] = pick(stateful, given >= 0 and given < S and given != pad_slot_id, T.bool(False))
@@ -167,12 +187,7 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
             def interior(taps, source, out, c, t, width, along, sigmoid):
                 """Tokens that have all their inputs in x."""
                 acc = tiles.scalars(width)
-                step.begin(acc, taps, c - c0, strip, width, along)
-                for k in T.unroll(W):
-                    for lane in T.vectorized(width):
-                        acc[lane] = acc[lane] + taps[k * strip + c - c0 + lane * along] * T.Cast(
-                            "float32", source[of_batch(n, c + lane * along, t + lane * (1 - along) - (W - 1) + k)]
-                        )
+                step.products(acc, taps, c - c0, strip, width, along, in_memory(source, n, c, t, along))
                 finish(acc, out, c, t, width, along, sigmoid)
 
             @T.inline
@@ -234,7 +249,93 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                     for t in T.serial(ready + full * lanes, last):
                         interior(taps, source, out, c, t, 1, 0, sigmoids[1])
 
-            if first < last:
+            @T.inline
+            def advance(near, taps, source, out, c, t, count, width, sigmoid):
+                """The next `count` tokens of a window, which has the W - 1 inputs before them."""
+                for j in T.unroll(count):
+                    tiles.take(near, (W - 1 + j) * width, source, of_batch(n, c, t + j), width)
+                for j in T.unroll(count):
+                    acc = tiles.scalars(width)
+                    step.products(acc, taps, 0, width, width, 1, in_registers(near, j, width))
+                    step.activate(acc, width, sigmoid)
+                    tiles.give(out, of_batch(n, c, t + j), acc, width)
+                for i in T.unroll((W - 1) * width):
+                    near[i] = near[count * width + i]
+
+            @T.inline
+            def from_state(old, near, source, c, width, regular):
+                """A window before the sequence's first token, from the state; and the state, where the end is not here."""
+                if stateful:
+                    step.load_state(
+                        old, states, states_flat, pick(regular, True, s2 == 1 and s1 == L), slot * s0 + c * L, slot,
+                        starts_from, c, width,
+                    )  # fmt: skip
+                for k in T.unroll(W - 1):
+                    for lane in T.unroll(width):
+                        if stateful:
+                            near[k * width + lane] = T.Cast("float32", old[(L - (W - 1) + k) * width + lane])
+                        else:
+                            near[k * width + lane] = T.float32(0)
+                if stateful:
+                    if usable and pick(L > W - 1, T.bool(True), last < end):
+                        keep(old, source, c, end, width)
+
+            @T.inline
+            def to_state(old, near, c, width, regular):
+                """The state of a sequence that ends here, whose last inputs are at hand."""
+                for i in T.unroll(L * width):
+                    old[i] = T.Cast(state_dtype, near[i])
+                step.store_state(
+                    old, states, states_flat, pick(regular, True, s2 == 1 and s1 == L), slot * s0 + c * L, slot, c, width
+                )
+
+            @T.inline
+            def window(source, out, c, width, sigmoid, regular, single):
+                """All tokens of the block on `width` channels from c on, whose inputs stay in registers while they are needed.
+
+                `regular`: taps and states are dense, and move as vectors. `single`: sequences have one token.
+                """
+                taps, near = tiles.scalars((W + 1) * width), tiles.scalars((W - 1 + ahead) * width)
+                old = tiles.array(max(L, 1) * width, state_dtype)
+                dense: T.let[T.bool] = w1 == 1 and w0 == W
+                step.load_taps(taps, 0, width, weight, weight_flat, pick(regular, True, dense), bias, c, width)
+                if single:
+                    from_state(old, near, source, c, width, regular)
+                    advance(near, taps, source, out, c, start, 1, width, sigmoid)
+                else:
+                    if first == start:
+                        from_state(old, near, source, c, width, regular)
+                    else:
+                        for k in T.unroll(W - 1):
+                            tiles.take(near, k * width, source, of_batch(n, c, first - (W - 1) + k), width)
+                    for i in T.serial((last - first) // ahead):
+                        advance(near, taps, source, out, c, first + i * ahead, ahead, width, sigmoid)
+                    if ahead > 1:
+                        for t in T.serial(last - (last - first) % ahead, last):
+                            advance(near, taps, source, out, c, t, 1, width, sigmoid)
+                if stateful and L == W - 1:
+                    if usable and pick(single, T.bool(True), first == start and last == end):
+                        to_state(old, near, c, width, regular)
+
+            if windowed:
+                if first < last:
+                    if (
+                        c1 - c0 == strip and xc == 1 and oc == 1 and w1 == 1 and w0 == W
+                        and pick(stateful, s2 == 1 and s1 == L and s0 % strip == 0, T.bool(True))
+                        and tiles.fit((x_rows, xt), (o_rows, ot), of_batch(n, c0, first), TT)
+                        and tiles.fit_rows((weight_flat, c0 * W, W), *pick(stateful, ((states_flat, c0 * L, L),), ()))
+                    ):  # fmt: skip
+                        if update:
+                            if TT == 1:
+                                window(x_rows, o_rows, c0, strip, sigmoids[lanes], True, True)
+                            else:
+                                window(x_rows, o_rows, c0, strip, sigmoids[lanes], True, False)
+                        else:
+                            window(x_rows, o_rows, c0, strip, sigmoids[lanes], True, False)
+                    else:
+                        for c in T.serial(c0, c1):
+                            window(x, o, c, 1, sigmoids[1], False, False)
+            elif first < last:
                 taps = tiles.scalars((W + 1) * strip)
                 for i in T.serial((c1 - c0) // lanes):
                     step.load_taps(taps, i * lanes, strip, weight, weight_flat, w1 == 1 and w0 == W, bias, c0 + i * lanes, lanes)

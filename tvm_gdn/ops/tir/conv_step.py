@@ -22,7 +22,7 @@ class ConvStep:
     Parameters
     ----------
     tiles : object
-        The target's `scalars`, `array`, `columns_in`, `columns_out`.
+        The target's `scalars`, `array`, `columns_in`, `columns_out`; `lane_loop` over neighbouring elements if not vectors.
     W, L : int
         Taps per channel, inputs per channel in a state.
     state : str
@@ -37,14 +37,15 @@ class ConvStep:
         self, tiles: Any, *, W: int, L: int, state: str, biased: bool, silu: bool, index: Callable[..., tuple[Any, ...]]
     ) -> None:
         self.W, self.L, self.state, self.biased, self.index = W, L, state, biased, index
+        self.loop = getattr(tiles, "lane_loop", T.vectorized)
         self.load_taps, self.begin = self._load_taps(tiles), self._begin()
         self.load_state, self.store_state = self._load_state(tiles), self._store_state(tiles)
-        self.head, self.keep = self._head(), self._keep()
+        self.products, self.head, self.keep = self._products(), self._head(), self._keep()
         self.activate = self._activate(tiles) if silu else self._leave()
         self.check_slots, self.check_strides = self._check_slots(tiles), self._check_strides()
 
     def _load_taps(self, tiles: Any) -> Any:
-        W, biased = self.W, self.biased
+        W, biased, loop = self.W, self.biased, self.loop
 
         @T.inline
         def load_taps(taps, at, pitch, weight, flat, dense, bias, c, width):
@@ -53,9 +54,9 @@ class ConvStep:
                 tiles.columns_in(taps, at, flat, c * W, W, pitch, width)
             else:
                 for k in T.unroll(W):
-                    for lane in T.vectorized(width):
+                    for lane in loop(width):
                         taps[k * pitch + at + lane] = T.Cast("float32", weight[c + lane, k])
-            for lane in T.vectorized(width):
+            for lane in loop(width):
                 if biased:
                     taps[W * pitch + at + lane] = T.Cast("float32", bias[c + lane])
                 else:
@@ -64,18 +65,31 @@ class ConvStep:
         return load_taps
 
     def _begin(self) -> Any:
-        W = self.W
+        W, loop = self.W, self.loop
 
         @T.inline
         def begin(acc, taps, at, pitch, width, along):
             """Start sums of `width` channels (along = 1) or tokens of one channel (0)."""
-            for lane in T.vectorized(width):
+            for lane in loop(width):
                 acc[lane] = taps[W * pitch + at + lane * along]
 
         return begin
 
+    def _products(self) -> Any:
+        W, begin, loop = self.W, self.begin, self.loop
+
+        @T.inline
+        def products(acc, taps, at, pitch, width, along, inputs):
+            """Sums of `width` channels or tokens whose inputs are all there: ``inputs(k, lane)``."""
+            begin(acc, taps, at, pitch, width, along)
+            for k in T.unroll(W):
+                for lane in loop(width):
+                    acc[lane] = acc[lane] + taps[k * pitch + at + lane * along] * inputs(k, lane)
+
+        return products
+
     def _head(self) -> Any:
-        W, L, begin, index = self.W, self.L, self.begin, self.index
+        W, L, begin, index, loop = self.W, self.L, self.begin, self.index, self.loop
 
         @T.inline
         def head(acc, taps, at, pitch, old, stateful, source, n, c, t, start, width):
@@ -84,10 +98,10 @@ class ConvStep:
             for k in T.unroll(W):
                 where: T.let[T.int64] = t - (W - 1) + k
                 if where >= start:
-                    for lane in T.vectorized(width):
+                    for lane in loop(width):
                         acc[lane] = acc[lane] + taps[k * pitch + at + lane] * T.Cast("float32", source[index(n, c + lane, where)])
                 elif stateful:
-                    for lane in T.vectorized(width):
+                    for lane in loop(width):
                         acc[lane] = acc[lane] + taps[k * pitch + at + lane] * T.Cast(
                             "float32", old[(L + where - start) * width + lane]
                         )
@@ -95,14 +109,16 @@ class ConvStep:
         return head
 
     def _activate(self, tiles: Any) -> Any:
+        loop = self.loop
+
         @T.inline
         def activate(acc, width, sigmoid):
             """Set acc to acc * sigmoid(acc)."""
             gate = tiles.scalars(width)
-            for lane in T.vectorized(width):
+            for lane in loop(width):
                 gate[lane] = acc[lane]
             sigmoid(gate)
-            for lane in T.vectorized(width):
+            for lane in loop(width):
                 acc[lane] = acc[lane] * gate[lane]
 
         return activate
@@ -115,26 +131,31 @@ class ConvStep:
         return activate
 
     def _load_state(self, tiles: Any) -> Any:
-        L, dtype = self.L, self.state
+        L, dtype, loop = self.L, self.state, self.loop
 
         @T.inline
         def load_state(old, states, flat, dense, first, slot, present, c, width):
-            """The state that channels from c on start from, a row of channels per input; `first` is its element 0 in memory."""
-            if not present:
+            """The state that channels from c on start from, a row of channels per input; `first` is its element 0 in memory.
+
+            `dense` is known to be true where `columns_in` leaves out by itself what is not present.
+            """
+            if isinstance(dense, bool):
+                tiles.columns_in(old, 0, flat, first, L, width, width, present)
+            elif not present:
                 for j in T.unroll(L):
-                    for lane in T.vectorized(width):
+                    for lane in loop(width):
                         old[j * width + lane] = T.Cast(dtype, T.float32(0))
             elif dense:
                 tiles.columns_in(old, 0, flat, first, L, width, width)
             else:
                 for j in T.unroll(L):
-                    for lane in T.vectorized(width):
+                    for lane in loop(width):
                         old[j * width + lane] = states[slot, c + lane, j]
 
         return load_state
 
     def _store_state(self, tiles: Any) -> Any:
-        L = self.L
+        L, loop = self.L, self.loop
 
         @T.inline
         def store_state(old, states, flat, dense, first, slot, c, width):
@@ -143,13 +164,13 @@ class ConvStep:
                 tiles.columns_out(flat, first, old, 0, L, width, width)
             else:
                 for j in T.unroll(L):
-                    for lane in T.vectorized(width):
+                    for lane in loop(width):
                         states[slot, c + lane, j] = old[j * width + lane]
 
         return store_state
 
     def _keep(self) -> Any:
-        L, dtype, index = self.L, self.state, self.index
+        L, dtype, index, loop = self.L, self.state, self.index, self.loop
 
         @T.inline
         def keep(old, source, n, c, start, until, width):
@@ -157,10 +178,10 @@ class ConvStep:
             for j in T.unroll(L):
                 where: T.let[T.int64] = until - L + j
                 if where >= start:
-                    for lane in T.vectorized(width):
+                    for lane in loop(width):
                         old[j * width + lane] = T.Cast(dtype, source[index(n, c + lane, where)])
                 else:
-                    for lane in T.vectorized(width):
+                    for lane in loop(width):
                         old[j * width + lane] = old[(L + where - start) * width + lane]
 
         return keep

@@ -124,6 +124,25 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         """Element of a gate tensor in fp32."""
         return T.Cast("float32", buffer[gate_dims(batch, token, head)])
 
+    def read_qk(*reads: tuple[Any, ...]) -> None:
+        """Read k and q: each on its own, or together where the target asks memory for both before it waits."""
+        if hasattr(tiles, "read_all"):
+            tiles.read_all(*reads)
+        else:
+            for arguments in reads:
+                tiles.read(*arguments)
+
+    def unbranched() -> bool:
+        """Whether a state, or zeros, is asked for without a branch, behind which it would be waited for."""
+        return packed and not tiles.state_first and bool(getattr(tiles, "fits", False))
+
+    def settled(rows: tuple[Any, ...], view: Any, stride: Any, step: Any) -> None:
+        """A step's code, for addresses that are tested before it where the target has it so."""
+        if hasattr(tiles, "settled"):
+            tiles.settled(rows, view, stride, step)
+        else:
+            step()
+
     plan = getattr(tiles, "plan", lambda _heads, _tokens, emit: emit())
     log_decay, sigmoid = gate_macros(tiles, 1)
     if convolved:
@@ -412,11 +431,9 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                     @T.inline
                     def load_qk(t):
                         if packed:
-                            tiles.read(x, mixed_qkv, n, (heads + h) * K)
-                            tiles.read(y, mixed_qkv, n, h * K)
+                            read_qk((x, mixed_qkv, n, (heads + h) * K), (y, mixed_qkv, n, h * K))
                         else:
-                            tiles.read(x, k, row, first + t, h, T.int64(0))
-                            tiles.read(y, q, row, first + t, h, T.int64(0))
+                            read_qk((x, k, row, first + t, h, T.int64(0)), (y, q, row, first + t, h, T.int64(0)))
 
                     @T.inline
                     def normalize_qk():
@@ -432,21 +449,29 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             y[i] = y[i] * m[4]
 
                     @T.inline
-                    def load_gates(t, hv):
-                        """D = exp(g) for every row of the state, m[1] = beta."""
+                    def ask_gates(t, hv):
+                        """What gates are made of, as it is in memory: m[0], rate[0] and m[1]."""
                         m[0] = T.float32(0)
                         if fused_gate:
-                            gate[0] = gate_at(a, row, first + t, hv) + T.Cast("float32", dt_bias[hv])
-                            rate[0] = tiles.exp(T.Cast("float32", A_log[hv]))
-                            log_decay(gate, rate, softplus_beta, softplus_threshold)
-                            m[0] = gate[0]
-                            gate[0] = gate_at(b, row, first + t, hv)
-                            sigmoid(gate)
-                            m[1] = gate[0]
+                            m[0] = gate_at(a, row, first + t, hv) + T.Cast("float32", dt_bias[hv])
+                            rate[0] = T.Cast("float32", A_log[hv])
+                            m[1] = gate_at(b, row, first + t, hv)
                         else:
                             if gated and not channel_gate:
                                 m[0] = T.Cast("float32", g[row, first + t, hv])
                             m[1] = T.Cast("float32", beta[row, first + t, hv])
+
+                    @T.inline
+                    def make_gates(t, hv):
+                        """D = exp(g) for every row of the state, m[1] = beta."""
+                        if fused_gate:
+                            gate[0] = m[0]
+                            rate[0] = tiles.exp(rate[0])
+                            log_decay(gate, rate, softplus_beta, softplus_threshold)
+                            m[0] = gate[0]
+                            gate[0] = m[1]
+                            sigmoid(gate)
+                            m[1] = gate[0]
                         if channel_gate:
                             for i in tiles.rows(K):
                                 d[i] = tiles.exp(T.Cast("float32", g[row, first + t, hv, tiles.row(i)]))
@@ -456,20 +481,30 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                                 d[i] = m[0]
 
                     @T.inline
-                    def fetch(t, hv, j0):
-                        """All of a token that does not depend on the state, v in z: loads before what waits for them."""
+                    def ask(t, hv, j0):
+                        """All of a token, v in z: nothing is computed, so that everything is under way at the same time."""
                         if not convolved:
+                            load_qk(t)
                             for j in tiles.cols(tiles.v_tile):
                                 if packed:
                                     z[j] = T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)])
                                 else:
                                     z[j] = T.Cast("float32", v[row, first + t, hv, j0 + tiles.col(j)])
-                            load_qk(t)
-                        load_gates(t, hv)
+                        ask_gates(t, hv)
+
+                    @T.inline
+                    def prepare(t, hv):
+                        """What does not depend on the state."""
+                        make_gates(t, hv)
                         if not convolved:
                             normalize_qk()
                         for i in tiles.rows(K):
                             dx[i] = d[i] * x[i]
+
+                    @T.inline
+                    def fetch(t, hv, j0):
+                        ask(t, hv, j0)
+                        prepare(t, hv)
 
                     @T.inline
                     def apply(W, t, hv, j0):
@@ -485,7 +520,11 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
 
                     @T.inline
                     def load_initial(W, hv, j0):
-                        if pool:
+                        if unbranched():
+                            usable: T.let[T.bool] = slot >= 0 and slot < S
+                            from_slot: T.let[T.int64] = T.Select(usable, slot, T.int64(0))
+                            tiles.ask_state(tiles.view(initial_state_source, from_slot * s0 + hv * (K * V), j0), usable)
+                        elif pool:
                             if slot >= 0 and slot < S:
                                 tiles.load(W, tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
                             else:
@@ -532,26 +571,39 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
 
                     @T.inline
                     def through_local(hv, j0):
-                        local = tiles.state()
                         if packed:
-                            # One token, whose loads need not wait for the slot's number as the state's do.
+
+                            @T.inline
+                            def step():
+                                """One token, whose loads need not wait for the slot's number as the state's do."""
+                                local = tiles.state()
+                                if tiles.state_first:
+                                    load_initial(local, hv, j0)
+                                ask(0, hv, j0)
+                                if not tiles.state_first:
+                                    load_initial(local, hv, j0)
+                                prepare(0, hv)
+                                if unbranched():
+                                    tiles.take_state(local)
+                                apply(local, 0, hv, j0)
+                                store_final(local, hv, j0)
+
+                            settled(
+                                pick(convolved, (), ((mixed_qkv, n, (heads + h) * K), (mixed_qkv, n, h * K))),
+                                tiles.view(initial_state_source, hv * (K * V), j0), s0, step,
+                            )  # fmt: skip
+                        else:
+                            local = tiles.state()
                             if tiles.state_first:
-                                load_initial(local, hv, j0)
-                            fetch(0, hv, j0)
-                            if not tiles.state_first:
-                                load_initial(local, hv, j0)
-                            apply(local, 0, hv, j0)
-                            store_final(local, hv, j0)
-                        elif tiles.state_first:
-                            # Without tokens nothing waits for what would be asked for, and the state stays as it is.
-                            if length > 0:
+                                # Without tokens nothing waits for what would be asked for, and the state stays as it is.
+                                if length > 0:
+                                    load_initial(local, hv, j0)
+                                    steps(local, hv, j0)
+                                    store_final(local, hv, j0)
+                            else:
                                 load_initial(local, hv, j0)
                                 steps(local, hv, j0)
                                 store_final(local, hv, j0)
-                        else:
-                            load_initial(local, hv, j0)
-                            steps(local, hv, j0)
-                            store_final(local, hv, j0)
 
                     @T.inline
                     def over_states(hv, j0):

@@ -6,6 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from tvm_gdn.ops.tir.integers import quotient
 from tvm_gdn.spec import Geometry
 
 
@@ -19,6 +20,9 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
     tiles : object
         The target's loops: `workers` over blocks of `rows_per_worker` rows, `vector` elements at once, `sum` of a vector; which
         pieces of a row a member of a worker has (`turns`, `piece`, `has`), `read` and `write` of one, `total` over all members.
+        With `gate_early` a row's gate is asked for with the row; ``settled(places, further, emit)`` emits ``emit(True)`` for
+        rows that move as vectors and lie evenly, ``emit(False)`` for others; `held` computes a number once where a name would do so
+        at every use; `lane_loop` over neighbouring elements if not vectors.
 
     Returns
     -------
@@ -31,10 +35,15 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
     full, rest = D // lanes, D % lanes
     sigmoids = {width: tiles.sigmoid(width) for width in (1, lanes)}
 
-    def quotient(number: Any, by: Any, limit: Any) -> Any:
-        """Division in 32 bits where the numbers have no more: in 64 it would cost a GPU as much as the rest of a row."""
-        short = T.Cast("int64", T.truncdiv(T.Cast("int32", number), T.Cast("int32", by)))
-        return T.if_then_else(limit <= T.int64(2**31 - 1), short, number // by)
+    loop = getattr(tiles, "lane_loop", T.vectorized)
+    early = gated and norm_first and getattr(tiles, "gate_early", False)
+    settled = getattr(tiles, "settled", lambda _places, _further, emit: emit(False))
+    held = getattr(tiles, "held", lambda number: number)
+    size = tiles.turns(full) * lanes + tiles.turns(rest)
+
+    def pick(condition: bool, yes: Any, no: Any) -> Any:
+        """A choice made while the function is parsed."""
+        return yes if condition else no
 
     @T.prim_func(s_tir=True)
     def kernel(x_: T.handle, weight_: T.handle, z_: T.handle, o_: T.handle, eps: T.float32):
@@ -47,68 +56,88 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
         o = T.match_buffer(o_, (M, G, D), data, align=2)
 
         @T.inline
-        def multiply_gate(row, m, g, to, at, width, sigmoid):
+        def multiply_gate(row, gates, m, g, to, at, width, sigmoid):
             """Multiply row[to:] by act(z)."""
             gate, value = tiles.scalars(width), tiles.scalars(width)
-            tiles.read(value, 0, z, (m, g, at), width)
-            for lane in T.vectorized(width):
+            if early:
+                for lane in loop(width):
+                    value[lane] = gates[to + lane]
+            else:
+                tiles.read(value, 0, z, (m, g, at), width)
+            for lane in loop(width):
                 gate[lane] = value[lane]
             sigmoid(gate)
-            for lane in T.vectorized(width):
+            for lane in loop(width):
                 row[to + lane] = row[to + lane] * gate[lane]
             if silu:
-                for lane in T.vectorized(width):
+                for lane in loop(width):
                     row[to + lane] = row[to + lane] * value[lane]
 
         @T.inline
-        def load(row, squares, m, g, to, at, width):
+        def load(row, gates, squares, m, g, to, at, width):
             """Row[to:] in fp32, gated if the gate comes first; its squares are added to `squares`."""
             tiles.read(row, to, x, (m, g, at), width)
+            if early:
+                tiles.read(gates, to, z, (m, g, at), width)
             if gated and not norm_first:
-                multiply_gate(row, m, g, to, at, width, sigmoids[width])
-            for lane in T.vectorized(width):
+                multiply_gate(row, gates, m, g, to, at, width, sigmoids[width])
+            for lane in loop(width):
                 squares[lane] = squares[lane] + row[to + lane] * row[to + lane]
 
         @T.inline
-        def store(row, factor, m, g, to, at, width):
+        def store(row, gates, factor, m, g, to, at, width):
             """Normalize, weigh, gate if the gate comes last, and store row[to:]."""
             weights = tiles.scalars(width)
             tiles.read(weights, 0, weight, (at,), width)
-            for lane in T.vectorized(width):
+            for lane in loop(width):
                 row[to + lane] = row[to + lane] * factor[0] * weights[lane]
             if gated and norm_first:
-                multiply_gate(row, m, g, to, at, width, sigmoids[width])
+                multiply_gate(row, gates, m, g, to, at, width, sigmoids[width])
             tiles.write(o, (m, g, at), row, to, width)
+
+        @T.inline
+        def one_row(m, g):
+            row, squares = tiles.scalars(size), tiles.scalars(lanes)
+            gates = tiles.scalars(pick(early, size, 1))
+            tail, factor = tiles.scalars(1), tiles.scalars(1)
+            for lane in loop(lanes):
+                squares[lane] = T.float32(0)
+            tail[0] = T.float32(0)
+            for i in tiles.every(tiles.turns(full)):
+                if tiles.has(i, full):
+                    load(row, gates, squares, m, g, i * lanes, tiles.piece(i) * lanes, lanes)
+            for i in tiles.every(tiles.turns(rest)):
+                if tiles.has(i, rest):
+                    load(row, gates, tail, m, g, tiles.turns(full) * lanes + i, full * lanes + tiles.piece(i), 1)
+            factor[0] = tiles.sum(squares, lanes)
+            factor[0] = factor[0] + tail[0]
+            tiles.total(factor)
+            factor[0] = T.float32(1) / T.sqrt(factor[0] * T.float32(1 / D) + eps)
+            for i in tiles.every(tiles.turns(full)):
+                if tiles.has(i, full):
+                    store(row, gates, factor, m, g, i * lanes, tiles.piece(i) * lanes, lanes)
+            for i in tiles.every(tiles.turns(rest)):
+                if tiles.has(i, rest):
+                    store(row, gates, factor, m, g, tiles.turns(full) * lanes + i, full * lanes + tiles.piece(i), 1)
 
         pieces: T.let[T.int64] = (M * G + block - 1) // block
         for unit in tiles.workers(pieces):
             for member in tiles.lanes():
                 tiles.enter(member)
                 w: T.let[T.int64] = T.Cast("int64", tiles.worker(unit, member))
-                if tiles.inside(w, pieces):
+
+                @T.inline
+                def rows(even):
+                    """The worker's rows; `even`: they lie one behind the other, as if there were one group."""
                     for r in T.serial(T.min(T.int64(block), M * G - w * block)):
-                        m: T.let[T.int64] = quotient(w * block + r, G, M * G)
+                        m: T.let[T.int64] = pick(even, T.int64(0), held(quotient(w * block + r, G, M * G)))
                         g: T.let[T.int64] = w * block + r - m * G
-                        row, squares = tiles.scalars(tiles.turns(full) * lanes + tiles.turns(rest)), tiles.scalars(lanes)
-                        tail, factor = tiles.scalars(1), tiles.scalars(1)
-                        for lane in T.vectorized(lanes):
-                            squares[lane] = T.float32(0)
-                        tail[0] = T.float32(0)
-                        for i in tiles.every(tiles.turns(full)):
-                            if tiles.has(i, full):
-                                load(row, squares, m, g, i * lanes, tiles.piece(i) * lanes, lanes)
-                        for i in tiles.every(tiles.turns(rest)):
-                            if tiles.has(i, rest):
-                                load(row, tail, m, g, tiles.turns(full) * lanes + i, full * lanes + tiles.piece(i), 1)
-                        factor[0] = tiles.sum(squares, lanes)
-                        factor[0] = factor[0] + tail[0]
-                        tiles.total(factor)
-                        factor[0] = T.float32(1) / T.sqrt(factor[0] * T.float32(1 / D) + eps)
-                        for i in tiles.every(tiles.turns(full)):
-                            if tiles.has(i, full):
-                                store(row, factor, m, g, i * lanes, tiles.piece(i) * lanes, lanes)
-                        for i in tiles.every(tiles.turns(rest)):
-                            if tiles.has(i, rest):
-                                store(row, factor, m, g, tiles.turns(full) * lanes + i, full * lanes + tiles.piece(i), 1)
+                        one_row(m, g)
+
+                if tiles.inside(w, pieces):
+                    settled(
+                        ((x, (0, 0, 0), x1), (weight, (0,), 0), (o, (0, 0, 0), D), *pick(gated, ((z, (0, 0, 0), z1),), ())),
+                        (x0 == G * x1, pick(gated, z0 == G * z1, True)), rows,
+                    )  # fmt: skip
 
     return kernel
