@@ -45,6 +45,18 @@ def every_case():
     return parameters
 
 
+def kernels_of_a_model(dim_k, dim_v):
+    """What a patched model in fp32 calls in its gated-delta-net layers: prompts, steps of one sequence and of several."""
+    sizes = {"B": 1, "T": 1, "H": 1, "HV": 1, "K": dim_k, "V": dim_v, "S": 2}
+    return [
+        ("chunk_gated_delta_rule", {**sizes, "output_final_state": True, "with": ()}),
+        ("fused_conv_gated_delta_rule_update", {**sizes, "L": 4, "with": ()}),
+        (SIGMOID, {**sizes, "with": POOL[:1]}),
+        ("causal_conv1d_update", {"B": 1, "D": 8, "L": 4, "T": 1, "activation": "silu", "with": ()}),
+        ("rms_norm_gated", {"M": 1, "G": 1, "D": dim_v, "with": ("z",)}),
+    ]
+
+
 def draw(op, case, seed=0, **changes):
     """Arguments of one call of an operator by name; `changes` replace drawn ones."""
     arguments = cases.draw(OPS[op], case, seed)
