@@ -31,6 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
     text = config.getoption("--target") or env.target_name()
+    # Two workers have twice as many threads as the machine has cores: who waits for another thread must not keep it from running.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["TVM_GDN_TARGET"] = text if text.startswith("{") else _runnable(resolve(text)).name
     if "TVM_GDN_CACHE_DIR" not in os.environ:
         # Workers of pytest-xdist inherit the environment, and with it this one folder.
