@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tvm.script import tirx as T
+from tvm_gdn.ops.tir.plans import emit_plans
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,9 @@ class PlannedTiles:
 
     def plan(self, heads: Any, tokens: Any, emit: Callable[[], None]) -> None:
         """Emit all plans, and on the host the choice between them."""
-        self._choose(self.plans, heads, tokens, emit)
 
-    def _choose(self, plans: tuple[Plan, ...], heads: Any, tokens: Any, emit: Callable[[], None]) -> None:
-        first, *more = plans
-        if not more:
-            self.current = first.tiles
+        def one(plan: Plan) -> None:
+            self.current = plan.tiles
             emit()
-            return
-        with T.If(first.serves(heads, tokens)):
-            with T.Then():
-                self.current = first.tiles
-                emit()
-            with T.Else():
-                self._choose(tuple(more), heads, tokens, emit)
+
+        emit_plans(self.plans, lambda plan: plan.serves(heads, tokens), one)

@@ -28,12 +28,12 @@ def every_case():
     """A test parameter for every case of every SPEC; storage dtypes and layouts beyond two of a shape are slow.
 
     The two rotate from shape to shape, so that every combination occurs for every operator. Of operators whose definition
-    another one has shown already, every other of these is slow.
+    another one has shown already, two of three of these are slow: other ones from operator to operator.
     """
     storage = {"dtype", "state_dtype", "state_v_first"}
     parameters, shown = [], set()
     for op, spec in OPS.items():
-        shapes, step = {}, 2 if spec.algorithm in shown else 1
+        shapes, step = {}, 3 if spec.algorithm in shown else 1
         shown.add(spec.algorithm)
         for case in spec.cases:
             shapes.setdefault(json.dumps({k: v for k, v in case.items() if k not in storage}), []).append(case)
@@ -43,6 +43,18 @@ def every_case():
                 marks = () if n in usual and len(parameters) % step == 0 else pytest.mark.slow
                 parameters.append(pytest.param((op, case), id=f"{op} {cases.label(case)}", marks=marks))
     return parameters
+
+
+def kernels_of_a_model(dim_k, dim_v):
+    """What a patched model in fp32 calls in its gated-delta-net layers: prompts, steps of one sequence and of several."""
+    sizes = {"B": 1, "T": 1, "H": 1, "HV": 1, "K": dim_k, "V": dim_v, "S": 2}
+    return [
+        ("chunk_gated_delta_rule", {**sizes, "output_final_state": True, "with": ()}),
+        ("fused_conv_gated_delta_rule_update", {**sizes, "L": 4, "with": ()}),
+        (SIGMOID, {**sizes, "with": POOL[:1]}),
+        ("causal_conv1d_update", {"B": 1, "D": 8, "L": 4, "T": 1, "activation": "silu", "with": ()}),
+        ("rms_norm_gated", {"M": 1, "G": 1, "D": dim_v, "with": ("z",)}),
+    ]
 
 
 def draw(op, case, seed=0, **changes):

@@ -19,8 +19,8 @@ from tvm_gdn.parity import rms_ratio
 H, HV, K, V, TAPS, SLOTS, VOCABULARY = 2, 4, 64, 32, 4, 7, 97
 WIDTH = 2 * H * K + HV * V
 POOL = ("initial_state_source", "initial_state_indices")
-SHAPE = {"H": H, "HV": HV, "K": K, "V": V, "S": SLOTS}
-CONV = {"D": WIDTH, "W": TAPS, "S": SLOTS, "activation": "silu"}
+SHAPE = {"H": H, "HV": HV, "K": K, "V": V, "S": SLOTS, "index_dtype": "int32"}
+CONV = {"D": WIDTH, "W": TAPS, "S": SLOTS, "activation": "silu", "index_dtype": "int32"}
 KERNELS = [
     ("fused_gdn_gating", {"HV": HV, "M": 3}),
     ("rms_norm_gated", {"D": V, "M": 2, "G": HV, "with": ("z",)}),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from calls import POOL, kernels_of_a_model
 from processes import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +22,20 @@ CHECKS = {
     "moe_int4": {"bytes of bf16": True, "packed weights": True, "original weights": True},
     "transformers_patch": {"tokens": False, "logits": True},
 }
+ONE = {"B": 1, "T": 1, "H": 1, "HV": 1, "K": 128, "V": 128, "S": 2}
+KERNELS = [
+    ("chunk_gated_delta_rule_update", {**ONE, "with": POOL}),
+    ("chunk_gated_delta_rule", {**ONE, "lengths": (1,), "output_final_state": True, "with": ("initial_state", "cu_seqlens")}),
+    *(
+        ("fused_recurrent_gated_delta_rule_update", {**ONE, "with": given})
+        for given in (
+            POOL[:1],
+            POOL,
+            (*POOL, "intermediate_states_buffer", "intermediate_state_indices", "retrieve_parent_token"),
+        )
+    ),
+    *kernels_of_a_model(64, 64),
+]
 
 
 @pytest.mark.parametrize("name", CHECKS)

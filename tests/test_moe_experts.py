@@ -19,6 +19,28 @@ BOUND = {
     ("bf16", 0): 0.01, ("int8", 0): 0.03, ("int4", 0): 0.25, ("int4_kgroup", 32): 0.16, ("int4_kgroup", 64): 0.16,
     ("int4_kgroup", 128): 0.175,
 }  # fmt: skip
+SMALL, WIDE = {"T": 1, "k": K, "E": E, "D": D, "I": INNER}, {"T": 1, "k": K, "E": E, "D": 256, "I": 200}
+BF16 = {"dtype": "bfloat16", "scale_dtype": "float32"}
+KERNELS = [
+    *(("fused_experts", {**SMALL, "dtype": str(dtype)[6:]}) for dtype in LIMIT),
+    ("fused_experts", {**SMALL, "D": 24, "dtype": "float32"}),
+    ("fused_experts", {**WIDE, **BF16}),
+    *(
+        ("fused_experts_packed", {**SMALL, "dtype": dtype, "scheme": scheme})
+        for dtype, scheme in (("float32", "fp32"), ("float16", "fp16"), ("bfloat16", "bf16"))
+    ),
+    ("fused_experts_packed", {**WIDE, **BF16, "scheme": "bf16"}),
+    ("fused_experts_quantized", {**SMALL, **BF16, "scheme": "int8"}),
+    *(("fused_experts_quantized", {**WIDE, **BF16, "dtype": dtype, "scheme": "int8"}) for dtype in ("float32", "bfloat16")),
+    ("fused_experts_quantized", {**WIDE, **BF16, "scheme": "int4"}),
+    *(
+        (
+            "fused_experts_quantized",
+            {**WIDE, "dtype": "bfloat16", "scale_dtype": "bfloat16", "scheme": "int4_kgroup", "group": group},
+        )
+        for group in (32, 64, 128)
+    ),
+]
 
 
 def make(tokens, dtype=torch.float32, seed=0, experts=E, hidden=D, inner=INNER, k=K):

@@ -13,6 +13,13 @@ import tvm_gdn
 from tvm_gdn.errors import ArgumentError
 
 INF, NAN = float("inf"), float("nan")
+GROUPED = {"T": 1, "E": 32, "top_k": 6, "num_expert_group": 8, "topk_group": 3, "scoring": "sigmoid", "dtype": "float32"}
+KERNELS = [
+    ("moe_route", {"T": 1, "E": 37, "top_k": 5, "dtype": "bfloat16"}),
+    ("moe_route", GROUPED),
+    ("moe_route", {**GROUPED, "with": ("correction_bias",), "dtypes": {"correction_bias": "float32"}}),
+    *(("moe_route", {**GROUPED, "topk_group": 2, "scoring": scoring}) for scoring in ("softmax", "sigmoid")),
+]
 
 
 def choose(row, k, scoring="softmax", bias=None, groups=1, kept=1):

@@ -24,22 +24,39 @@ RULES = {
 }
 NORMED = {"K": K, "V": V, "H": H, "HV": HV, "with": ("initial_state",), "output_final_state": True}
 ONNX = {"K": 8, "V": 8, "H": 4, "HV": 4}
-KERNELS = [(f"{form}_{rule}", {**NORMED, "B": B, "T": T}) for rule in RULES for form in ("chunk", "fused_recurrent")]
+FLA = all(map(importlib.util.find_spec, ("fla", "einops")))
+KERNELS = [(f"{form}_{rule}", {**NORMED, "B": B, "T": T}) for rule in RULES for form in ("chunk", "fused_recurrent") if FLA]
 KERNELS += [
     (f"{form}_{rule}", {**ONNX, "B": 2, "T": 4, "with": given, "output_final_state": True})
     for form in ("chunk", "fused_recurrent")
     for rule in RULES
     for given in ((), ("initial_state",))
 ]
+if importlib.util.find_spec("onnx"):
+    ONE, HALF = {**ONNX, "K": 1, "V": 1, "H": 1, "HV": 1}, {"dtype": "float16", "dtypes": {"g": "float16", "beta": "float16"}}
+    KERNELS += [
+        (f"{form}_{rule}", {**sizes, "B": 1, "T": 1, "with": given, "output_final_state": True})
+        for form in ("chunk", "fused_recurrent")
+        for rule, sizes, given in (
+            ("gated_delta_rule", ONE, ()),
+            ("gated_delta_rule", ONE, ("initial_state",)),
+            ("kda", ONE, ("initial_state",)),
+            ("kda", {**ONNX, **HALF}, ()),
+        )
+    ]
+    CONV = {"B": 1, "T": 2, "D": 2, "W": 4, "activation": None, "with": ("conv_states", "has_initial_state")}
+    HALVES = {"dtype": "float16", "weight_dtype": "float16", "state_dtype": "float16"}
+    KERNELS += [
+        ("causal_conv1d_fn", {**CONV, **more})
+        for more in ({}, {"W": 5}, {"with": (*CONV["with"], "bias")}, HALVES, {**HALVES, "activation": "silu"})
+    ]
 
 
 def naive(rule):
     """A function of fla/ops/<rule>/naive.py."""
-    pytest.importorskip("einops", reason="pip install einops")
-    package = importlib.util.find_spec("fla")
-    if package is None:
+    if not FLA:
         pytest.skip("flash-linear-attention is not installed: pip install --no-deps fla-core einops")
-    path = Path(package.submodule_search_locations[0]) / "ops" / rule / "naive.py"
+    path = Path(importlib.util.find_spec("fla").submodule_search_locations[0]) / "ops" / rule / "naive.py"
     spec = importlib.util.spec_from_file_location(f"fla_naive_{rule}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("transformers.models.qwen3_next")
 
 import transformers
+from calls import kernels_of_a_model
 from compilers import needs_cxx
 from transformers.cache_utils import DynamicCache
 from transformers.models.qwen3_next import modeling_qwen3_next
@@ -47,6 +48,7 @@ COMMON = {
     "pad_token_id": 0,
     "eos_token_id": None,
 }
+KERNELS = kernels_of_a_model(32, 48)
 MLP = {"intermediate_size": 96}
 MOE = {
     "num_experts": 8,

@@ -1,4 +1,4 @@
-"""TVMScript without its most expensive question: what macros ask the stack is answered without reading every caller's source file.
+"""TVMScript without its most expensive question: how macros find their parser, without reading every caller's source file.
 
 A macro finds the parser that runs it by a global of some caller. TVM 0.27 asks `inspect.getouterframes`, which also looks up the
 lines of code of every frame: two thirds of the time that parsing a kernel takes.

@@ -186,8 +186,8 @@ static __device__ __forceinline__ int tvm_gdn_mma_bytes(int (&sums)[NC], int at_
 }
 // Four warps multiply 64 rows of 64 16-bit numbers with as many rows as a thread has sums times two; both tiles lie in shared memory
 // at multiples of 1024 bytes, in rows of 128 bytes whose 16-byte pieces change places by the row's number. `publish`: what this
-// thread wrote is there for the matrix unit behind the next barrier. `finish` waits for all products but the last `left` (0 or 1);
-// until all are done the sums are not to be read.
+// thread wrote is there for the matrix unit behind the next barrier. `arrived` waits for all products but the last `left`; until all
+// are done the sums are not to be read.
 #define TVM_GDN_R32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define TVM_GDN_R64 TVM_GDN_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 #define TVM_GDN_R128 TVM_GDN_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
@@ -226,13 +226,6 @@ TVM_GDN_WGMMAS(tvm_gdn_wgmma_bf16, "bf16")
 TVM_GDN_WGMMAS(tvm_gdn_wgmma_f16, "f16")
 static __device__ __forceinline__ int tvm_gdn_wgmma_publish() {
   asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
-  return 0;
-}
-template <int N>
-static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&c)[N], int left) {
-  if (left == 0) asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory");
-  else asm volatile("wgmma.wait_group.sync.aligned 1;" : : : "memory");
-  tvm_gdn_wgmma_hold(c);
   return 0;
 }
 // Four warps multiply 64 rows of `steps` times 16 numbers with a tile that has as many rows of 128 bytes: 32 numbers each, `one`, and
@@ -327,8 +320,7 @@ static __device__ __forceinline__ int tvm_gdn_bulk_wait(void* barrier) {
   return 0;
 }
 static __device__ __forceinline__ int tvm_gdn_bulk_publish() {
-  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
-  return 0;
+  return tvm_gdn_wgmma_publish();
 }
 static __device__ __forceinline__ int tvm_gdn_bulk_write(void* to, const void* from, int bytes) {
   asm volatile(
@@ -547,10 +539,6 @@ static __device__ __forceinline__ int tvm_gdn_wgmma_arrived(float (&)[N], int le
   return TVM_GDN_FINISH(left);
 }
 static __device__ __forceinline__ int tvm_gdn_wgmma_publish() { return 0; }
-template <int N>
-static __device__ __forceinline__ int tvm_gdn_wgmma_finish(float (&)[N], int left) {
-  return TVM_GDN_FINISH(left);
-}
 static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
 static __device__ __forceinline__ int tvm_gdn_copy_ahead(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
 static __device__ __forceinline__ int tvm_gdn_copied() { return TVM_GDN_ARRIVE(0, true); }

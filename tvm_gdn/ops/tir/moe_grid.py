@@ -36,7 +36,6 @@ Quantized weights: rows of x, and of h, are made int8 by a kernel of their own b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -55,6 +54,7 @@ from tvm_gdn.ops.tir.moe_grid_rows import (
     most_tiles,
     sort_macro,
 )
+from tvm_gdn.ops.tir.plans import emit_plans
 from tvm_gdn.spec import Geometry
 
 #: Choices of a token that are read before the first of them is added.
@@ -158,10 +158,10 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
         def experts(plans, routing):
             if quantized:
                 quantize(tiles, x, tokens, x_q, x_scale, x_sums)
-            _choose(plans, tokens * top_k, E, routing, first)
+            emit_plans(plans, lambda plan: _is_for(plan, tokens * top_k, E), lambda plan: first(plan, routing))
             if quantized:
                 quantize(tiles, hidden, tokens * top_k, hidden_q, hidden_scale, hidden_sums)
-            _choose(plans, tokens * top_k, E, routing, second)
+            emit_plans(plans, lambda plan: _is_for(plan, tokens * top_k, E), lambda plan: second(plan, routing))
             add_up(tiles, D, routing, topk_weights, partial, out, tokens, top_k)
 
         assert E <= MOST_EXPERTS, ("ValueError", [f"w13: at most {MOST_EXPERTS} experts on devices"])
@@ -207,19 +207,6 @@ def _most_tiles(plans: tuple[Any, ...], pairs: Any, E: Any) -> Any:
     for plan in reversed(few):
         found = T.Select(_is_for(plan, pairs, E), most_tiles(plan, pairs, E), found)
     return found
-
-
-def _choose(plans: tuple[Any, ...], pairs: Any, E: Any, routing: Any, products: Callable[[Any, Any], None]) -> None:
-    """Emit the products of every plan, and on the host the choice between them."""
-    plan, *more = plans
-    if not more:
-        products(plan, routing)
-        return
-    with T.If(_is_for(plan, pairs, E)):
-        with T.Then():
-            products(plan, routing)
-        with T.Else():
-            _choose(tuple(more), pairs, E, routing, products)
 
 
 def gate_up(plan: Any, tiles: Any, sizes: Sizes, x: Any, W: Any, hidden: Any, routing: Any, **more: Any) -> None:
