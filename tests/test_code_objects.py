@@ -106,6 +106,19 @@ def test_shared_memory_taken_for_global_memory_is_refused(tmp_path):
     assert "put shared memory into global memory" in done.stdout, done.stderr
 
 
+def barriers_with_stores_under_way(text):
+    """Barriers of a block that a wave may pass before what it wrote to LDS is there: the instruction does not wait for it."""
+    under_way, found = False, []
+    for line in text.splitlines():
+        if re.search(r"\bds_(write|store|add)", line):
+            under_way = True
+        elif re.search(r"s_waitcnt.*lgkmcnt\(0\)", line):
+            under_way = False
+        elif "s_barrier" in line:
+            found.append(under_way)
+    return found
+
+
 def products(folder, target, op, case, instruction):
     """Instructions of the matrix unit in a kernel's text, and what the code object states; all of its LDS is taken for LDS."""
     (kernel,) = build.run_builder([build.Request(OPS[op], geometry_of_case(OPS[op], case))], resolve(target), folder)
@@ -113,6 +126,8 @@ def products(folder, target, op, case, instruction):
     found, text = images.facts(kernel.image, "hsaco"), kernel.image.with_suffix(".s").read_text()
     assert found["threads"] <= 256 and not re.search(r"\bflat_\w", text)
     assert re.search(r"\bds_(read|load)", text) and re.search(r"\bds_(write|store)", text)
+    barriers = barriers_with_stores_under_way(text)
+    assert len(barriers) > 5 and not any(barriers)
     return len(re.findall(instruction, text)), found
 
 
