@@ -13,6 +13,20 @@ from typing import Any
 from tvm_gdn.errors import BuildError
 
 
+#: Functions in LLVM's language that are linked with the kernels, and inlined: a barrier of the block behind which what threads wrote
+#: before it is there. TVM's is the instruction alone: LLVM then neither waits for stores to local memory nor keeps accesses on
+#: their side of it.
+LIBRARY = """
+declare void @llvm.amdgcn.s.barrier()
+define linkonce_odr i32 @tvm_gdn_barrier() alwaysinline convergent nounwind {
+  fence syncscope("workgroup") release
+  call void @llvm.amdgcn.s.barrier()
+  fence syncscope("workgroup") acquire
+  ret i32 0
+}
+"""
+
+
 @functools.cache
 def register(kind: str) -> None:
     """Teach TVM, in this process, how a code generator says what its schedules use.
@@ -25,6 +39,7 @@ def register(kind: str) -> None:
     import tvm
 
     tvm.tirx.register_intrin_lowering("tirx.tvm_warp_shuffle_xor", target=kind, f=_shuffle_xor, level=99)
+    tvm.tirx.register_intrin_lowering("tirx.tvm_storage_sync", target=kind, f=_sync, level=99)
     for name in ("tirx.call_extern", "tirx.call_pure_extern"):
         tvm.tirx.register_intrin_lowering(name, target=kind, f=_called, level=99)
 
@@ -36,6 +51,14 @@ def _shuffle_xor(call: Any) -> Any:
     mask, value, bits, width, warp = call.args
     lane = tvm.tirx.bitwise_and(_lane(), width - 1)
     return tvm.tirx.op.tvm_warp_shuffle(mask, value, tvm.tirx.bitwise_xor(lane, bits), width, warp)
+
+
+def _sync(call: Any) -> Any:
+    import tvm
+
+    if call.args[0].value == "warp":
+        raise BuildError("a barrier of a wave has no lowering on this target")
+    return tvm.tirx.call_extern("int32", "tvm_gdn_barrier")
 
 
 def _lane() -> Any:
@@ -52,7 +75,7 @@ def _called(call: Any) -> Any:
     name = call.args[0].value
     if name in _FUNCTIONS:
         return _FUNCTIONS[name](call)
-    if not name.startswith("llvm."):
+    if not name.startswith("llvm.") and f"@{name}(" not in LIBRARY:
         raise BuildError(f"{name} is a C function, and this target's code generator takes none")
     return call
 

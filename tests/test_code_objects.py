@@ -106,19 +106,69 @@ def test_shared_memory_taken_for_global_memory_is_refused(tmp_path):
     assert "put shared memory into global memory" in done.stdout, done.stderr
 
 
-@needs_linker
-@pytest.mark.parametrize("target", [pytest.param("rocm-gfx90a", marks=pytest.mark.slow), "rocm-gfx942"])
-def test_chunked_products_use_the_matrix_unit(tmp_path, target):
-    """A small geometry; docs/gpu.md has the numbers of the model's."""
-    case = {"B": 1, "T": 37, "H": 1, "HV": 1, "K": 32, "V": 16, "dtype": "bfloat16", "output_final_state": True}
-    requests = [build.Request(OPS[CHUNK], geometry_of_case(OPS[CHUNK], case))]
-    (kernel,) = build.run_builder(requests, resolve(target), tmp_path)
+def barriers_with_stores_under_way(text):
+    """Barriers of a block that a wave may pass before what it wrote to LDS is there: the instruction does not wait for it."""
+    under_way, found = False, []
+    for line in text.splitlines():
+        if re.search(r"\bds_(write|store|add)", line):
+            under_way = True
+        elif re.search(r"s_waitcnt.*lgkmcnt\(0\)", line):
+            under_way = False
+        elif "s_barrier" in line:
+            found.append(under_way)
+    return found
+
+
+def products(folder, target, op, case, instruction):
+    """Instructions of the matrix unit in a kernel's text, and what the code object states; all of its LDS is taken for LDS."""
+    (kernel,) = build.run_builder([build.Request(OPS[op], geometry_of_case(OPS[op], case))], resolve(target), folder)
     assert not isinstance(kernel, BuildError), kernel
     found, text = images.facts(kernel.image, "hsaco"), kernel.image.with_suffix(".s").read_text()
-    products = re.findall(r"v_mfma_f32_16x16x16_?bf16\w*", text)
-    # Four elements of each product are asked for; the instruction stands there once, not four times.
-    assert 8 <= len(products) <= 100
-    assert found["threads"] <= 256 and "ds_read" in text and "ds_write" in text and not re.search(r"\bflat_\w", text)
+    assert found["threads"] <= 256 and not re.search(r"\bflat_\w", text)
+    assert re.search(r"\bds_(read|load)", text) and re.search(r"\bds_(write|store)", text)
+    barriers = barriers_with_stores_under_way(text)
+    assert len(barriers) > 5 and not any(barriers)
+    return len(re.findall(instruction, text)), found
+
+
+@needs_linker
+@pytest.mark.parametrize(
+    ("target", "instruction", "scratch"),
+    [
+        pytest.param("rocm-gfx90a", r"v_mfma_f32_16x16x16_?bf16", 0, marks=pytest.mark.slow),
+        ("rocm-gfx942", r"v_mfma_f32_16x16x16_?bf16", 0),
+        # WMMA's threads hold whole rows of operands: 13 of 256 registers spill.
+        ("rocm-gfx1100", "v_wmma_f32_16x16x16_bf16", 64),
+    ],
+)
+def test_chunked_products_use_the_matrix_unit(tmp_path, target, instruction, scratch):
+    """A small geometry; docs/gpu.md has the numbers of the model's."""
+    case = {"B": 1, "T": 37, "H": 1, "HV": 1, "K": 32, "V": 16, "dtype": "bfloat16", "output_final_state": True}
+    count, found = products(tmp_path, target, CHUNK, case, instruction)
+    # All elements of each product are asked for; the instruction stands there once, not once for each.
+    assert 8 <= count <= 100
+    assert found["scratch"] <= scratch and found["spills"] <= scratch // 4
+
+
+@needs_linker
+@pytest.mark.parametrize(
+    ("target", "scheme", "instruction"),
+    [
+        ("rocm-gfx942", "", r"v_mfma_f32_16x16x16_?bf16"),
+        pytest.param("rocm-gfx90a", "", r"v_mfma_f32_16x16x16_?bf16", marks=pytest.mark.slow),
+        pytest.param("rocm-gfx1100", "", "v_wmma_f32_16x16x16_bf16", marks=pytest.mark.slow),
+        pytest.param("rocm-gfx942", "int8", "v_mfma_i32_16x16x32_?i8", marks=pytest.mark.slow),
+        pytest.param("rocm-gfx90a", "int8", "v_mfma_i32_16x16x16_?i8", marks=pytest.mark.slow),
+        pytest.param("rocm-gfx1100", "int8", "v_wmma_i32_16x16x16_iu8", marks=pytest.mark.slow),
+    ],
+)
+def test_experts_use_the_matrix_unit(tmp_path, target, scheme, instruction):
+    """Both products of both plans, and those of pairs that are not sorted; no registers spill."""
+    case = {"T": 3, "k": 2, "E": 4, "D": 104, "I": 40, "dtype": "bfloat16"}
+    if scheme:
+        case |= {"scheme": scheme, "scale_dtype": "float32", "D": 300, "I": 200}
+    count, found = products(tmp_path, target, "fused_experts_quantized" if scheme else "fused_experts", case, instruction)
+    assert 50 <= count <= 600
     assert found["scratch"] == 0 and found["spills"] == 0
 
 

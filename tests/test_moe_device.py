@@ -58,9 +58,10 @@ def check_numbers(dtype, packed, hidden, inner, counts):
 
 
 @needs_cxx
-def test_numbers(on):
+@pytest.mark.parametrize("target", ["cuda-sm80", "rocm-gfx942", pytest.param("rocm-gfx1100", marks=pytest.mark.slow)])
+def test_numbers(on, target):
     """Few rows per expert and many, D and I no multiples of a tile; rows in pieces of 16 bytes."""
-    on("cuda-sm80")
+    on(target)
     check_numbers(torch.bfloat16, False, 104, 40, (1, 5, 63))
 
 
@@ -120,9 +121,10 @@ def test_routing_at_its_extremes(on):
 
 
 @pytest.mark.slow
-def test_misaligned_and_strided_arguments(on):
+@pytest.mark.parametrize("target", ["cuda-sm80", "rocm-gfx942"])
+def test_misaligned_and_strided_arguments(on, target):
     """Rows that begin anywhere are read element by element, by the same kernel."""
-    on("cuda-sm80")
+    on(target)
     x, w13, w2, weights, ids = make(33, torch.bfloat16, hidden=104)
     whole = run(x, weights, w13, w2, ids=ids)
     wide = torch.randn(33, 211).bfloat16()
@@ -138,7 +140,7 @@ def test_misaligned_and_strided_arguments(on):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm90", "musa-mp31"])
+@pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm90", "musa-mp31", "rocm-gfx942", "rocm-gfx1100"])
 @pytest.mark.parametrize(
     ("dtype", "packed", "hidden", "inner"),
     [
@@ -156,7 +158,7 @@ def test_sizes(on, target, dtype, packed, hidden, inner):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["cuda-sm80", "musa-mp31"])
+@pytest.mark.parametrize("target", ["cuda-sm80", "musa-mp31", "rocm-gfx942", "rocm-gfx1100"])
 @pytest.mark.parametrize(("scheme", "group"), [("int8", 0), ("int4", 0), ("int4_kgroup", 32), ("int4_kgroup", 128)])
 def test_integers(on, target, scheme, group):
     """What the pack says, but for the rows' own rounding; few rows per expert and many; NaN stays in its row."""
@@ -184,7 +186,9 @@ def geometry(**attrs):
     return spec, check.geometry_of(spec, cases.draw(spec, case))
 
 
-@pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm90", "musa-mp22", "musa-mp31"])
+@pytest.mark.parametrize(
+    "target", ["cuda-sm80", "cuda-sm90", "musa-mp22", "musa-mp31", "rocm-gfx90a", "rocm-gfx942", "rocm-gfx1100"]
+)
 @pytest.mark.parametrize("case", [{}, {"dtype": "float32"}, {"scheme": "int8", "scale_dtype": "float32"}])
 def test_blocks_fit(target, case):
     """Shared memory of the defaults and of every choice that is not refused."""

@@ -109,7 +109,7 @@ def compile_function(function: Any, target: TargetSpec, folder: Path, symbol: st
     concrete(target)
     options = dict(target.codegen)
     goal = tvm_target(options)
-    objects = _capture_objects(target)
+    objects = _capture_objects(target, folder)
     with tvm.transform.PassContext(opt_level=3, config=dict(target.pass_config), disabled_pass=DISABLED_PASSES):
         module = tvm.tirx.transform.BindTarget(goal)(tvm.IRModule.from_expr(function))
         pipeline, finalize_host, finalize_device = tvm.tirx.get_default_tir_pipeline(goal)
@@ -202,7 +202,7 @@ def _line(function: Any) -> str:
     return f"{function.attrs['global_symbol']} {''.join(letters) or '-'} {''.join(map(str, tags))}{early}"
 
 
-def _capture_objects(target: TargetSpec) -> list[bytes]:
+def _capture_objects(target: TargetSpec, folder: Path) -> list[bytes]:
     """Objects that TVM's code generator hands to its linker, where it generates machine code itself."""
     import tvm
     import tvm_ffi
@@ -215,7 +215,12 @@ def _capture_objects(target: TargetSpec) -> list[bytes]:
         return bytearray(objects[-1])
 
     tvm_ffi.register_global_func(f"tvm_callback_{kind}_link", keep, override=True)
-    tvm_ffi.register_global_func(f"tvm_callback_{kind}_bitcode_path", lambda *_: tvm.runtime.convert([]), override=True)
+    linked = []
+    if lowering := dict(target.compiler).get("lowering"):
+        library = folder / "library.ll"
+        library.write_text(import_module(f"tvm_gdn.schedules.{lowering}").LIBRARY, encoding="utf-8")
+        linked = [str(library)]
+    tvm_ffi.register_global_func(f"tvm_callback_{kind}_bitcode_path", lambda *_: tvm.runtime.convert(linked), override=True)
     # Where a driver is present TVM would compile the source as well.
     tvm_ffi.register_global_func(f"tvm_callback_{kind}_compile", lambda *_: bytearray(b"\x7fELF"), override=True)
     return objects
