@@ -15,9 +15,9 @@ import tvm
 from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import local_array, transpose_16
 from tvm_gdn.schedules.cpu_elements import ElementTiles
-from tvm_gdn.schedules.cpu_tiles import BLOCK, LINE, Tile, ceil_div
+from tvm_gdn.schedules.cpu_tiles import BLOCK, LINE, Tile, ceil_div, where
 
-from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
+from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
 
 
 @dataclass(frozen=True)
@@ -49,22 +49,22 @@ class ChunkTiles(ElementTiles):
     #: One pass: a worker goes through its sequence once, and what it needs of a chunk stays in the cache.
     ahead = False
     #: Operands are the tiles themselves: there is nothing to save by writing them in a product's epilogue.
-    fused, chained = False, False
+    fused, chained, tail = False, False, BLOCK
 
-    def expect(self, *windows: Tile, write: bool = False) -> None:
+    def expect(self, *windows: Tile, write: bool = False, when: Expr | None = None) -> None:
         """Asked for block by block of the next product: all at once they would wait for each other."""
-        self.expected += [(window, write) for window in windows]
+        self.expected += [(window, write, when) for window in windows]
 
     def _fetcher(self, blocks: int) -> Callable[[Expr], None]:
         """What every one of a product's blocks asks for, given its number."""
         expected, self.expected = self.expected, []
 
         def fetch(number: Expr) -> None:
-            for window, write in expected:
+            for window, write, when in expected:
                 per_line = 4 * LINE // tvm.DataType(window.buffer.dtype).itemsize
                 per_row = -(-window.cols // per_line)
                 share = -(-window.rows * per_row // blocks)
-                with T.serial(share) as n:
+                with where(when), T.serial(share) as n:
                     line = T.Cast("int32", number) * share + n
                     element = window.buffer[line // per_row, line % per_row * per_line]
                     arguments = T.address_of(element), T.int32(int(write)), T.int32(2), T.int32(1)
@@ -121,7 +121,7 @@ class ChunkTiles(ElementTiles):
     ) -> None:
         """Register-blocked product."""
         mr, nr = self.mr, dst.panel or min(self._square_columns(), dst.cols)
-        granule = min(GRANULE, self.chunk) if lower == "result" else self.granule
+        granule = BLOCK if lower == "result" else self.granule
         row_tiles = dst.rows // mr if rows is None else ceil_div(rows, granule) * (granule // mr)
         col_tiles = self.units(nr, dst) if cols is None else ceil_div(cols, nr)
         full = a.tile.rows if a.transposed else a.tile.cols

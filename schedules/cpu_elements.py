@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import local_array, sum_lanes, transpose_16
 from tvm_gdn.schedules.cpu_tiles import BLOCK, Tile, TileMemory, ceil_div
 
-from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
+from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
 
 
 class ElementTiles(TileMemory):
@@ -29,7 +29,7 @@ class ElementTiles(TileMemory):
             self._map_vector(dst, function, *sources)
             return
         unit = BLOCK if lower else self._vector(dst, *sources)
-        granule = min(GRANULE, self.chunk) if lower else self.granule
+        granule = BLOCK if lower else self.granule
         with T.serial(dst.rows if rows is None else ceil_div(rows, granule) * granule) as i:
             with T.serial((i // self.triangle + 1) * (self.triangle // BLOCK) if lower else self.units(unit, dst)) as base:
                 with T.vectorized(unit) as lane:

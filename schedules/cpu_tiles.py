@@ -10,6 +10,8 @@ down is then contiguous. In row-major order its rows, 512 bytes apart, fall into
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -127,6 +129,17 @@ def import_llvm(text: str) -> None:
     scope.__enter__()
 
 
+@contextmanager
+def where(condition: Expr | None) -> Iterator[None]:
+    """What follows happens where a condition holds; None: always."""
+    if condition is None:
+        yield
+        return
+    with T.If(condition):
+        with T.Then():
+            yield
+
+
 def ceil_div(x: Expr, n: int) -> Expr:
     """Quotient rounded up."""
     return (x + (n - 1)) // n
@@ -145,7 +158,7 @@ class TileMemory(CpuTiles):
         #: Panels of a part of the columns, parts; those of this worker, and its first column, known once it has a number.
         self.each = self.cuts = self.shift = T.int64(0)
         self.active: Expr | None = None
-        self.expected: list[tuple[Tile, bool]] = []
+        self.expected: list[tuple[Tile, bool, Expr | None]] = []
         self.arena: Any = None
         self.start: Expr = 0
         self.states: Expr = 0

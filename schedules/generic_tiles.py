@@ -45,7 +45,7 @@ class PortableChunkTiles(Portable, ChunkTiles):
 
     workers, worker = CpuTiles.workers, CpuTiles.worker
 
-    def expect(self, *windows: Tile, write: bool = False) -> None:
+    def expect(self, *windows: Tile, write: bool = False, when: Any = None) -> None:
         """There is no portable way to ask."""
 
     def outputs(self, *tensors: tuple[Any, Any]) -> None:

@@ -26,7 +26,7 @@ from tvm_gdn.schedules.gpu_fragments import (
 )
 from tvm_gdn.schedules.gpu_triangles import TriangleTiles
 
-from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
+from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
 
 #: Pairs of parts up to which each has sums of its own.
 APART = 3
@@ -35,9 +35,9 @@ APART = 3
 class GpuChunkTiles(TriangleTiles):
     """Tile operations of one geometry; see `tvm_gdn/ops/tir/tiles.py`, and `FragmentTiles` for its parameters."""
 
-    fused, shift = False, 0
+    fused, shift, tail = False, 0, GRANULE
 
-    def expect(self, *windows: Any, write: bool = False) -> None:
+    def expect(self, *windows: Any, write: bool = False, when: Any = None) -> None:
         """Other warps run while one waits."""
 
     def operand(self, tile: Any, side: str, *, transpose: bool = False, coarse: bool = False) -> Operand:

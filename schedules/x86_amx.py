@@ -7,29 +7,18 @@ follows a product, and the operands made of its results, are computed while the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import local_array
 from tvm_gdn.schedules.cpu_chunk import Operand
-from tvm_gdn.schedules.cpu_tiles import Tile, ceil_div
+from tvm_gdn.schedules.cpu_tiles import Tile, ceil_div, where
 from tvm_gdn.schedules.x86_matrix import LANES, ROWS, Rows
 from tvm_gdn.schedules.x86_operands import MatrixOperand, OperandTiles
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
-
-
-@contextmanager
-def where(condition: Expr | None) -> Iterator[None]:
-    """What follows happens where a condition holds; None: always."""
-    if condition is None:
-        yield
-        return
-    with T.If(condition):
-        with T.Then():
-            yield
 
 
 class AmxChunkTiles(OperandTiles):
@@ -78,7 +67,7 @@ class AmxChunkTiles(OperandTiles):
                 self._results(lambda n, x, y: self.unit.store(n, dst.buffer, *self._place(dst, io, jo, x, y)))
             else:
                 self._results(lambda n, x, y: self.unit.store(n, self.scratch, lambda r: [x * ROWS + r, y * ROWS], GRANULE))
-                self._finish(dst, io, jo, start, finish, sources, into, wanted)
+                self._finish(dst, io, jo, start, finish, sources, into, wanted, tall)
 
         if lower == "result":
             with T.serial(row_blocks) as io:
@@ -133,9 +122,14 @@ class AmxChunkTiles(OperandTiles):
         sources: tuple[Tile, ...],
         into: tuple[Any, ...],
         wanted: Expr | None,
+        tall: Expr | None,
     ) -> None:
-        """From sums in the scratch tile to elements of the result, and to operands made of it."""
+        """From sums in the scratch tile to elements of the result, and to operands made of it.
+
+        Unless `tall`, the lower 16 rows are nobody's tokens: zeros in operands, which products meet with zeros of the other side.
+        """
         written = not into or start is not None
+        rows = GRANULE if tall is None else T.Select(tall, GRANULE, ROWS)
 
         def value(i: Expr, r: Expr, unit: int, y: Expr, lane: Expr) -> Any:
             base = jo * (GRANULE // unit) + y
@@ -146,13 +140,13 @@ class AmxChunkTiles(OperandTiles):
             return total if finish is None else finish(i, base * unit + lane, total, *values)
 
         if not into:
-            with T.serial(GRANULE) as r:
+            with T.serial(rows) as r:
                 with T.vectorized(GRANULE) as lane:
                     i = io * GRANULE + r
                     dst.put(value(i, r, GRANULE, 0, lane), i, jo, GRANULE, lane)
             return
         pair = local_array(2, ROWS)
-        with T.serial(ROWS) as p:
+        with T.serial(ROWS if tall is None else T.Select(tall, ROWS, ROWS // 2)) as p:
             for y in (0, 1):
                 i = io * GRANULE + p * 2
                 for n in (0, 1):
@@ -164,3 +158,7 @@ class AmxChunkTiles(OperandTiles):
                 with where(wanted):
                     for operand in into:
                         self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])
+        if tall is not None:
+            with where(T.Not(tall)), T.serial(ROWS // 2) as p:
+                for operand, y in product(into, (0, 1)):
+                    operand.clear([io, jo * 2 + y, p + ROWS // 2])

@@ -14,7 +14,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import local_array, transpose_16
 from tvm_gdn.schedules.cpu_chunk import ChunkTiles, Operand
-from tvm_gdn.schedules.cpu_tiles import TO_LINE, Tile, ceil_div
+from tvm_gdn.schedules.cpu_tiles import BLOCK, TO_LINE, Tile, ceil_div
 from tvm_gdn.schedules.x86_matrix import LANES, ROWS, EmulatedMatrixUnit, MatrixUnit, Rows, high_part, low_part
 
 from tvm_gdn.ops.tir.tiles import GRANULE, Expr
@@ -143,6 +143,12 @@ class MatrixOperand:
             return [block * ROWS + r, depth * 2 * ROWS]
         return [self.first * self.parts + part, block, depth, r, 0]
 
+    def clear(self, index: list[Any]) -> None:
+        """A row of a block, [block, depth, row], is zero in all parts."""
+        for part in range(self.parts):
+            zeros = T.broadcast(T.int32(0), ROWS)
+            T.buffer_store(self.buffer, zeros, [self.first * self.parts + part, *index, LANES])
+
     def words(self, part: int, block: Expr, depth: Expr, r: Expr) -> Any:
         """A row of a block, as pairs."""
         index = self.row(part, block, depth, r)
@@ -180,7 +186,7 @@ class OperandTiles(ChunkTiles):
         super().__init__(K, V, v_tile=v_tile, chunk=chunk, rows=8, columns=32, span=span, v_first=v_first)
         self.unit = EmulatedUnit() if emulated else MatrixUnit()
         self.helpers = TO_LINE + HELPERS + (ROUND_EMULATED if emulated else ROUND)
-        self.granule = self.triangle = GRANULE
+        self.granule, self.triangle = BLOCK, GRANULE
         self.parts, self.data = parts, data
         #: Tiles whose numbers, or results that only go into a tensor of them, need no more than bf16.
         self.exact = set[Any]()
@@ -299,7 +305,7 @@ class OperandTiles(ChunkTiles):
     def _left(self, dst: MatrixOperand, rows: Expr, lower: bool) -> None:
         src = dst.source
         row = lambda i, at: src.buffer[tuple(src.at(i, at, ROWS, LANES))]  # noqa: E731
-        with T.serial(ceil_div(rows, GRANULE) * 2) as rb:
+        with T.serial(ceil_div(rows, ROWS)) as rb:
             with T.serial(rb // 2 + 1 if lower else src.cols // 32) as db:
                 with T.serial(ROWS) as r:
                     self._split(dst, "join", row(rb * ROWS + r, db * 2), row(rb * ROWS + r, db * 2 + 1), [rb, db, r])

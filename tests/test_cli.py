@@ -17,8 +17,8 @@ from processes import environment
 import tvm_gdn
 from tvm_gdn import cli, dispatch, env, pack, parity
 from tvm_gdn.bench import contenders, machine
-from tvm_gdn.commands import aot, arguments, demo, listing
-from tvm_gdn.errors import ArgumentError
+from tvm_gdn.commands import aot, arguments, demo, listing, parity_matrix
+from tvm_gdn.errors import ArgumentError, TargetError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import named, resolve
 
@@ -396,6 +396,27 @@ def test_parity_passes_and_fails_loudly(capsys, monkeypatch, tmp_path):
     assert status == 1
     assert "4 FAILED" in out
     assert "g has error 1.0e+00, limit 1e-05" in out
+
+
+def test_cases_with_a_dtype_that_the_target_has_not_are_no_failures(capsys, monkeypatch):
+    cases = [{"M": 3, "HV": 4, "dtype": dtype} for dtype in ("float32", "float16")]
+    monkeypatch.setitem(OPS, GATING, dataclasses.replace(OPS[GATING], cases=tuple(cases)))
+    reason = "target c has no type for float16 (a, b, dt_bias)"
+    status, out, _ = run(capsys, "parity", "--target", "c", "--op", GATING, "--json", "-")
+    found = json.loads(out)["ops"][GATING]
+    assert status == 0
+    assert (found["kernels"], found["cases"], found["passed"], found["ran"]) == (1, 1, 1, "device")
+    assert list(found["unsupported"].values()) == [reason]
+    assert parity_matrix._cell(found) == "1 (1 not supported)"
+
+    monkeypatch.setitem(OPS, GATING, dataclasses.replace(OPS[GATING], cases=tuple(cases[1:])))
+    status, out, _ = run(capsys, "parity", "--target", "c", "--op", GATING)
+    assert status == 0
+    assert reason in out and "no schedule" in out
+
+    dispatch.reset()
+    with pytest.raises(TargetError, match=r"float16 \(a, b, dt_bias\)"):
+        parity.check_case(OPS[GATING], cases[1])
 
 
 def test_demo_compares_tokens(capsys, monkeypatch):

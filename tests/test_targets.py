@@ -61,6 +61,7 @@ def test_lists_become_tuples():
         ("requires", "avx2"),
         ("requires", [1]),
         ("requires", {"avx2": 1}),
+        ("lacks", "float16"),
         ("rank", "high"),
         ("rank", True),
         ("rank", 1.5),

@@ -23,7 +23,7 @@ from typing import Any
 from tvm_gdn import build, env, kernel_cache, load, records
 from tvm_gdn import pack as packs
 from tvm_gdn.digest import version_of
-from tvm_gdn.errors import BuildError, PackError, TvmGdnError
+from tvm_gdn.errors import BuildError, PackError, TargetError, TvmGdnError
 from tvm_gdn.manifest import Entry
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, named, resolve, runnable, target_names
@@ -132,6 +132,9 @@ def _lookup(spec: OpSpec, geometry: Geometry, device: str) -> Served:
         name = "auto"
     try:
         target = runnable(resolve(name, device))
+        refusal = target.refuses(geometry.dtype)
+        if refusal:
+            raise TargetError(f"{spec.name}: {refusal}")
         served, refused = _from_packs(spec, geometry, target, explicit=name != "auto")
         return served or _from_cache_or_compiler(spec, geometry, target, refused)
     except TvmGdnError as error:

@@ -14,8 +14,9 @@ of the columns; S = 1 (fp32, one scale per output channel) or one bf16 scale per
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -38,8 +39,8 @@ _FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CLIPS = tuple(1.12 - 0.06 * i for i in range(10))
 #: Times that the best of them is refined.
 _REFINED = 2
-#: Elements that are quantized at once: they stay in a core's cache while the candidates are tried.
-_CHUNK = 1 << 16
+#: Elements that are quantized at once: few enough for a cache, many enough for few calls (threads that make many wait in turn).
+_CHUNK = 1 << 18
 #: Groups of 32 rows that are laid out at once: what that takes beside the weights stays far below one expert.
 _GROUPS = 4
 
@@ -161,18 +162,23 @@ def _best_scale(rows: torch.Tensor, stored_as: torch.dtype) -> torch.Tensor:
     a best scale of their own, ``<row, q> / <q, q>``; two such steps come within 0.3 % of the error of the best scale there is.
     """
     largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
-    best, scale = torch.full_like(largest, float("inf")), torch.zeros_like(largest)
-    for attempt in range(len(_CLIPS) + _REFINED):
-        if attempt < len(_CLIPS):
-            candidate = largest * (-_CLIPS[attempt] / 8)
-        else:
-            q = _rounded(rows, scale)
-            candidate = (rows * q).sum(-1, keepdim=True) / q.square_().sum(-1, keepdim=True).clamp_(min=1)
+    # All at once: threads that make many short calls wait for the interpreter's lock.
+    candidates = (torch.tensor(_CLIPS).view(-1, 1, 1, 1) * (largest / -8)).to(stored_as).float()
+    errors = torch.stack([_square_error(rows, candidate) for candidate in candidates])
+    best, which = errors.min(0, keepdim=True)
+    best, scale = best[0], candidates.gather(0, which)[0]
+    for _ in range(_REFINED):
+        q = _rounded(rows, scale)
+        candidate = (rows * q).sum(-1, keepdim=True) / q.square_().sum(-1, keepdim=True).clamp_(min=1)
         candidate = candidate.to(stored_as).float()
-        error = _rounded(rows, candidate).mul_(candidate).sub_(rows).square_().sum(-1, keepdim=True)
+        error = _square_error(rows, candidate)
         better = error < best
         best, scale = error.where(better, best), candidate.where(better, scale)
     return scale
+
+
+def _square_error(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return _rounded(rows, scale).mul_(scale).sub_(rows).square_().sum(-1, keepdim=True)
 
 
 def _rounded(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -320,6 +326,17 @@ def _destination(source: torch.Tensor, shape: tuple[int, ...], name: str, in_pla
     return source.view(-1).view(torch.int32)[:count].view(shape)
 
 
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Threads that are started meanwhile run torch's operations alone: teams of their own would share the same cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _pack(
     w13: torch.Tensor, w2: torch.Tensor, scheme: str, group: int, in_place: bool, progress: bool, jobs: int
 ) -> PackedExperts:
@@ -349,7 +366,7 @@ def _pack(
         for expert in bar(range(experts)):
             pack_one(expert)
     else:
-        with ThreadPoolExecutor(jobs) as pool:
+        with _one_thread_each(), ThreadPoolExecutor(jobs) as pool:
             for _ in bar(pool.map(pack_one, range(experts))):
                 pass
     return PackedExperts(words13, words2, scale13, scale2, scheme, group, hidden, inner)

@@ -68,6 +68,8 @@ class TargetSpec:
         CPU flags, as in /proc/cpuinfo, without which its code must not run.
     serves : tuple of str
         Devices that run its code; one must be present. Empty: any.
+    lacks : tuple of str
+        Dtypes that its code cannot have.
     rank : int
         Preference of ``auto`` among usable targets; 0 is never chosen.
     lineage : tuple of str
@@ -95,6 +97,7 @@ class TargetSpec:
     dispatch_key: str
     requires: tuple[str, ...]
     serves: tuple[str, ...]
+    lacks: tuple[str, ...]
     rank: int
     lineage: tuple[str, ...]
     family: str
@@ -117,6 +120,12 @@ class TargetSpec:
             lacking.append(f"a {self.device} device of architecture {' or '.join(self.serves)} (present: {present})")
         return lacking
 
+    def refuses(self, dtypes: Mapping[str, str]) -> str:
+        """Why its code cannot take tensors of these dtypes (by name); empty if it can."""
+        names = [name for name, dtype in dtypes.items() if dtype in self.lacks]
+        lacking = ", ".join(sorted({dtypes[name] for name in names}))
+        return f"target {self.name} has no type for {lacking} ({', '.join(names)})" if names else ""
+
     @property
     def emulated(self) -> bool:
         """Whether its device code runs in an emulation on the CPU."""
@@ -135,7 +144,7 @@ class TargetSpec:
         inherited = {"inherits": self.lineage[1]} if len(self.lineage) > 1 else {}
         own = {
             "description": self.description, "device": self.device, "dispatch_key": self.dispatch_key, "rank": self.rank,
-            "requires": self.requires, "serves": self.serves, "arch": self.arch, "image": self.image,
+            "requires": self.requires, "serves": self.serves, "lacks": self.lacks, "arch": self.arch, "image": self.image,
             "codegen": dict(self.codegen), "pass_config": dict(self.pass_config),
             "compiler": dict(self.compiler), "driver": dict(self.driver),
         }  # fmt: skip
@@ -215,6 +224,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "dispatch_key": ("text, a torch dispatch key", lambda value: isinstance(value, str) and bool(value)),
     "requires": ("a list of texts", _is_texts),
     "serves": ("a list of texts", _is_texts),
+    "lacks": ("a list of texts", _is_texts),
     "rank": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
     "inherits": ("the name of a target file", lambda value: isinstance(value, str) and value in target_names()),
     "arch": ("text", _is_text),
@@ -256,6 +266,7 @@ def _from_mapping(name: str, data: Mapping[str, Any]) -> TargetSpec:
         dispatch_key=inherited("dispatch_key", kind.upper()),
         requires=tuple(inherited("requires", ())),
         serves=tuple(inherited("serves", ())),
+        lacks=tuple(inherited("lacks", ())),
         rank=data.get("rank", 0),
         lineage=(name, *(parent.lineage if parent else ())),
         family=kind,

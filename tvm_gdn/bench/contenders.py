@@ -123,9 +123,8 @@ def transformers_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None
     # Without its wrapper, which would hand the call to another package where one is installed.
     function = inspect.unwrap(getattr(peers.modeling(), _RECURRENCES[spec.algorithm]))
     q, k, v = (found[name] for name in "qkv")
-    if spec.algorithm == "chunk":
-        # The layer repeats q and k to the value heads before it calls the chunked form, which does not.
-        q, k = (x.repeat_interleave(v.shape[-2] // q.shape[-2], dim=-2) for x in (q, k))
+    # The layer repeats q and k to the value heads; some versions of the recurrence do it themselves where they have to.
+    q, k = (x.repeat_interleave(v.shape[-2] // q.shape[-2], dim=-2) for x in (q, k))
     return functools.partial(
         function,
         q,

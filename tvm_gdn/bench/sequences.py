@@ -84,13 +84,13 @@ def measure(
             continue
         try:
             call, once = contenders.PEERS[name](spec, inputs), contenders.PEERS[name](spec, cases.clone(drawn))
+            got: Any = once() if once else None
         except Exception as error:
             report.missing[f"{name}, {op}"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
-        if call is None or once is None:
+        if call is None or got is None:
             report.missing[f"{name}, {op} {case['dtype']}"] = "has no counterpart for this dtype on CPUs"
             continue
-        got: Any = once()
         found.append(Contender(name, "", call, check(got[0] if isinstance(got, tuple) else got), moved, flops, peak))
     return side_by_side.measure(found, work, label, copied=max(1, moved), **options)
 

@@ -72,16 +72,21 @@ def report_of(target: TargetSpec, chosen: Chosen, *, compile_only: bool = False)
     -------
     dict
         The report; per operator ``ran`` says how its numbers came about: ``device`` (on the target itself), ``emulated`` (its
-        device code on this CPU), ``built`` (compiled, not run) or ``none``, with the reason.
+        device code on this CPU), ``built`` (compiled, not run) or ``none``, with the reason. ``unsupported`` are cases that
+        need a dtype which the target has not, with the reason: no outcomes, and nothing that failed.
     """
     ran = "built" if compile_only else "emulated" if target.emulated else "device"
     lacking = without_schedule(list(chosen), target)
+    chosen, unsupported = _supported(chosen, target)
+    lacking = {op: next(iter(told.values())) for op, told in unsupported.items() if not chosen[op]} | lacking
     wanted = {op: cases for op, cases in chosen.items() if op not in lacking}
     refused = _precompile(wanted, target, compile_only=compile_only)
     rows = [] if compile_only else list(_run(wanted, target, refused))
     ops = {op: {**_summary(cases, op, [row for row in rows if row["op"] == op]), "ran": ran} for op, cases in chosen.items()}
     for op, reason in lacking.items():
         ops[op] |= {"kernels": 0, "ran": "none", "reason": reason}
+    for op, told in unsupported.items():
+        ops[op]["unsupported"] = told
     if target.emulated:
         for op, image in parity_images.build(wanted, target).items():
             ops[op]["image"] = image
@@ -104,6 +109,16 @@ def without_schedule(ops: list[str], target: TargetSpec) -> dict[str, str]:
         except TargetError as error:
             lacking[op] = str(error)
     return lacking
+
+
+def _supported(chosen: Chosen, target: TargetSpec) -> tuple[Chosen, dict[str, dict[str, str]]]:
+    """Cases whose dtypes the target has; by operator the others, and why not."""
+    refusals = {
+        op: [target.refuses(arguments.geometry_of_case(OPS[op], case).dtype) for case in cases] for op, cases in chosen.items()
+    }
+    kept = {op: [case for case, told in zip(cases, refusals[op], strict=True) if not told] for op, cases in chosen.items()}
+    others = {op: {label(case): told for case, told in zip(chosen[op], refusals[op], strict=True) if told} for op in chosen}
+    return kept, {op: told for op, told in others.items() if told}
 
 
 def _precompile(chosen: Chosen, target: TargetSpec, *, compile_only: bool) -> str:
@@ -176,7 +191,10 @@ def _text(report: dict[str, Any]) -> str:
     for op, found in report["ops"].items():
         worst = found["worst"]
         error = "-" if worst is None else f"{worst['error']:.1e} / {worst['limit']:.0e} ({worst['tensor']})"
-        told = found.get("reason") or "; ".join([*found["served_by"], *([found["image"]["text"]] if "image" in found else [])])
+        notes = [*found["served_by"], *([found["image"]["text"]] if "image" in found else [])]
+        if "unsupported" in found:
+            notes.append(f"{len(found['unsupported'])} more not supported: {next(iter(found['unsupported'].values()))}")
+        told = found.get("reason") or "; ".join(notes)
         lines.append([op, str(found["kernels"]), str(found["cases"]), error, verdict(found), told])
     head = f"target {report['target']}; {machine.line()}; {report['date']}\n"
     body = table(("operator", "kernels", "cases", "worst error / limit", "outcome", "served by"), lines, right=(1, 2))

@@ -26,7 +26,8 @@ ALL = "all"
 _PATIENCE = 3600.0
 _LEGEND = (
     "N: cases within their limits, on the target itself. emulated N: the device code (generated C) run on this CPU; "
-    "+ image: machine code for the device was built too, and not run. built N: compiled, not run. -: no schedule."
+    "+ image: machine code for the device was built too, and not run. built N: compiled, not run. -: no schedule. "
+    "(n not supported): further cases, with a dtype that the target has not."
 )
 
 
@@ -103,8 +104,10 @@ def _text(report: dict[str, Any], ops: list[str]) -> str:
 def _cell(found: dict[str, Any]) -> str:
     if found["ran"] == "none":
         return "-"
+    others = f" ({len(found['unsupported'])} not supported)" if found.get("unsupported") else ""
     if found["ran"] == "built":
-        return f"built {found['kernels']}"
+        return f"built {found['kernels']}{others}"
     count = f"{found['passed']}" if found["passed"] == found["cases"] else f"FAILED {found['passed']} of {found['cases']}"
     image = found.get("image", {})
-    return ("emulated " if found["ran"] == "emulated" else "") + count + (f" + {image['format']}" if image.get("built") else "")
+    built = f" + {image['format']}" if image.get("built") else ""
+    return ("emulated " if found["ran"] == "emulated" else "") + count + built + others

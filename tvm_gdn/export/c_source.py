@@ -98,9 +98,9 @@ def generate(request: Request, timeout: float = 600.0) -> str:
     ExportError
         float16, for which C99 has no type; or the generator failed.
     """
-    half = [name for name, dtype in request.geometry.dtype.items() if dtype == "float16"]
-    if half:
-        raise ExportError(f"{request.spec.name}: C99 has no type for float16 ({', '.join(half)}); allowed: float32, bfloat16")
+    refusal = named("c").refuses(request.geometry.dtype)
+    if refusal:
+        raise ExportError(f"{request.spec.name}: {refusal}; allowed: float32, bfloat16")
     job = json.dumps({"op": request.spec.name, "geometry": request.geometry.to_json()})
     done = subprocess.run(
         [sys.executable, "-m", "tvm_gdn.export.c_source"],

@@ -133,6 +133,9 @@ class _Work:
     l2norm: Expr
     #: Whether the states before the first chunk are zero.
     fresh: Expr
+    #: Tensors of states that are read or written when the last chunk is done, from the first head's elements on: (tensor, offset,
+    #: whether written).
+    later: tuple[tuple[Any, Expr, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -477,22 +480,27 @@ class _Chunks:
             tiles.sync()
             tiles.pack(self.decayed_t_left, rows=m)
         # Here R = beta (V - n exp(G) (K S)), out = r exp(G) (Q S), A and P are decayed and masked.
-        self._invert(T.Bind(T.min(T.int64(self.C), (m + GRANULE - 1) // GRANULE * GRANULE)))
+        self._invert(T.Bind(T.min(T.int64(self.C), (m + tiles.tail - 1) // tiles.tail * tiles.tail)))
         tiles.sync()
         tiles.pack(self.inverse_left, rows=m, lower=True)
         tiles.pack(self.P_left, rows=m, lower=True)
         if tiles.fused:
             into = (self.U_right, self.U_end_right)
+            self._expect_states(work, index, more, 0)
             tiles.mma(self.U, self.inverse_left, self.R_right, rows=m, depth=m, lower="left", into=into)
         else:
             tiles.pack(self.R_right, rows=m)
             tiles.sync()
+            self._expect_states(work, index, more, 0)
             tiles.mma(self.U, self.inverse_left, self.R_right, rows=m, depth=m, lower="left")
             tiles.pack(self.U_right, rows=m)
         tiles.sync()
+        self._expect_states(work, index, more, 1)
         tiles.mma(self.out, self.P_left, self.U_right, rows=m, depth=m, lower="left", start=keep)
         tiles.store(output, self.out, rows=m)
         tiles.sync()
+        self._expect_states(work, index, more, 2)
+        self._expect_states(work, index, more, 3)
         # Next come the same tokens' next value head, or the next tokens.
         last = T.Bind(index + 1 == work.count)
         next_start = T.Bind(T.Select(last, start + self.C, start))
@@ -508,6 +516,13 @@ class _Chunks:
             tiles.pack(self.U_right, rows=m)
             tiles.sync()
             tiles.mma(S, update, self.U_right, depth=m, **advance)
+
+    def _expect_states(self, work: _Work, index: Expr, more: Expr, quarter: int) -> None:
+        """A quarter of the states that memory is asked for after the last chunk: each has as many bytes as a chunk's data."""
+        for buffer, offset, write in work.later if self.K % 4 == 0 else ():
+            at = offset + T.Cast("int64", index) * (self.K * self.tiles.V) + quarter * (self.K * self.tiles.V // 4)
+            window = self.tiles.window(buffer, at, self.K // 4, self.tiles.V, (self.tiles.V, 1))
+            self.tiles.expect(window, write=write, when=T.Not(more))
 
     def _head_products(self, m: Expr) -> None:
         """One gate per head, or none: A, P, and factors of rows and columns around the products of K and Q."""
@@ -634,9 +649,12 @@ class _Chunks:
                 tiles.pack(lower)
                 tiles.pack(below)
                 tiles.sync()
-                tiles.mma(product, below, upper)
+                # Rows from `wanted` on were not computed.
+                there = None if tiles.tail == GRANULE else T.Bind(T.min(T.int64(size), wanted - high))
+                tiles.mma(product, below, upper, rows=there)
                 tiles.sync()
                 tiles.pack(product_right)
                 tiles.sync()
-                tiles.mma(tiles.block(T_, high, low, size, size), lower, product_right, finish=lambda _i, _j, x: -x)
+                merged = tiles.block(T_, high, low, size, size)
+                tiles.mma(merged, lower, product_right, rows=there, depth=there, finish=lambda _i, _j, x: -x)
             size *= 2

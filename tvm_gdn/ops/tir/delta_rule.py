@@ -108,6 +108,11 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         """A choice made while the function is parsed."""
         return yes if condition else no
 
+    def kept_states(given: tuple[Any, Any], kept: tuple[Any, Any], own: Any, step: Any) -> tuple[tuple[Any, Any, bool], ...]:
+        """Where states in memory will be read and written next, with whether written: the next worker's, and this one's."""
+        reads = [(given[0], given[1] + own + step, False)] if pool or separate else []
+        return (*reads, *([(kept[0], kept[1] + own, True)] if final else []))
+
     def int64(buffer: Any, *index: Any) -> Any:
         """Element of an index tensor."""
         return T.Cast("int64", buffer[index])
@@ -621,6 +626,10 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         advance(
                             q, k, v, g, beta, o, row, first, length, h, hv, count, j0, scale, use_qk_l2norm_in_kernel,
                             pick(pool, slot < 0 or slot >= S, T.bool(not separate)),
+                            kept_states(
+                                pick(pool, (initial_state_source, slot * s0), (initial_state, n * i0)),
+                                (final_state, n * HV * (K * V)), hv * (K * V), count * (K * V),
+                            ),
                             pick(varlen, first // size + n, n * per_row) * HV + hv, HV,
                             pick(varlen, first // size + n, n * per_row) * heads + h, heads,
                         )  # fmt: skip

@@ -69,6 +69,8 @@ class ChunkTiles(Protocol):
     fused : bool
         Whether products bring operands of their results up to date themselves (`into`, and `scale` and `coarse` of `operand`),
         and states have an operand each, which `load` of a state brings up to date and which stays so while the worker runs.
+    tail : int
+        Rows up to which bounds of triangles are rounded up, at most `GRANULE`; where less, products of blocks stop there too.
     chained : bool
         Whether products of triangles are operations of their own: `squares`, `triangles`, `chain`, `fill` and `keep`, as
         `schedules/gpu_triangles.py` describes them, and barriers of a warp. What is computed ahead of states needs them.
@@ -86,6 +88,7 @@ class ChunkTiles(Protocol):
     v_tile: int
     span: int
     fused: bool
+    tail: int
     chained: bool
     shift: Expr
     deferred: bool
@@ -137,8 +140,8 @@ class ChunkTiles(Protocol):
     def store(self, dst: Tile, src: Tile, rows: Expr | None = None) -> None:
         """``dst[i, :] = src[i, :]`` for i < rows, rounded to the tensor's dtype; nothing else is written."""
 
-    def expect(self, *windows: Tile, write: bool = False) -> None:
-        """A hint: windows that are read (written) soon; rows may lie outside of the tensor."""
+    def expect(self, *windows: Tile, write: bool = False, when: Expr | None = None) -> None:
+        """A hint: windows that are read (written) soon, if `when` holds; rows may lie outside of the tensor."""
 
     def zero(self, dst: Tile) -> None:
         """All elements zero."""
