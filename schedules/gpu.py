@@ -236,12 +236,13 @@ class RecurrentWarpTiles(WarpTiles):
         def copy(vector: bool) -> None:
             for dst, buffer, *outer, first in reads:
                 with T.unroll(self.row_count // width) as i:
-                    start, base = first + self.row(i * width), i * width
-                    at = lambda lane, outer=outer, start=start: (*outer, start + lane)
-                    put = lambda lane, x, dst=dst, base=base: T.buffer_store(dst, x, [base + lane])
-                    self._take(buffer, at, width, vector, put)
+                    self._take_row(dst, i * width, buffer, outer, first + self.row(i * width), width, vector)
 
         either(self.fits if self.fits and width > 1 else fits, copy)
+
+    def _take_row(self, dst: Any, at: Any, buffer: Any, outer: Any, first: Any, width: int, vector: bool) -> None:
+        put_one = lambda lane, x: T.buffer_store(dst, x, [at + lane])  # noqa: E731
+        self._take(buffer, lambda lane: (*outer, first + lane), width, vector, put_one)
 
     def settled(self, rows: tuple[Any, ...], view: Any, stride: Any, emit: Callable[[], None]) -> None:
         """Emit a step for addresses of which all move as vectors, and for any.

@@ -263,6 +263,15 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                     near[i] = near[count * width + i]
 
             @T.inline
+            def to_state(old, near, c, width, regular):
+                """The state of a sequence that ends here, whose last inputs are at hand."""
+                for i in T.unroll(L * width):
+                    old[i] = T.Cast(state_dtype, near[i])
+                step.store_state(
+                    old, states, states_flat, pick(regular, True, s2 == 1 and s1 == L), slot * s0 + c * L, slot, c, width
+                )
+
+            @T.inline
             def from_state(old, near, source, c, width, regular):
                 """A window before the sequence's first token, from the state; and the state, where the end is not here."""
                 if stateful:
@@ -276,18 +285,16 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                             near[k * width + lane] = T.Cast("float32", old[(L - (W - 1) + k) * width + lane])
                         else:
                             near[k * width + lane] = T.float32(0)
-                if stateful:
-                    if usable and pick(L > W - 1, T.bool(True), last < end):
+                if stateful and L > W - 1:
+                    if usable:
                         keep(old, source, c, end, width)
-
-            @T.inline
-            def to_state(old, near, c, width, regular):
-                """The state of a sequence that ends here, whose last inputs are at hand."""
-                for i in T.unroll(L * width):
-                    old[i] = T.Cast(state_dtype, near[i])
-                step.store_state(
-                    old, states, states_flat, pick(regular, True, s2 == 1 and s1 == L), slot * s0 + c * L, slot, c, width
-                )
+                elif stateful:
+                    if usable and last < end:
+                        # The sequence is longer than a block, and so than a state.
+                        late = tiles.scalars(L * width)
+                        for j in T.unroll(L):
+                            tiles.take(late, j * width, source, of_batch(n, c, end - L + j), width)
+                        to_state(old, late, c, width, regular)
 
             @T.inline
             def window(source, out, c, width, sigmoid, regular, single):
