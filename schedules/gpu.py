@@ -119,6 +119,8 @@ def aligned(buffer: Any, *index: Any, elements: int) -> Any:
 #: C functions that move so many aligned bytes. TVM's generator of CUDA C loads a vector where it can prove an index a multiple
 #: of the vector's length, as no slot's is, and reads element by element otherwise.
 MOVES = {4: "tvm_gdn_move_4", 8: "tvm_gdn_move_8", 16: "tvm_gdn_move"}
+#: From registers to global memory.
+PUTS = {8: "tvm_gdn_put_8", 16: "tvm_gdn_put"}
 
 
 def short_sigmoid(lanes: int) -> Any:
@@ -151,7 +153,7 @@ def move(to: Any, source: Any, size: int) -> None:
 
 def put(to: Any, source: Any, size: int) -> None:
     """Move aligned bytes of registers to an address in global memory."""
-    T.evaluate(T.call_extern("int32", "tvm_gdn_put" if size == 16 else MOVES[size], to, source))
+    T.evaluate(T.call_extern("int32", PUTS.get(size, MOVES[size]), to, source))
 
 
 class RecurrentWarpTiles(WarpTiles):

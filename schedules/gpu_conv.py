@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu import WarpTiles, aligned, short_sigmoid
+from tvm_gdn.schedules.gpu import WarpTiles, aligned, itemsize, move, short_sigmoid
 from tvm_gdn.schedules.gpu_portable import LoopTiles
 from tvm_gdn.schedules.gpu_strips import PIECE, StripColumns
 
@@ -45,6 +45,14 @@ class ConvStripTiles(StripColumns, LoopTiles):
             regular = T.Or(tokens == 1, T.truncmod(stride, T.int64(self.vector)) == 0)
             found = T.And(found, T.And(regular, aligned(buffer, *index, elements=self.vector)))
         return found
+
+    def ask(self, raw: Any, at: Any, source: Any, index: tuple[Any, ...], width: int) -> None:
+        """Read a strip of a token as it is, which nothing waits for before it is used."""
+        *outer, channel, token = index
+        if width > 1:
+            move(T.address_of(raw[at]), T.address_of(source[(*outer, channel, token)]), width * itemsize(source))
+        else:
+            T.buffer_store(raw, source[(*outer, channel, token)], [at])
 
     def take(self, to: Any, at: Any, source: Any, index: tuple[Any, ...], width: int) -> None:
         """Read a strip of a token, whose channels are the last axis but one."""
