@@ -76,21 +76,26 @@ class ConvGpu:
     @staticmethod
     def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
         """A decode step has few tokens, so that how many a thread takes does not matter."""
-        many = not geometry.attr.get("update")
+        many, longest = not geometry.attr.get("update"), ConvGpu._longest(geometry)
         return {
             "tokens": (16, 32, 64, 128) if many else (16,),
-            "vector": (2, 4, 8),
+            "vector": tuple(n for n in (2, 4, 8) if n <= longest),
             "ahead": (1, 2, 4, 8) if many else (1,),
             "threads": (64, 128, 256),
         }
 
     @staticmethod
-    def default(geometry: Geometry) -> dict[str, Any]:
-        """Vectors of 16 bytes."""
-        vector = PIECE // (4 if geometry.dtype["x"] == "float32" else 2)
+    def _longest(geometry: Geometry) -> int:
+        """Channels of the wider dtype of inputs and states that move at once."""
+        names = {geometry.dtype[name] for name in ("x", "weight", "conv_state", "conv_states") if name in geometry.dtype}
+        return PIECE // (4 if "float32" in names else 2)
+
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
+        """Vectors of 16 bytes in a step; four channels otherwise, so that a multiprocessor has room for more warps."""
         if geometry.attr.get("update"):
-            return {"tokens": 16, "vector": vector, "ahead": 1, "threads": 64}
-        return {"tokens": 32, "vector": vector, "ahead": 4, "threads": 128}
+            return {"tokens": 16, "vector": cls._longest(geometry), "ahead": 1, "threads": 64}
+        return {"tokens": 32, "vector": 4, "ahead": 4, "threads": 128}
 
     @staticmethod
     def tiles(geometry: Geometry, *, tokens: int, vector: int, ahead: int, threads: int) -> ConvStripTiles:
