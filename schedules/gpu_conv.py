@@ -86,9 +86,8 @@ class ConvGpu:
 
     @staticmethod
     def _longest(geometry: Geometry) -> int:
-        """Channels of the wider dtype of inputs and states that move at once."""
-        names = {geometry.dtype[name] for name in ("x", "weight", "conv_state", "conv_states") if name in geometry.dtype}
-        return PIECE // (4 if "float32" in names else 2)
+        """Channels of a token that move at once."""
+        return PIECE // (4 if geometry.dtype["x"] == "float32" else 2)
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class RecurrentHopper(RecurrentGpu):
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Those of states in registers, heads up to which they are there, and there in more warps; threads beyond that, copies."""
+        """Those of states in registers, heads up to which they are there, and in more warps; threads beyond that, copies."""
         knobs = super().knobs(geometry)
         if not cls.placed(geometry):
             return knobs
