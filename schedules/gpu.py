@@ -119,6 +119,8 @@ def aligned(buffer: Any, *index: Any, elements: int) -> Any:
 #: C functions that move so many aligned bytes. TVM's generator of CUDA C loads a vector where it can prove an index a multiple
 #: of the vector's length, as no slot's is, and reads element by element otherwise.
 MOVES = {4: "tvm_gdn_move_4", 8: "tvm_gdn_move_8", 16: "tvm_gdn_move"}
+#: From registers to global memory.
+PUTS = {8: "tvm_gdn_put_8", 16: "tvm_gdn_put"}
 
 
 def short_sigmoid(lanes: int) -> Any:
@@ -151,7 +153,7 @@ def move(to: Any, source: Any, size: int) -> None:
 
 def put(to: Any, source: Any, size: int) -> None:
     """Move aligned bytes of registers to an address in global memory."""
-    T.evaluate(T.call_extern("int32", "tvm_gdn_put" if size == 16 else MOVES[size], to, source))
+    T.evaluate(T.call_extern("int32", PUTS.get(size, MOVES[size]), to, source))
 
 
 class RecurrentWarpTiles(WarpTiles):
@@ -236,12 +238,13 @@ class RecurrentWarpTiles(WarpTiles):
         def copy(vector: bool) -> None:
             for dst, buffer, *outer, first in reads:
                 with T.unroll(self.row_count // width) as i:
-                    start, base = first + self.row(i * width), i * width
-                    at = lambda lane, outer=outer, start=start: (*outer, start + lane)
-                    put = lambda lane, x, dst=dst, base=base: T.buffer_store(dst, x, [base + lane])
-                    self._take(buffer, at, width, vector, put)
+                    self._take_row(dst, i * width, buffer, outer, first + self.row(i * width), width, vector)
 
         either(self.fits if self.fits and width > 1 else fits, copy)
+
+    def _take_row(self, dst: Any, at: Any, buffer: Any, outer: Any, first: Any, width: int, vector: bool) -> None:
+        put_one = lambda lane, x: T.buffer_store(dst, x, [at + lane])  # noqa: E731
+        self._take(buffer, lambda lane: (*outer, first + lane), width, vector, put_one)
 
     def settled(self, rows: tuple[Any, ...], view: Any, stride: Any, emit: Callable[[], None]) -> None:
         """Emit a step for addresses of which all move as vectors, and for any.

@@ -6,21 +6,18 @@ token. A thread's inputs, taps and states move in vectors, and its last inputs s
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu import MOVES, WarpTiles, aligned, itemsize, move, put, short_sigmoid
+from tvm_gdn.schedules.gpu import WarpTiles, aligned, itemsize, move, short_sigmoid
 from tvm_gdn.schedules.gpu_portable import LoopTiles
+from tvm_gdn.schedules.gpu_strips import PIECE, StripColumns
 
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
-#: Bytes that move at once.
-PIECE = 16
 
-
-class ConvStripTiles(LoopTiles):
+class ConvStripTiles(StripColumns, LoopTiles):
     """Loops of the convolution, a strip of channels per thread.
 
     Parameters
@@ -37,13 +34,8 @@ class ConvStripTiles(LoopTiles):
 
     def __init__(self, *, tokens: int, vector: int, ahead: int, threads: int, short: bool) -> None:
         super().__init__(threads)
-        self.tokens, self.vector, self.channels, self.ahead = tokens, vector, vector, ahead
+        self.tokens, self.ahead, self.vector, self.channels, self.strip = tokens, ahead, vector, vector, vector
         self.sigmoid = short_sigmoid if short else WarpTiles.sigmoid
-
-    @staticmethod
-    def lane_loop(count: int) -> Any:
-        """Loop over neighbouring elements, which are registers of one thread."""
-        return T.unroll(count)
 
     def fit(self, *options: Any) -> Any:
         """Whether strips of two tensors, given with their tokens' strides, move as vectors from an index on."""
@@ -54,12 +46,13 @@ class ConvStripTiles(LoopTiles):
             found = T.And(found, T.And(regular, aligned(buffer, *index, elements=self.vector)))
         return found
 
-    def fit_rows(self, *places: Any) -> Any:
-        """Whether a strip's rows of so many elements, at places of flat buffers, move as vectors."""
-        found: Any = True
-        for buffer, first, count in places:
-            found = T.And(found, aligned(buffer, first, elements=_piece(buffer, count * self.vector)))
-        return found
+    def ask(self, raw: Any, at: Any, source: Any, index: tuple[Any, ...], width: int) -> None:
+        """Read a strip of a token as it is, which nothing waits for before it is used."""
+        *outer, channel, token = index
+        if width > 1:
+            move(T.address_of(raw[at]), T.address_of(source[(*outer, channel, token)]), width * itemsize(source))
+        else:
+            T.buffer_store(raw, source[(*outer, channel, token)], [at])
 
     def take(self, to: Any, at: Any, source: Any, index: tuple[Any, ...], width: int) -> None:
         """Read a strip of a token, whose channels are the last axis but one."""
@@ -74,48 +67,6 @@ class ConvStripTiles(LoopTiles):
         *outer, channel, token = index
         self._give(out, lambda lane: (*outer, channel + lane, token), width, width > 1, lambda lane: values[lane])
 
-    def columns_in(
-        self, to: Any, at: Any, source: Any, first: Any, count: int, pitch: int, width: int, present: Any = None
-    ) -> None:
-        """Read `width` rows of `count` elements, contiguous from `first` on, as columns `pitch` apart; zeros if not `present`."""
-        size, place = _piece(source, count * width), _turned(at, count, pitch)
-        if width == 1:
-            for n in range(count * width):
-                T.buffer_store(to, T.Cast(to.dtype, source[first + n]), [place(n)])
-            return
-        raw = T.alloc_buffer((count * width,), source.dtype, scope="local")
-        for n in range(0, count * width, size):
-            ends = T.address_of(raw[n]), T.address_of(source[first + n])
-            if present is None:
-                move(*ends, size * itemsize(source))
-            else:
-                T.evaluate(T.call_extern("int32", MOVES[size * itemsize(source)] + "_if", *ends, present))
-        for n in range(count * width):
-            T.buffer_store(to, T.Cast(to.dtype, raw[n]), [place(n)])
-
-    def columns_out(self, to: Any, first: Any, source: Any, at: Any, count: int, pitch: int, width: int) -> None:
-        """The inverse of `columns_in`."""
-        size, place = _piece(to, count * width), _turned(at, count, pitch)
-        if width == 1:
-            for n in range(count * width):
-                T.buffer_store(to, T.Cast(to.dtype, source[place(n)]), [first + n])
-            return
-        raw = T.alloc_buffer((count * width,), to.dtype, scope="local")
-        for n in range(count * width):
-            T.buffer_store(raw, T.Cast(to.dtype, source[place(n)]), [n])
-        for n in range(0, count * width, size):
-            put(T.address_of(to[first + n]), T.address_of(raw[n]), size * itemsize(to))
-
-
-def _piece(buffer: Any, count: int) -> int:
-    """Elements that move at once where `count` lie side by side."""
-    return math.gcd(count, PIECE // itemsize(buffer))
-
-
-def _turned(at: Any, count: int, pitch: int) -> Any:
-    """Place of the n-th of elements that lie in rows of `count`, in columns `pitch` apart from `at` on."""
-    return lambda n: at + n % count * pitch + n // count
-
 
 @schedule("conv", "cuda")
 @schedule("conv", "musa")
@@ -125,21 +76,25 @@ class ConvGpu:
     @staticmethod
     def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
         """A decode step has few tokens, so that how many a thread takes does not matter."""
-        many = not geometry.attr.get("update")
+        many, longest = not geometry.attr.get("update"), ConvGpu._longest(geometry)
         return {
             "tokens": (16, 32, 64, 128) if many else (16,),
-            "vector": (2, 4, 8),
+            "vector": tuple(n for n in (2, 4, 8) if n <= longest),
             "ahead": (1, 2, 4, 8) if many else (1,),
             "threads": (64, 128, 256),
         }
 
     @staticmethod
-    def default(geometry: Geometry) -> dict[str, Any]:
-        """Vectors of 16 bytes."""
-        vector = PIECE // (4 if geometry.dtype["x"] == "float32" else 2)
+    def _longest(geometry: Geometry) -> int:
+        """Channels of a token that move at once."""
+        return PIECE // (4 if geometry.dtype["x"] == "float32" else 2)
+
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
+        """Vectors of 16 bytes in a step; four channels otherwise, so that a multiprocessor has room for more warps."""
         if geometry.attr.get("update"):
-            return {"tokens": 16, "vector": vector, "ahead": 1, "threads": 64}
-        return {"tokens": 32, "vector": vector, "ahead": 4, "threads": 128}
+            return {"tokens": 16, "vector": cls._longest(geometry), "ahead": 1, "threads": 64}
+        return {"tokens": 32, "vector": 4, "ahead": 4, "threads": 128}
 
     @staticmethod
     def tiles(geometry: Geometry, *, tokens: int, vector: int, ahead: int, threads: int) -> ConvStripTiles:

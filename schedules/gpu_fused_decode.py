@@ -15,18 +15,18 @@ from tvm_gdn.schedules.gpu import RecurrentWarpTiles
 from tvm_gdn.schedules.gpu_portable import LoopTiles
 from tvm_gdn.schedules.gpu_recurrent import REGISTERS, SHARED, WARP, RecurrentGpu, RecurrentRocm
 from tvm_gdn.schedules.gpu_staged import StagedWarpTiles
+from tvm_gdn.schedules.gpu_strips import StripColumns
 
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
 
-class ConvolvedRow:
+class ConvolvedRow(StripColumns):
     """What stands before a recurrence's tiles: one worker is a block, whose warps have a tile of value columns each."""
 
     vector = 1
     lines_shared = True
-    array, columns_in = staticmethod(LoopTiles.array), staticmethod(LoopTiles.columns_in)
-    columns_out = staticmethod(LoopTiles.columns_out)
+    array = staticmethod(LoopTiles.array)
     warp: int
     group: int
     rows: Any
@@ -35,6 +35,13 @@ class ConvolvedRow:
     col: Any
     v_tile: int
     K: int
+
+    functions: bool
+
+    @property
+    def strip(self) -> int:  # type: ignore[override]
+        """Channels that a thread convolves at once, where C functions move them."""
+        return 2 if self.functions and self.K % 2 == 0 and self.v_tile % 2 == 0 else 0
 
     @property
     def beside(self) -> int:

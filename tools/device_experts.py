@@ -5,7 +5,7 @@
 Captured graphs and eager calls, in interleaved rounds of one process, each contender's error to the float64 reference beside its
 time, and the floor: bytes of the touched weights at a copy's bandwidth, or the products at the device's peak (``--tflops``). Few
 tokens take turns through several routings, so that weights come from memory. Peers that are not installed, or fail, are named
-with the reason.
+with the reason; of SGLang there are two, its `fused_experts_impl` and its Triton kernels alone, which need less of its package.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import importlib
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ SECONDS = 0.3
 #: Tokens whose outputs are compared with the reference, and tokens up to which the routing changes from call to call.
 CHECKED, FEW = 16, 16
 SGLANG = ("sglang.srt.layers.moe.fused_moe_triton.fused_moe", "sglang.kernels.ops.moe.fused_moe_triton.fused_moe")
+SGLANG_KERNELS = "sglang.kernels.ops.moe.fused_moe_triton_kernels"
 Run = Callable[..., torch.Tensor]
 
 
@@ -81,6 +83,58 @@ def sglang(w13: torch.Tensor, w2: torch.Tensor) -> Run:
     raise RuntimeError("; ".join(errors))
 
 
+def sglang_kernels(file: Path | None, w13: torch.Tensor, w2: torch.Tensor) -> Run:
+    """The same where only SGLang's files of Triton kernels are importable: its four launches, rows aligned before they are timed.
+
+    Its own alignment is CUDA code of its package; here torch makes it, once per routing. Tiles are those of one of its
+    configuration files, by the nearest number of tokens, or its defaults for 16-bit weights.
+    """
+    import triton.language as tl
+
+    kernels = importlib.import_module(SGLANG_KERNELS)
+    experts, inner = w13.shape[0], w2.shape[2]
+    tuned = {int(tokens): tiles for tokens, tiles in json.loads(file.read_text(encoding="utf-8")).items()} if file else {}
+    aligned: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def align(ids: torch.Tensor, block: int) -> tuple[torch.Tensor, ...]:
+        """Pairs of each expert side by side, padded to whole blocks; every block's expert; how many rows there are."""
+        counts = ids.flatten().bincount(minlength=experts)
+        blocks = -(-counts // block)
+        starts, total = (blocks.cumsum(0) - blocks) * block, int(blocks.sum()) * block
+        order = ids.flatten().argsort(stable=True)
+        owners = ids.flatten()[order].long()
+        rank = torch.arange(len(order), device=ids.device) - (counts.cumsum(0) - counts)[owners]
+        rows = torch.full((total,), ids.numel(), dtype=torch.int32, device=ids.device)
+        rows[starts[owners] + rank] = order.int()
+        owner = torch.arange(experts, dtype=torch.int32, device=ids.device).repeat_interleave(blocks)
+        return rows, owner, torch.tensor([total], dtype=torch.int32, device=ids.device)
+
+    def run(x: torch.Tensor, share: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        names = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M")
+        tiles = dict(zip(names, (16, 32, 64, 1) if len(ids) <= experts else (64, 64, 32, 8), strict=True))
+        if tuned:
+            tiles = dict(tuned[min(tuned, key=lambda tokens: abs(tokens - len(ids)))])
+        if ids.data_ptr() not in aligned:
+            aligned[ids.data_ptr()] = (*align(ids, tiles["BLOCK_SIZE_M"]), ids)  # kept: no other ids get this address
+        rows, owner, total, _ = aligned[ids.data_ptr()]
+        pairs, width = ids.numel(), w2.shape[1]
+        both, hidden, parts = (x.new_empty(shape) for shape in ((pairs, 2 * inner), (pairs, inner), (*ids.shape, width)))
+        out = torch.empty_like(x)
+        options = {
+            "compute_type": tl.bfloat16, "use_fp8_w8a8": False, "use_int8_w8a8": False, "use_int8_w8a16": False,
+            "use_int4_w4a16": False, "per_channel_quant": False, "block_shape": None, "filter_expert": False,
+        }  # fmt: skip
+        none = (None, None, None)
+        launch = kernels.invoke_fused_moe_kernel
+        launch(x, w13, None, both, *none, share, ids, rows, owner, total, False, ids.shape[1], tiles, **options)
+        kernels.act_and_mul_triton(both, hidden, tiles)
+        launch(hidden, w2, None, parts, *none, share, ids, rows, owner, total, True, 1, tiles, **options)
+        kernels.moe_sum_reduce_triton(parts, out, 1.0)
+        return out
+
+    return run
+
+
 CONTENDERS = {"tvm_gdn": raw, "grouped_mm": grouped_mm, "sglang": sglang}
 
 
@@ -98,6 +152,8 @@ def measure(
     for name, run in runs.items():
         try:
             out = run(*drawn[0])[:CHECKED].double()
+            for routing in drawn[1:]:
+                run(*routing)
             errors[name] = float((out - want).square().mean().sqrt() / want.square().mean().sqrt())
             calls[name] = InTurn([lambda run=run, routing=routing: run(*routing) for routing in drawn])
         except Exception as error:
@@ -132,8 +188,10 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 128, 1024, 4096])
     parser.add_argument("--tflops", type=float, default=790.0, help="products' peak of the device, bf16")
     parser.add_argument("--schemes", nargs="*", default=["bf16"], choices=sorted(STEP), help="packs to time as well")
+    parser.add_argument("--sglang-tiles", type=Path, help="a configuration file of SGLang's for the device and the one model")
     args = parser.parse_args()
-    makers = CONTENDERS | {f"tvm_gdn {scheme}": partial(packed, scheme) for scheme in args.schemes}
+    makers = CONTENDERS | {"sglang's kernels": partial(sglang_kernels, args.sglang_tiles)}
+    makers |= {f"tvm_gdn {scheme}": partial(packed, scheme) for scheme in args.schemes}
 
     rows = []
     for model in args.models:
@@ -142,12 +200,21 @@ def main() -> None:
             torch.randn(shape, dtype=torch.bfloat16, device="cuda") * shape[-1] ** -0.5
             for shape in ((sizes["E"], 2 * sizes["I"], sizes["D"]), (sizes["E"], sizes["D"], sizes["I"]))
         )
-        runs, missing = {}, {}
-        for name, make in makers.items():
+        first = tuple(tensor.cuda() for tensor in layers.routing(sizes, 1))
+
+        def ready(make: Callable[..., Run], weights: tuple[torch.Tensor, ...] = weights, first: Any = first) -> Run | str:
             try:
-                runs[name] = make(*weights)
+                run = make(*weights)
+                run(*first)
             except Exception as error:
-                missing[name] = f"{type(error).__name__}: {str(error)[:300]}"
+                return f"{type(error).__name__}: {str(error)[:300]}"
+            return run
+
+        # Packing and first calls, of which each compiles its kernel in a process of its own, side by side.
+        with ThreadPoolExecutor() as pool:
+            made = dict(zip(makers, pool.map(ready, makers.values()), strict=True))
+        runs = {name: run for name, run in made.items() if not isinstance(run, str)}
+        missing = {name: why for name, why in made.items() if isinstance(why, str)}
         rows += [measure(model, tokens, weights, runs, missing, args.tflops) for tokens in args.tokens]
     found = {**machine.stamp(), "device": torch.cuda.get_device_name(), "rows": rows}
     args.out.write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -44,7 +44,17 @@ static __device__ __forceinline__ int tvm_gdn_put(void* to, const void* from) {
   return 0;
 }
 
-// The same of 8 and of 4.
+static __device__ __forceinline__ int tvm_gdn_put_8(void* to, const void* from) {
+  uint2 x = *(const uint2*)from;
+#if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" : : "l"(__cvta_generic_to_global(to)), "r"(x.x), "r"(x.y) : "memory");
+#else
+  *(uint2*)to = x;
+#endif
+  return 0;
+}
+
+// 8 and 4 aligned bytes from one place to another.
 static __device__ __forceinline__ int tvm_gdn_move_8(void* to, const void* from) {
   *(uint2*)to = *(const uint2*)from;
   return 0;

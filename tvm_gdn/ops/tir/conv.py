@@ -33,8 +33,8 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
     tiles : object
         The target's loops: `workers`, `tokens` and `channels` of one, `vector` elements at once, `array` for scratch, and
         `columns_in` and `columns_out` for the small matrices that taps and states are in memory. With `ahead` a worker has one
-        strip of `vector` channels, whose inputs it reads once, `ahead` tokens at a time, by `take`; `give` writes outputs. `fit`
-        and `fit_rows` say whether strips and dense rows move as vectors.
+        strip of `vector` channels, whose inputs it reads once, `ahead` tokens at a time, by `ask` (or `take`, in fp32); `give`
+        writes. `fit` and `fit_rows` say whether strips and dense rows move as vectors.
 
     Returns
     -------
@@ -250,10 +250,20 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                         interior(taps, source, out, c, t, 1, 0, sigmoids[1])
 
             @T.inline
-            def advance(near, taps, source, out, c, t, count, width, sigmoid):
-                """The next `count` tokens of a window, which has the W - 1 inputs before them."""
+            def ask(raw, source, c, t, count, width):
+                """Ask for the inputs of `count` tokens from t on."""
                 for j in T.unroll(count):
-                    tiles.take(near, (W - 1 + j) * width, source, of_batch(n, c, t + j), width)
+                    tiles.ask(raw, j * width, source, of_batch(n, c, t + j), width)
+
+            @T.inline
+            def arrive(near, raw, count, width):
+                """What was asked for comes behind the W - 1 inputs that a window has."""
+                for i in T.unroll(count * width):
+                    near[(W - 1) * width + i] = T.Cast("float32", raw[i])
+
+            @T.inline
+            def advance(near, taps, out, c, t, count, width, sigmoid):
+                """The next `count` tokens of a window, whose inputs are there; its last W - 1 stay."""
                 for j in T.unroll(count):
                     acc = tiles.scalars(width)
                     step.products(acc, taps, 0, width, width, 1, in_registers(near, j, width))
@@ -261,6 +271,21 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                     tiles.give(out, of_batch(n, c, t + j), acc, width)
                 for i in T.unroll((W - 1) * width):
                     near[i] = near[count * width + i]
+
+            @T.inline
+            def one_token(near, raw, taps, source, out, c, t, width, sigmoid):
+                ask(raw, source, c, t, 1, width)
+                arrive(near, raw, 1, width)
+                advance(near, taps, out, c, t, 1, width, sigmoid)
+
+            @T.inline
+            def to_state(old, near, c, width, regular):
+                """The state of a sequence that ends here, whose last inputs are at hand."""
+                for i in T.unroll(L * width):
+                    old[i] = T.Cast(state_dtype, near[i])
+                step.store_state(
+                    old, states, states_flat, pick(regular, True, s2 == 1 and s1 == L), slot * s0 + c * L, slot, c, width
+                )
 
             @T.inline
             def from_state(old, near, source, c, width, regular):
@@ -276,18 +301,16 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                             near[k * width + lane] = T.Cast("float32", old[(L - (W - 1) + k) * width + lane])
                         else:
                             near[k * width + lane] = T.float32(0)
-                if stateful:
-                    if usable and pick(L > W - 1, T.bool(True), last < end):
+                if stateful and L > W - 1:
+                    if usable:
                         keep(old, source, c, end, width)
-
-            @T.inline
-            def to_state(old, near, c, width, regular):
-                """The state of a sequence that ends here, whose last inputs are at hand."""
-                for i in T.unroll(L * width):
-                    old[i] = T.Cast(state_dtype, near[i])
-                step.store_state(
-                    old, states, states_flat, pick(regular, True, s2 == 1 and s1 == L), slot * s0 + c * L, slot, c, width
-                )
+                elif stateful:
+                    if usable and last < end:
+                        # The sequence is longer than a block, and so than a state.
+                        late = tiles.scalars(L * width)
+                        for j in T.unroll(L):
+                            tiles.take(late, j * width, source, of_batch(n, c, end - L + j), width)
+                        to_state(old, late, c, width, regular)
 
             @T.inline
             def window(source, out, c, width, sigmoid, regular, single):
@@ -297,22 +320,34 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                 """
                 taps, near = tiles.scalars((W + 1) * width), tiles.scalars((W - 1 + ahead) * width)
                 old = tiles.array(max(L, 1) * width, state_dtype)
+                raw = tiles.array(ahead * width, data)
+                full: T.let[T.int64] = (last - first) // ahead
                 dense: T.let[T.bool] = w1 == 1 and w0 == W
+                if not single and ahead > 1:
+                    if full > 0:
+                        ask(raw, source, c, first, ahead, width)
                 step.load_taps(taps, 0, width, weight, weight_flat, pick(regular, True, dense), bias, c, width)
                 if single:
                     from_state(old, near, source, c, width, regular)
-                    advance(near, taps, source, out, c, start, 1, width, sigmoid)
+                    one_token(near, raw, taps, source, out, c, start, width, sigmoid)
                 else:
                     if first == start:
                         from_state(old, near, source, c, width, regular)
                     else:
                         for k in T.unroll(W - 1):
                             tiles.take(near, k * width, source, of_batch(n, c, first - (W - 1) + k), width)
-                    for i in T.serial((last - first) // ahead):
-                        advance(near, taps, source, out, c, first + i * ahead, ahead, width, sigmoid)
                     if ahead > 1:
-                        for t in T.serial(last - (last - first) % ahead, last):
-                            advance(near, taps, source, out, c, t, 1, width, sigmoid)
+                        for i in T.serial(full):
+                            arrive(near, raw, ahead, width)
+                            # The next tokens are on their way while these are computed.
+                            if i + 1 < full:
+                                ask(raw, source, c, first + (i + 1) * ahead, ahead, width)
+                            advance(near, taps, out, c, first + i * ahead, ahead, width, sigmoid)
+                        for t in T.serial(first + full * ahead, last):
+                            one_token(near, raw, taps, source, out, c, t, width, sigmoid)
+                    else:
+                        for t in T.serial(first, last):
+                            one_token(near, raw, taps, source, out, c, t, width, sigmoid)
                 if stateful and L == W - 1:
                     if usable and pick(single, T.bool(True), first == start and last == end):
                         to_state(old, near, c, width, regular)

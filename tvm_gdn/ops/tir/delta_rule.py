@@ -161,9 +161,13 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
             silu=geometry.attr["activation"] == "silu",
             index=lambda n, c, _token: (n, c),
         )
-        silus = {width: tiles.sigmoid(width) for width in (1, tiles.vector)}
+        # Neighbouring channels that a thread convolves where all that they need moves as vectors; 0 where vectors are loops.
+        strip = getattr(tiles, "strip", 0)
+        silus = {width: tiles.sigmoid(width) for width in (1, tiles.vector, *([strip] if strip else []))}
     else:
-        W, L, conv_dtype, conv, silus = 0, 0, "float32", None, {}
+        W, L, conv_dtype, conv, silus, strip = 0, 0, "float32", None, {}, 0
+    # A worker's threads show each other what they convolve: states are on their way meanwhile.
+    early = convolved and tiles.lines_shared and tiles.state_first
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -408,30 +412,61 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         conv_from: T.let[T.int64] = T.Select(conv_usable, conv_slot, T.int64(0))
 
                     @T.inline
-                    def convolve_lanes(to, at, c, width):
+                    def convolve_lanes(to, at, c, width, regular):
                         taps, old = tiles.scalars((W + 1) * width), tiles.array(max(L, 1) * width, conv_dtype)
                         acc = tiles.scalars(width)
                         dense: T.let[T.bool] = h2 == 1 and h1 == L
-                        conv.load_taps(taps, 0, width, conv_weight, conv_weight_flat, w1 == 1 and w0 == W, conv_bias, c, width)
+                        conv.load_taps(
+                            taps, 0, width, conv_weight, conv_weight_flat, pick(regular, True, w1 == 1 and w0 == W), conv_bias, c,
+                            width,
+                        )  # fmt: skip
                         conv.load_state(
-                            old, conv_state, conv_state_flat, dense, conv_from * h0 + c * L, conv_from, conv_usable, c, width
-                        )
+                            old, conv_state, conv_state_flat, pick(regular, True, dense), conv_from * h0 + c * L, conv_from,
+                            conv_usable, c, width,
+                        )  # fmt: skip
                         conv.head(acc, taps, 0, width, old, True, mixed_qkv, n, c, T.int64(0), T.int64(0), width)
                         conv.activate(acc, width, silus[width])
-                        for lane in T.vectorized(width):
+                        for lane in conv.loop(width):
                             to[at + lane] = acc[lane]
                         if conv_usable:
                             conv.keep(old, mixed_qkv, n, c, T.int64(0), T.int64(1), width)
-                            conv.store_state(old, conv_state, conv_state_flat, dense, conv_from * h0 + c * L, conv_from, c, width)
+                            conv.store_state(
+                                old, conv_state, conv_state_flat, pick(regular, True, dense), conv_from * h0 + c * L, conv_from,
+                                c, width,
+                            )  # fmt: skip
+
+                    @T.inline
+                    def convolve_strips(skipped, c, size):
+                        """The next output of `size` value columns from channel c on, and of q and k unless those are skipped."""
+                        for i in tiles.channels((size + (2 * K - skipped)) // strip):
+                            at: T.let[T.int64] = skipped + tiles.channel(i) * strip
+                            own = tiles.scalars(strip)
+                            of_q: T.let[T.int64] = h * K + at - K
+                            convolve_lanes(
+                                own,
+                                0,
+                                T.Select(at < K, (heads + h) * K + at, T.Select(at < 2 * K, of_q, c + at - 2 * K)),
+                                strip,
+                                True,
+                            )
+                            for lane in T.unroll(strip):
+                                if at < K:
+                                    line_x[at + lane] = own[lane]
+                                elif at < 2 * K:
+                                    line_y[at - K + lane] = own[lane]
+                                else:
+                                    line_v[at - 2 * K + lane] = own[lane]
 
                     @T.inline
                     def convolve(to, c, size):
                         """The next output of `size` channels of the packed row from c on, in fp32; their state moves by one."""
                         for i in tiles.channels(size // tiles.vector):
-                            convolve_lanes(to, tiles.channel(i) * tiles.vector, c + tiles.channel(i) * tiles.vector, tiles.vector)
+                            convolve_lanes(
+                                to, tiles.channel(i) * tiles.vector, c + tiles.channel(i) * tiles.vector, tiles.vector, False
+                            )
                         if tiles.vector > 1:
                             for i in T.serial(size % tiles.vector):
-                                convolve_lanes(to, size - size % tiles.vector + i, c + size - size % tiles.vector + i, 1)
+                                convolve_lanes(to, size - size % tiles.vector + i, c + size - size % tiles.vector + i, 1, False)
 
                     @T.inline
                     def load_qk(t):
@@ -620,6 +655,20 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         else:
                             through_local(hv, j0)
 
+                    @T.inline
+                    def load_piece(W, piece):
+                        """The state of one of the worker's tiles of value columns."""
+                        load_initial(W, hv + piece // (V // tiles.v_tile), piece % (V // tiles.v_tile) * tiles.v_tile)
+
+                    @T.inline
+                    def step_piece(W, piece):
+                        """A tile's token, and its state back to the pool."""
+                        own_head: T.let[T.int64] = hv + piece // (V // tiles.v_tile)
+                        own_column: T.let[T.int64] = piece % (V // tiles.v_tile) * tiles.v_tile
+                        fetch(0, own_head, own_column)
+                        apply(W, 0, own_head, own_column)
+                        store_final(W, own_head, own_column)
+
                     if chunked:
                         for i in T.serial(count):
                             load_initial(tiles.state(i), hv + i, j0)
@@ -639,19 +688,40 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         tiles.leave()
                     elif convolved:
                         pieces: T.let[T.int64] = per_key * (V // tiles.v_tile)
-                        convolve(line_x, (heads + h) * K, K)
-                        convolve(line_y, h * K, K)
+                        if early:
+                            states = tiles.state()
+                            if tiles.mate() < pieces:
+                                load_piece(states, tiles.mate())
+                        if strip == 0:
+                            convolve(line_x, (heads + h) * K, K)
+                            convolve(line_y, h * K, K)
                         if not tiles.lines_shared:
                             normalize_qk()
                         for turn in T.serial((pieces + (beside - 1)) // beside):
                             width: T.let[T.int64] = pick(
                                 beside == 1, T.int64(tiles.v_tile), T.min(pieces - turn * beside, beside) * tiles.v_tile
                             )
-                            convolve(
-                                line_v,
-                                2 * heads * K + hv * V + turn * (beside * tiles.v_tile),
-                                pick(beside == 1, tiles.v_tile, width),
-                            )
+                            columns: T.let[T.int64] = 2 * heads * K + hv * V + turn * (beside * tiles.v_tile)
+                            if strip > 0:
+                                if (
+                                    h2 == 1
+                                    and h1 == L
+                                    and h0 % strip == 0
+                                    and w1 == 1
+                                    and w0 == W
+                                    and tiles.fit_rows((conv_weight_flat, 0, W), (conv_state_flat, 0, L))
+                                ):
+                                    if turn == 0:
+                                        convolve_strips(0, columns, width)
+                                    else:
+                                        convolve_strips(2 * K, columns, width)
+                                else:
+                                    if turn == 0:
+                                        convolve(line_x, (heads + h) * K, K)
+                                        convolve(line_y, h * K, K)
+                                    convolve(line_v, columns, width)
+                            else:
+                                convolve(line_v, columns, pick(beside == 1, tiles.v_tile, width))
                             tiles.sync()
                             if tiles.lines_shared:
                                 if turn == 0:
@@ -661,7 +731,12 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             piece: T.let[T.int64] = turn * beside + tiles.mate()
                             if piece < pieces:
                                 tiles.take_columns(value, line_v)
-                                over_states(hv + piece // (V // tiles.v_tile), piece % (V // tiles.v_tile) * tiles.v_tile)
+                                if early:
+                                    step_piece(states, piece)
+                                    if piece + beside < pieces:
+                                        load_piece(states, piece + beside)
+                                else:
+                                    over_states(hv + piece // (V // tiles.v_tile), piece % (V // tiles.v_tile) * tiles.v_tile)
                             tiles.sync()
                     else:
                         over_states(hv, j0)

@@ -21,8 +21,8 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
         The target's loops: `workers` over blocks of `rows_per_worker` rows, `vector` elements at once, `sum` of a vector; which
         pieces of a row a member of a worker has (`turns`, `piece`, `has`), `read` and `write` of one, `total` over all members.
         With `gate_early` a row's gate is asked for with the row; ``settled(places, further, emit)`` emits ``emit(True)`` for
-        rows that move as vectors and lie evenly, ``emit(False)`` for others; `held` computes a number once where a name would do so
-        at every use; `lane_loop` over neighbouring elements if not vectors.
+        rows that move as vectors and lie evenly, ``emit(False)`` for others; `held` computes a number once where a name would
+        do so at every use; `lane_loop` over neighbouring elements if not vectors.
 
     Returns
     -------
