@@ -12,10 +12,9 @@ from typing import Any
 
 from tvm_gdn.errors import BuildError
 
-
-#: Functions in LLVM's language that are linked with the kernels, and inlined: a barrier of the block behind which what threads wrote
-#: before it is there. TVM's is the instruction alone: LLVM then neither waits for stores to local memory nor keeps accesses on
-#: their side of it.
+#: Functions in LLVM's language that are linked with the kernels, and inlined: a barrier of the block behind which what threads
+#: wrote before it is there. TVM's is the instruction alone: LLVM then neither waits for stores to local memory nor keeps
+#: accesses on their side of it.
 LIBRARY = """
 declare void @llvm.amdgcn.s.barrier()
 define linkonce_odr i32 @tvm_gdn_barrier() alwaysinline convergent nounwind {
