@@ -71,7 +71,9 @@ class ExpertsX86:
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """As many staged rows as leave most of the L2 cache to the weights."""
         size = 4 if geometry.dtype["x"] == "float32" else 2
-        fitting = [rows for rows in cls.knobs(geometry)["block"] if rows * geometry.axis["D"] * size <= cls._staged_bytes(geometry)]
+        fitting = [
+            rows for rows in cls.knobs(geometry)["block"] if rows * geometry.axis["D"] * size <= cls._staged_bytes(geometry)
+        ]
         return {"rows": cls.rows, "block": max(fitting, default=32), "columns": 512, "floor": 2}
 
     @classmethod
