@@ -62,10 +62,18 @@ class ExpertsX86:
         }
 
     @classmethod
+    def _staged_bytes(cls, geometry: Geometry) -> int:
+        """What staged rows take of the L2 cache."""
+        del geometry
+        return STAGED_BYTES
+
+    @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """As many staged rows as leave most of the L2 cache to the weights."""
         size = 4 if geometry.dtype["x"] == "float32" else 2
-        fitting = [rows for rows in cls.knobs(geometry)["block"] if rows * geometry.axis["D"] * size <= STAGED_BYTES]
+        fitting = [
+            rows for rows in cls.knobs(geometry)["block"] if rows * geometry.axis["D"] * size <= cls._staged_bytes(geometry)
+        ]
         return {"rows": cls.rows, "block": max(fitting, default=32), "columns": 512, "floor": 2}
 
     @classmethod
@@ -106,6 +114,11 @@ class ExpertsAmx(ExpertsX86):
     @classmethod
     def _has_tiles(cls, geometry: Geometry) -> bool:
         return bool(weights_of(geometry, bf16=cls.bf16).matrix)
+
+    @classmethod
+    def _staged_bytes(cls, geometry: Geometry) -> int:
+        """Half of it for packed bf16, whose rows are read once for 32 columns; raw weights are laid out anew for every block."""
+        return STAGED_BYTES // 2 if geometry.attr.get("scheme") == "bf16" else STAGED_BYTES
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
