@@ -94,7 +94,7 @@ class ConvGpu:
         """Vectors of 16 bytes in a step; four channels otherwise, so that a multiprocessor has room for more warps."""
         if geometry.attr.get("update"):
             return {"tokens": 16, "vector": cls._longest(geometry), "ahead": 1, "threads": 64}
-        return {"tokens": 32, "vector": 4, "ahead": 4, "threads": 128}
+        return {"tokens": 64, "vector": 4, "ahead": 8, "threads": 128}
 
     @staticmethod
     def tiles(geometry: Geometry, *, tokens: int, vector: int, ahead: int, threads: int) -> ConvStripTiles:

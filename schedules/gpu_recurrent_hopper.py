@@ -16,9 +16,9 @@ from tvm_gdn.spec import Geometry
 THREADS, PIECES = (32, 64, 128, 256), (1, 2, 4)
 #: More heads than calls have.
 EVERY = 1 << 30
-#: Heads of all sequences up to which states are in registers, and up to which half as many threads are along V; threads along V,
-#: columns of each and workers per block. By whether the pool is fp32.
-FEW = {True: (512, 0, 4, 4, 2), False: (512, 64, 4, 8, 2)}
+#: Heads of all sequences up to which states are in registers; threads along V, columns of each and workers per block there. By
+#: whether the pool is fp32.
+FEW = {True: (512, 4, 4, 2), False: (512, 4, 8, 2)}
 
 
 @schedule("recurrent", "cuda-sm90")
@@ -37,34 +37,32 @@ class RecurrentHopper(RecurrentGpu):
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Those of states in registers, heads up to which they are there, and in more warps; threads beyond that, copies."""
+        """Those of states in registers, heads up to which they are there; threads of a block beyond that, copies of a state."""
         knobs = super().knobs(geometry)
         if not cls.placed(geometry):
             return knobs
         knobs.pop("place", None)
-        few = (0, 32, 64, 128, 256, 512, EVERY)
-        return {**knobs, "few": few, "fewest": few[:-1], "threads": THREADS, "pieces": PIECES}
+        return {**knobs, "few": (0, 32, 64, 128, 256, 512, EVERY), "threads": THREADS, "pieces": PIECES}
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """The copy engine where the shape allows it."""
         if not cls.placed(geometry):
             return super().default(geometry)
-        usual = {**cls.in_registers(geometry), "few": EVERY, "fewest": 0, "threads": WARP, "pieces": 1}
+        usual = {**cls.in_registers(geometry), "few": EVERY, "threads": WARP, "pieces": 1}
         threads = math.gcd(geometry.axis["K"], geometry.axis["V"], 128)
         for pieces in reversed(PIECES):
             try:
                 cls._bulk(geometry, threads, pieces)
             except ValueError:
                 continue
-            few, fewest, lanes, columns, group = FEW[cls._wide(geometry)]
+            few, lanes, columns, group = FEW[cls._wide(geometry)]
             K, V = geometry.axis["K"], geometry.axis["V"]
             if K % (WARP // lanes) or not cls._fits(geometry, lanes, columns):
-                few, fewest, lanes, columns, group = 0, 0, *(usual[name] for name in ("column_lanes", "columns", "group"))
-            fewest = fewest if K % (2 * WARP // lanes) == 0 else 0
+                few, lanes, columns, group = 0, *(usual[name] for name in ("column_lanes", "columns", "group"))
             group = math.gcd(group, V // (lanes * columns))
             found = {"column_lanes": lanes, "columns": columns, "group": group}
-            return {**found, "few": few, "fewest": fewest, "threads": threads, "pieces": pieces}
+            return {**found, "few": few, "threads": threads, "pieces": pieces}
         return usual
 
     @staticmethod
@@ -84,15 +82,12 @@ class RecurrentHopper(RecurrentGpu):
         """Tile operations of all plans."""
         if not cls.placed(geometry):
             return RecurrentGpu.tiles(geometry, **knobs)
-        most, fewest, threads, pieces = (knobs.pop(name) for name in ("few", "fewest", "threads", "pieces"))
+        most, threads, pieces = (knobs.pop(name) for name in ("few", "threads", "pieces"))
         in_registers = RecurrentGpu.tiles(geometry, **knobs)
         if most == EVERY:
             return in_registers
         rounded = not cls._wide(geometry) and "mixed_qkv" not in geometry.dtype
         plans = [Plan(in_registers, most=most)] if most else []
-        if most and fewest:
-            narrow = {**knobs, "column_lanes": knobs["column_lanes"] // 2}
-            plans.insert(0, Plan(RecurrentGpu.tiles(geometry, **narrow), most=fewest))
         plans.append(Plan(cls._bulk(geometry, threads, pieces), single=rounded))
         if rounded:
             plans.append(Plan(RecurrentGpu.tiles(geometry, **cls.in_registers(geometry))))

@@ -24,10 +24,11 @@ class StripColumns:
         return T.unroll(count)
 
     def fit_rows(self, *places: Any) -> Any:
-        """Whether a strip's rows of so many elements, at places of flat buffers, move as vectors."""
+        """Whether a strip's rows of so many elements move as vectors, at places of flat buffers and any number of strides on."""
         found: Any = True
-        for buffer, first, count in places:
-            found = T.And(found, aligned(buffer, first, elements=_piece(buffer, count * self.strip)))
+        for buffer, first, count, stride in places:
+            size = _piece(buffer, count * self.strip)
+            found = T.And(found, T.And(T.truncmod(stride, T.int64(size)) == 0, aligned(buffer, first, elements=size)))
         return found
 
     def columns_in(

@@ -26,6 +26,9 @@ CHUNK = "chunk_gated_delta_rule"
 CONV = "causal_conv1d_fn"
 NORM = "rms_norm_gated"
 FUSED = "fused_conv_gated_delta_rule_update"
+CONV_STEP = "causal_conv1d_update"
+#: States and taps of a convolution in 16 bits.
+HALF = {"state_dtype": "bfloat16", "weight_dtype": "bfloat16"}
 ACCELERATORS = [name for name in target_names() if named(name).device != "cpu" and named(name).concrete]
 SMALL = {
     "B": 2,
@@ -98,6 +101,12 @@ def emulated(monkeypatch):
         # Two chunks, both passes, several fragments per warp.
         (CHUNK, {"B": 1, "T": 65, "H": 1, "HV": 2, "K": 32, "V": 48, "with": ("initial_state",), "dtype": "bfloat16"}),
         (CONV, {"B": 2, "D": 70, "T": 65, "with": ("conv_states",), "dtype": "bfloat16", "weight_dtype": "bfloat16"}),
+        # Strips of channels in vectors: blocks with and without a sequence's first tokens, of which one is not full; one token.
+        (CONV, {"B": 2, "D": 76, "T": 70, "with": ("conv_states",), "dtype": "bfloat16", **HALF}),
+        (
+            CONV_STEP,
+            {"B": 3, "D": 72, "T": 1, "S": 5, "with": ("conv_state_indices",), "padding": True, "dtype": "float16", **HALF},
+        ),
         # Nine tiles of value columns for four warps; padding; channels that threads convolve for one another.
         (FUSED, {**STEP, "with": ("conv_state_indices", "initial_state_indices", "conv_bias"), "dtype": "bfloat16"}),
         # Vectors, a last one that not every thread has, and elements behind it.

@@ -356,9 +356,11 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
                 if first < last:
                     if (
                         c1 - c0 == strip and xc == 1 and oc == 1 and w1 == 1 and w0 == W
-                        and pick(stateful, s2 == 1 and s1 == L and s0 % strip == 0, T.bool(True))
+                        and pick(stateful, s2 == 1 and s1 == L, T.bool(True))
                         and tiles.fit((x_rows, xt), (o_rows, ot), of_batch(n, c0, first), TT)
-                        and tiles.fit_rows((weight_flat, c0 * W, W), *pick(stateful, ((states_flat, c0 * L, L),), ()))
+                        and tiles.fit_rows(
+                            (weight_flat, c0 * W, W, T.int64(0)), *pick(stateful, ((states_flat, c0 * L, L, s0),), ())
+                        )
                     ):  # fmt: skip
                         if update:
                             if TT == 1:

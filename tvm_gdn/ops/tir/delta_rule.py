@@ -706,10 +706,9 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                                 if (
                                     h2 == 1
                                     and h1 == L
-                                    and h0 % strip == 0
                                     and w1 == 1
                                     and w0 == W
-                                    and tiles.fit_rows((conv_weight_flat, 0, W), (conv_state_flat, 0, L))
+                                    and tiles.fit_rows((conv_weight_flat, 0, W, T.int64(0)), (conv_state_flat, 0, L, h0))
                                 ):
                                     if turn == 0:
                                         convolve_strips(0, columns, width)
