@@ -64,6 +64,8 @@ class GroupChunkTiles(GpuChunkTiles):
         self.pending: dict[int, Pending] = {}
         self.spare: dict[int, list[Any]] = {}
         self.begun, self.own, self.written = 0, T.Cast("int32", lane) // GROUP, True
+        # The second kernel's blocks are there when the first one's end: they have read nothing until then.
+        T.evaluate(T.call_extern("int32", "tvm_gdn_follow" if self.states else "tvm_gdn_precede"))
         super().enter(lane)
         if self.states and self.cluster > 1:
             self.arrivals = T.alloc_buffer((4,), "uint64", scope="shared")

@@ -96,7 +96,13 @@ static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicA
 #endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
-// Waits until what the kernels ahead of this one wrote is there, where blocks may begin before that; then the next kernel's may.
+// `follow` waits until what the kernels ahead of this one wrote is there, where blocks may begin before that; then the next kernel's
+// may. `precede`: they may, as soon as all of this kernel's have come here.
+template <class T = int>
+static __device__ __forceinline__ T tvm_gdn_precede() {
+  asm volatile("griddepcontrol.launch_dependents;" : : : "memory");
+  return 0;
+}
 template <class T = int>
 static __device__ __forceinline__ T tvm_gdn_follow() {
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" : : : "memory");
@@ -409,6 +415,7 @@ static __device__ __forceinline__ unsigned tvm_gdn_take(float& first, float& sec
 #else
 // The same in plain C++ and shuffles of width 32: for devices whose compilers take no PTX, and for the emulation.
 static __device__ __forceinline__ int tvm_gdn_follow() { return 0; }
+static __device__ __forceinline__ int tvm_gdn_precede() { return 0; }
 static __device__ __forceinline__ unsigned tvm_gdn_pair(const void* tile, int first, int second) {
   const unsigned short* elements = (const unsigned short*)tile;
   return (unsigned)elements[first] | (unsigned)elements[second] << 16;
