@@ -101,3 +101,13 @@ def test_groups_meet_the_reference(tmp_path, change, cluster):
         errors, limits = parity.compare(OPS[OP], parity.run(OPS[OP], cases.clone(arguments), function), want)
         assert all(errors[name] <= limits[name] for name in limits), errors
     assert all(parity.rms_ratio(torch.zeros_like(value), value) > 0.5 for value in want.values())
+
+
+def test_kernels_say_how_they_are_launched():
+    """Only the kernel that asks for it has a cluster, and only one that begins early has pointers that may change."""
+    first = 'extern "C" __global__ void first(float* __restrict__ x) {\n  tvm_gdn_precede();\n}\n'
+    second = 'extern "C" __global__ void second(float* __restrict__ x) {\n  tvm_gdn_follow();\n  tvm_gdn_cluster_open((&(b[0])), 4);\n}\n'
+    text = images.with_functions(first + second)
+    assert text.endswith(
+        first + second.replace(" __restrict__", "").replace("__global__", "__global__ __cluster_dims__(4, 1, 1)")
+    )
