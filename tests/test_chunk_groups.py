@@ -84,15 +84,13 @@ def test_where_warps_multiply_together(change, groups):
 
 
 @needs_cxx
-@pytest.mark.parametrize(
-    ("change", "cluster"), [({}, 1), ({"K": 64}, 1), ({"T": 150, "H": 2, "HV": 4, "V": 64}, 2), ({"K": 192, "V": 64}, 2)]
-)
-def test_groups_meet_the_reference(tmp_path, change, cluster):
+@pytest.mark.parametrize("change", [{}, {"K": 64}, {"T": 150, "H": 2, "HV": 4, "V": 64}])
+def test_groups_meet_the_reference(tmp_path, change):
     """Two chunks and more, the last in part; then tensors at odd addresses, whose pieces are no 16 bytes."""
     case = {**CASE, **change}
     arguments = cases.draw(OPS[OP], case)
     want = parity.expected(OPS[OP], arguments)
-    knobs = {**ChunkHopper.default(geometry_of_case(OPS[OP], case)), "cluster": cluster}
+    knobs = ChunkHopper.default(geometry_of_case(OPS[OP], case))
     function = with_knobs(resolve(f"{EMULATED}cuda-sm90"), tmp_path, OP, arguments, **knobs)
     for odd in (False, True):
         for name in ("k", "v") if odd else ():
@@ -101,13 +99,3 @@ def test_groups_meet_the_reference(tmp_path, change, cluster):
         errors, limits = parity.compare(OPS[OP], parity.run(OPS[OP], cases.clone(arguments), function), want)
         assert all(errors[name] <= limits[name] for name in limits), errors
     assert all(parity.rms_ratio(torch.zeros_like(value), value) > 0.5 for value in want.values())
-
-
-def test_kernels_say_how_they_are_launched():
-    """Only the kernel that asks for it has a cluster, and only one that begins early has pointers that may change."""
-    first = 'extern "C" __global__ void first(float* __restrict__ x) {\n  tvm_gdn_precede();\n}\n'
-    second = 'extern "C" __global__ void second(float* __restrict__ x) {\n  tvm_gdn_follow();\n  tvm_gdn_cluster_open((&(b[0])), 4);\n}\n'
-    text = images.with_functions(first + second)
-    assert text.endswith(
-        first + second.replace(" __restrict__", "").replace("__global__", "__global__ __cluster_dims__(4, 1, 1)")
-    )

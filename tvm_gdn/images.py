@@ -44,8 +44,6 @@ _MACHINES = {
 }
 #: Functions that device code calls by name.
 FUNCTIONS = "device_functions.h"
-#: The beginning of a kernel in generated source.
-KERNEL = 'extern "C" __global__'
 #: The one of them by which a kernel waits for those ahead of it.
 FOLLOW = "tvm_gdn_follow"
 #: What runs device code on a CPU.
@@ -287,18 +285,10 @@ def _compile_source(source: str, kernels: list[str], target: TargetSpec, image: 
 
 def with_functions(source: str) -> str:
     """Generated source behind the functions that it calls by name."""
-    source = "".join(_launched(kernel) for kernel in re.split(rf"(?={KERNEL})", source))
-    return (resources.files("tvm_gdn") / "csrc" / FUNCTIONS).read_text(encoding="utf-8") + source
-
-
-def _launched(kernel: str) -> str:
-    """The text of a kernel, with what the way it is launched asks for."""
-    if FOLLOW in kernel:
+    if "tvm_gdn_follow" in source:
         # What is read through restricted pointers counts as constant, and may be read before the kernel ahead has written it.
-        kernel = kernel.replace(" __restrict__", "")
-    # How many blocks run side by side where they bring data for one another.
-    found = re.search(r"tvm_gdn_cluster_open\(.*, (\d+)\);", kernel)
-    return kernel.replace(KERNEL, f"{KERNEL} __cluster_dims__({found[1]}, 1, 1)", 1) if found else kernel
+        source = source.replace(" __restrict__", "")
+    return (resources.files("tvm_gdn") / "csrc" / FUNCTIONS).read_text(encoding="utf-8") + source
 
 
 def _link(objects: list[bytes], target: TargetSpec, image: Path) -> None:

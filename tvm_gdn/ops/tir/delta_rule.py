@@ -308,7 +308,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         per_row: T.let[T.int64] = (TK + (size - 1)) // size
         if ahead:
             chunks: T.let[T.int64] = pick(varlen, TK // size + n_seq, n_seq * per_row)
-            advance.keep(chunks * HV, chunks * heads)
+            advance.keep(chunks * HV)
             # Workers of a chunk: one per `together` value heads of a q/k head (the last may have fewer).
             of_key: T.let[T.int64] = HV // T.max(heads, T.int64(1))
             sets: T.let[T.int64] = (of_key + together - 1) // together
@@ -340,7 +340,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         advance.prepare(
                             q, k, v, g, beta, o, pick(varlen, T.int64(0), owner), begin, tokens, key, head,
                             T.min(T.int64(together), (key + 1) * of_key - head), T.int64(0), scale, use_qk_l2norm_in_kernel,
-                            T.bool(False), number * HV + head, number * heads + key, at,
+                            T.bool(False), number * HV + head, at,
                         )  # fmt: skip
 
         @T.inline
@@ -570,7 +570,6 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                             q, k, v, g, beta, o, row, first, length, h, hv, count, j0, scale, use_qk_l2norm_in_kernel,
                             pick(pool, slot < 0 or slot >= S, T.bool(not separate)),
                             pick(varlen, first // size + n, n * per_row) * HV + hv, HV,
-                            pick(varlen, first // size + n, n * per_row) * heads + h, heads,
                         )  # fmt: skip
                         tiles.sync()
                         for i in T.serial(count):
