@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 from tvm_gdn.schedules.gpu_chunk_groups import COLUMNS, ROWS, WIDE, GroupChunkTiles
@@ -15,10 +14,10 @@ from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
 
-def sized(geometry: Geometry, *, groups: int = 0, cluster: int = 1, **options: Any) -> GpuChunkTiles:
+def sized(geometry: Geometry, *, groups: int = 0, **options: Any) -> GpuChunkTiles:
     """Tile operations with an arena of the size that the algorithm turns out to use."""
     K, V, data = geometry.axis["K"], geometry.axis["V"], geometry.dtype["v"]
-    kind: Any = functools.partial(GroupChunkTiles, cluster=cluster) if groups else GpuChunkTiles
+    kind = GroupChunkTiles if groups else GpuChunkTiles
     tiles = kind(K, V, data=data, v_first=bool(geometry.attr.get("state_v_first")), **options)
     chunk_rule(geometry, tiles)
     tiles.arenas = tiles.bytes
@@ -87,22 +86,18 @@ class ChunkHopper(ChunkGpu):
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """As everywhere, and how many groups of four warps multiply together; 0: every warp on its own.
-
-        `cluster`: how many blocks, each with columns of its own of one head, bring keys and queries for one another.
-        """
+        """As everywhere, and how many groups of four warps multiply together; 0: every warp on its own."""
         found = super().knobs(geometry)
         fits = geometry.dtype["v"] == "bfloat16" and geometry.axis["K"] % WIDE == 0 and not geometry.attr.get("channel_gate")
         fits = fits and all(value in found[name] for name, value in cls.grouped.items())
         # Two share out the state.
         groups = (2, 1) if geometry.axis["K"] % (2 * WIDE) == 0 else (1,)
-        clusters = tuple(n for n in (1, 2, 4) if fits and geometry.axis["V"] % (n * COLUMNS) == 0) or (1,)
-        return {**found, "groups": (*groups, 0) if fits else (0,), "cluster": clusters}
+        return {**found, "groups": (*groups, 0) if fits else (0,)}
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """With as many groups as there may be; where there is none, every warp on its own."""
-        knobs = {**super().default(geometry), "groups": 0, "cluster": 1}
+        knobs = {**super().default(geometry), "groups": 0}
         for groups in cls.knobs(geometry)["groups"]:
             together = {**knobs, **cls.grouped, "groups": groups, "warps": 4 * groups}
             if groups and arena_bytes(geometry, **together) <= cls.shared:
@@ -120,8 +115,6 @@ class ChunkHopper(ChunkGpu):
             raise TargetError(f"groups {groups} needs {wanted}")
         if groups and not knobs["ahead"]:
             raise TargetError(f"groups {groups} needs chunks ahead")
-        if not groups and knobs.get("cluster", 1) > 1:
-            raise TargetError("a cluster needs groups")
         return super().tiles(geometry, **knobs)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu_fragments import WARP, Fragments, Operand, Storage, Tile, ceil_div, padded, when
+from tvm_gdn.schedules.gpu_fragments import WARP, Fragments, Operand, Storage, Tile, padded
 from tvm_gdn.schedules.gpu_products import GpuChunkTiles
 
 from tvm_gdn.ops.tir.tiles import ElementFunction, Expr, keep
@@ -54,9 +54,9 @@ class GroupChunkTiles(GpuChunkTiles):
 
     deferred = whole = True
 
-    def __init__(self, K: int, V: int, *, cluster: int = 1, **options: Any) -> None:
+    def __init__(self, K: int, V: int, **options: Any) -> None:
         super().__init__(K, V, **options)
-        self.align[True], self.cluster = ALIGN, cluster
+        self.align[True] = ALIGN
         self.teams = tuple(range(self.sizes[True] * WARP // GROUP))
 
     def enter(self, lane: Expr) -> None:
@@ -65,9 +65,6 @@ class GroupChunkTiles(GpuChunkTiles):
         self.spare: dict[int, list[Any]] = {}
         self.begun, self.own, self.written = 0, T.Cast("int32", lane) // GROUP, True
         super().enter(lane)
-        if self.states and self.cluster > 1:
-            self.arrivals = T.alloc_buffer((4,), "uint64", scope="shared")
-            T.evaluate(T.call_extern("int32", "tvm_gdn_cluster_open", T.address_of(self.arrivals[0]), self.cluster))
         if self.states:
             self.places = T.alloc_buffer((COLUMNS // 8 + 1,), "int32", scope="local")
             (i, j), *_ = self._elements(T.Cast("int32", lane) % GROUP // WARP, 0)
@@ -169,40 +166,6 @@ class GroupChunkTiles(GpuChunkTiles):
 
     def _padded_columns(self, dst: Tile) -> int:
         return dst.cols if self._swizzled(dst.storage) else super()._padded_columns(dst)
-
-    # What blocks side by side bring for one another.
-    def share(self, window: Any, tile: Tile) -> None:
-        """Keep a shared tile as the matrix unit reads it: halves of 64 columns, whose rows' pieces have changed places."""
-        across = tile.cols // 8
-        pieces = tile.rows * across
-        with T.serial(ceil_div(pieces, self.threads)) as step:
-            index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
-            i, j = index // across, index % across * 8
-            to = T.address_of(window.buffer[j // WIDE * tile.rows + i, T.bitwise_xor(j % WIDE // 8, i % 8) * 8])
-            source = T.address_of(self.views["bfloat16"][self._index(tile, i, j)])
-            when(
-                True if pieces % self.threads == 0 else index < pieces,
-                lambda: T.evaluate(T.call_extern("int32", "tvm_gdn_move", to, source)),
-            )
-
-    def gather(self, number: Expr, *pairs: tuple[Tile, Any]) -> None:
-        """Ask for the tiles of a chunk, each from the memory that `share` filled: every block for a part, for all of them."""
-        size, first, number = WIDE * 2, 0, T.Cast("int32", number)
-        total = sum(tile.rows * tile.cols * 2 for tile, _ in pairs)
-        arrivals = T.address_of(self.arrivals[0])
-        with T.If(T.Cast("int32", self.lane) == 0), T.Then():
-            T.evaluate(T.call_extern("int32", "tvm_gdn_cluster_ask", arrivals, number, total, self.cluster))
-            for tile, window in pairs:
-                self._place(tile.storage)
-                to = T.address_of(self.views["bfloat16"][tile.storage.offset // 2 + tile.row * WIDE])
-                places = (to, T.address_of(window.buffer[0, 0]), tile.rows * size, tile.storage.rows * size)
-                pieces = (tile.cols // WIDE, first, arrivals, number, self.cluster)
-                T.evaluate(T.call_extern("int32", "tvm_gdn_cluster_read", *places, *pieces))
-                first += tile.cols // WIDE
-
-    def gathered(self, number: Expr) -> None:
-        """Wait for what was asked for of a chunk."""
-        T.evaluate(T.call_extern("int32", "tvm_gdn_cluster_wait", T.address_of(self.arrivals[0]), T.Cast("int32", number)))
 
     # Results that are pending.
     def _settle(self, *tiles: Any) -> None:

@@ -237,12 +237,17 @@ class ElementTiles(FragmentTiles):
         with T.If(T.And(lane >= 0, lane < WARP)):
             with T.Then():
                 T.buffer_store(total, T.float32(0), [1])
+                # Rows that do not wait for one another first.
+                fetched = self.scalars(ceil_div(dst.rows, WARP))
                 for first in range(0, dst.rows, WARP):
-                    row = lane + first
-                    T.buffer_store(total, T.float32(0), [0])
+                    row, at = lane + first, first // WARP
+                    T.buffer_store(fetched, T.float32(0), [at])
                     inside = T.Cast("int64", row) < rows
                     inside = inside if first + WARP <= dst.rows else T.And(inside, row < dst.rows)
-                    when(inside, lambda row=row: T.buffer_store(total, self._get(src, row, 0), [0]))
+                    when(inside, lambda row=row, at=at: T.buffer_store(fetched, self._get(src, row, 0), [at]))
+                for first in range(0, dst.rows, WARP):
+                    row = lane + first
+                    T.buffer_store(total, fetched[first // WARP], [0])
                     for bit in (1, 2, 4, 8, 16):
                         # In a variable of its own: a condition around a shuffle would leave threads out of it.
                         T.buffer_store(total, T.tvm_warp_shuffle_up(T.uint32(0xFFFFFFFF), total[0], bit, WARP, WARP), [2])

@@ -157,9 +157,6 @@ class FragmentTiles(WarpTiles):
     #: Whether products read nothing but what was written for them.
     whole = False
 
-    #: Blocks side by side that bring keys and queries for one another.
-    cluster = 1
-
     def __init__(
         self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0, together: int = 1
     ) -> None:

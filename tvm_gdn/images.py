@@ -44,8 +44,6 @@ _MACHINES = {
 }
 #: Functions that device code calls by name.
 FUNCTIONS = "device_functions.h"
-#: The beginning of a kernel in generated source.
-KERNEL = 'extern "C" __global__'
 #: The one of them by which a kernel waits for those ahead of it.
 FOLLOW = "tvm_gdn_follow"
 #: What runs device code on a CPU.
@@ -295,14 +293,7 @@ def with_functions(source: str) -> str:
     if "tvm_gdn_follow" in source:
         # What is read through restricted pointers counts as constant, and may be read before the kernel ahead has written it.
         source = source.replace(" __restrict__", "")
-    source = "".join(_clustered(kernel) for kernel in re.split(rf"(?={KERNEL})", source))
     return (resources.files("tvm_gdn") / "csrc" / FUNCTIONS).read_text(encoding="utf-8") + source
-
-
-def _clustered(kernel: str) -> str:
-    """The text of a kernel, which says how many of its blocks run side by side where they bring data for one another."""
-    found = re.search(r"tvm_gdn_cluster_open\(.*, (\d+)\);", kernel)
-    return kernel.replace(KERNEL, f"{KERNEL} __cluster_dims__({found[1]}, 1, 1)", 1) if found else kernel
 
 
 def _link(objects: list[bytes], target: TargetSpec, image: Path) -> None:

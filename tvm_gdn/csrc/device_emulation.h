@@ -33,7 +33,6 @@
 #define __constant__ static
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
-#define __cluster_dims__(...)
 #define __restrict__ __restrict
 #define __maxnreg__(...)
 using std::max;
@@ -259,13 +258,10 @@ static inline int arrive_once(void* barrier) {
   if (arrival->opened != OPENED || arrival->arrived) fail("an arrival at a barrier that is not open, or a second one");
   return arrival->arrived = 1, 0;
 }
-// One of several copies that come with an arrival.
-static inline int bulk_bring(void* to, const void* from, int bytes, void* barrier) {
-  if (((uintptr_t)to | (uintptr_t)from | (uintptr_t)bytes) & 15) fail("a copy of bytes that are not aligned");
-  return block->bulks.push_back({to, from, bytes, (Arrival*)barrier}), 0;
-}
 static inline int bulk_read(void* to, const void* from, int bytes, void* barrier) {
-  return bulk_bring(to, from, bytes, barrier), arrive_once(barrier);
+  if (((uintptr_t)to | (uintptr_t)from | (uintptr_t)bytes) & 15) fail("a copy of bytes that are not aligned");
+  block->bulks.push_back({to, from, bytes, (Arrival*)barrier});
+  return arrive_once(barrier);
 }
 // At once: a fence that is missing in front does not show.
 static inline int bulk_write(void* to, const void* from, int bytes) {
@@ -279,7 +275,6 @@ static inline int bulk_wait(void* barrier);
 #define TVM_GDN_SKIP emulation::arrive_once
 #define TVM_GDN_WAIT emulation::bulk_wait
 #define TVM_GDN_WRITE emulation::bulk_write
-#define TVM_GDN_BRING emulation::bulk_bring
 #define TVM_GDN_TEAM_SYNC emulation::team_sync
 static inline void* dynamic_shared() { return block->shared.data(); }
 

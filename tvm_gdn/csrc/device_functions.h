@@ -143,8 +143,6 @@ static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicA
 #define TVM_GDN_SKIP(barrier) 0
 #define TVM_GDN_WAIT(barrier) 0
 #define TVM_GDN_WRITE(to, from, bytes) (memcpy(to, from, bytes), 0)
-// One of several reads at a barrier.
-#define TVM_GDN_BRING(to, from, bytes, barrier) (memcpy(to, from, bytes), 0)
 #endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
@@ -386,53 +384,6 @@ static __device__ __forceinline__ int tvm_gdn_bulk_wait(void* barrier) {
       : : "r"(TVM_GDN_SHARED(barrier)) : "memory");
   return 0;
 }
-// Blocks of a cluster bring tiles for one another. `barriers`: four of 8 bytes, two that tiles arrive at, two that say that all blocks
-// have read them. `open`: by all threads, once; what they wrote before is in memory that others' copies may write then. `ask`, one
-// thread's: for tile `number`, behind a barrier of the block after everything of tile `number` - 2 was read. `read`: of `count` pieces,
-// the first of which is the tile's `first`, this block's, for all blocks. `wait`: by all threads, for the whole tile.
-static __device__ __forceinline__ int tvm_gdn_cluster_open(void* barriers, int blocks) {
-  asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
-  if (threadIdx.x == 0) {
-    for (int n = 0; n < 4; ++n)
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(TVM_GDN_SHARED(barriers) + 8 * n), "r"(n < 2 ? 1 : blocks) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
-  }
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" : : : "memory");
-  return 0;
-}
-static __device__ __forceinline__ void tvm_gdn_cluster_pass(unsigned barrier, int turn) {
-  asm volatile(
-      "{\n.reg .pred done;\nTRY:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra TRY;\n}"
-      : : "r"(barrier), "r"(turn & 1) : "memory");
-}
-static __device__ __forceinline__ int tvm_gdn_cluster_ask(void* barriers, int number, int bytes, int blocks) {
-  const unsigned arrival = TVM_GDN_SHARED(barriers) + number % 2 * 8, read = arrival + 16;
-  if (number >= 2) {
-    // What was read is in registers: no fence, which would wait for stores.
-    for (int block = 0; block < blocks; ++block)
-      asm volatile(
-          "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [there];\n}"
-          : : "r"(read), "r"(block) : "memory");
-    tvm_gdn_cluster_pass(read, number / 2 - 1);
-  }
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(arrival), "r"(bytes) : "memory");
-  return 0;
-}
-static __device__ __forceinline__ int tvm_gdn_cluster_read(void* to, const void* from, int bytes, int apart, int count, int first, void* barriers, int number, int blocks) {
-  unsigned rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  for (int n = 0; n < count; ++n)
-    if ((first + n) % blocks == (int)rank)
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-          : : "r"(TVM_GDN_SHARED(to) + n * apart), "l"((const char*)from + n * bytes), "r"(bytes),
-              "r"(TVM_GDN_SHARED(barriers) + number % 2 * 8), "h"((unsigned short)((1 << blocks) - 1)) : "memory");
-  return 0;
-}
-static __device__ __forceinline__ int tvm_gdn_cluster_wait(void* barriers, int number) {
-  tvm_gdn_cluster_pass(TVM_GDN_SHARED(barriers) + number % 2 * 8, number / 2);
-  return 0;
-}
 static __device__ __forceinline__ int tvm_gdn_bulk_publish() {
   return tvm_gdn_wgmma_publish();
 }
@@ -662,16 +613,6 @@ static __device__ __forceinline__ int tvm_gdn_bulk_open(void* barrier) { return 
 static __device__ __forceinline__ int tvm_gdn_bulk_read(void* to, const void* from, int bytes, void* barrier) { return TVM_GDN_READ(to, from, bytes, barrier); }
 static __device__ __forceinline__ int tvm_gdn_bulk_skip(void* barrier) { return TVM_GDN_SKIP(barrier); }
 static __device__ __forceinline__ int tvm_gdn_bulk_wait(void* barrier) { return TVM_GDN_WAIT(barrier); }
-// Every block brings all parts itself.
-static __device__ __forceinline__ int tvm_gdn_cluster_open(void*, int) { return 0; }
-static __device__ __forceinline__ int tvm_gdn_cluster_ask(void* barriers, int number, int, int) {
-  return TVM_GDN_OPEN((char*)barriers + number % 2 * 8), TVM_GDN_SKIP((char*)barriers + number % 2 * 8);
-}
-static __device__ __forceinline__ int tvm_gdn_cluster_read(void* to, const void* from, int bytes, int apart, int count, int, void* barriers, int number, int) {
-  for (int n = 0; n < count; ++n) TVM_GDN_BRING((char*)to + n * apart, (const char*)from + n * bytes, bytes, (char*)barriers + number % 2 * 8);
-  return 0;
-}
-static __device__ __forceinline__ int tvm_gdn_cluster_wait(void* barriers, int number) { return TVM_GDN_WAIT((char*)barriers + number % 2 * 8); }
 static __device__ __forceinline__ int tvm_gdn_bulk_publish() { return 0; }
 static __device__ __forceinline__ int tvm_gdn_bulk_write(void* to, const void* from, int bytes) { return TVM_GDN_WRITE(to, from, bytes); }
 static __device__ __forceinline__ unsigned tvm_gdn_bfloat16(float x) {

@@ -79,30 +79,24 @@ class _Advance:
         self.arguments, self.tiles = (tiles, K, gate, data), tiles
         self.ahead = tiles.ahead and gate != "channel"
         self.kept: tuple[Any, ...] = ()
-        self.shared: Any = None
 
-    def keep(self, units: Expr, keys: Expr) -> None:
-        """Memory for (I + A)^-1, P and the factors of tokens, of every chunk of every value head.
-
-        Where blocks bring them for one another, also for `keys` chunks of keys and queries of a q/k head.
-        """
+    def keep(self, units: Expr) -> None:
+        """Memory for (I + A)^-1, P and the factors of tokens, of every chunk of every value head."""
         C, data = self.tiles.chunk, self.arguments[3]
         sizes = [*((C * C, dtype) for dtype in _summands(data)), (C * C, data), (C * FACTORS, "float32")]
         self.kept = tuple(T.alloc_buffer((units * elements,), dtype) for elements, dtype in sizes)
-        if self.tiles.cluster > 1:
-            self.shared = T.alloc_buffer((keys * (2 * C * self.arguments[1]),), data)
 
     def prepare(self, *arguments: Any) -> None:
         """One chunk of value heads of one q/k head, ahead of the states."""
-        *work, unit, key, start = arguments
-        _Chunks(*self.arguments).prepare(_Work(*work), self.kept, self.shared, unit, key, start)
+        *work, unit, start = arguments
+        _Chunks(*self.arguments).prepare(_Work(*work), self.kept, unit, start)
 
     def __call__(self, *arguments: Any) -> None:
         """All chunks of a worker's value heads."""
-        *arguments, unit, heads, key, keys = arguments
+        *arguments, unit, heads = arguments
         work, chunks = _Work(*arguments), _Chunks(*self.arguments)
         if self.ahead:
-            chunks.carry(work, self.kept, self.shared, unit, heads, key, keys)
+            chunks.carry(work, self.kept, unit, heads)
         else:
             chunks.run(replace(work, j0=work.j0 + self.tiles.shift))
 
@@ -197,7 +191,7 @@ class _Chunks:
                 with T.serial(work.count) as index:
                     self._value_head(work, start, m, index, zero, more)
 
-    def prepare(self, work: _Work, kept: tuple[Any, ...], shared: Any, unit: Expr, key: Expr, at: Expr) -> None:
+    def prepare(self, work: _Work, kept: tuple[Any, ...], unit: Expr, at: Expr) -> None:
         """Compute and keep what one chunk of value heads needs besides their states: tokens from `at` of the sequence.
 
         Of lower-triangular tiles the blocks on and below the diagonal are kept.
@@ -232,9 +226,6 @@ class _Chunks:
         tiles.load(self.q, self._rows(work.q, work, start, work.h, self.K), rows=m)
         each(fetch)
         tiles.sync()
-        if tiles.cluster > 1:
-            for name, tile in (("k", self.k), ("q", self.q)):
-                tiles.share(self._image(shared, key, name), tile)
         tiles.pack(self.k_left, self.k_right)
         tiles.pack(self.q_left)
         if self.data != "bfloat16":
@@ -279,13 +270,8 @@ class _Chunks:
             )
         )
 
-    def _image(self, shared: Any, key: Expr, name: str) -> Any:
-        """Keys or queries of a chunk of a q/k head, as products read them."""
-        size = self.C * self.K
-        return self.tiles.window(shared, (key * 2 + "kq".index(name)) * size, size // 64, 64, (64, 1))
-
-    def carry(self, work: _Work, kept: tuple[Any, ...], shared: Any, unit: Expr, heads: Expr, key: Expr, keys: Expr) -> None:
-        """Advance the worker's state over all tokens of its sequence, with what was kept from `unit` and `key` on."""
+    def carry(self, work: _Work, kept: tuple[Any, ...], unit: Expr, heads: Expr) -> None:
+        """Advance the worker's state over all tokens of its sequence, with what was kept from `unit` on."""
         tiles, C, VT, data = self.tiles, self.C, self.VT, self.data
         S, U, U_end = tiles.state(T.int64(0)), tiles.tile(C, VT, "register"), tiles.tile(C, VT, "register")
         S_right, U_end_right = tiles.operand(S, "right"), tiles.operand(U_end, "right")
@@ -310,13 +296,11 @@ class _Chunks:
             "v": (work.v, work.hv, work.j0),
             "o": (work.o, work.hv, work.j0),
         }
-        places, names = tiles.integers(len(tensors) + 2), list(tensors)
-        brought = ("k", "q") if tiles.cluster > 1 else ()
+        places, names = tiles.integers(len(tensors) + 1), list(tensors)
         for number, (buffer, head, col) in enumerate(tensors.values()):
             s = buffer.strides
             T.buffer_store(places, work.row * s[0] + work.first * s[1] + head * s[2] + col, [number])
         T.buffer_store(places, unit, [len(names)])
-        T.buffer_store(places, key, [len(names) + 1])
 
         def rows_of(name: str) -> Tile:
             step, cols = tensors[name][0].strides[1], self.K if name in {"k", "q"} else VT
@@ -328,24 +312,19 @@ class _Chunks:
 
         whole = tiles.integers(3)
         for number, name in enumerate(("k", "q", "v")):
-            if name not in brought:
-                T.buffer_store(whole, T.Cast("int64", tiles.pieces(rows_of(name))), [number])
+            T.buffer_store(whole, T.Cast("int64", tiles.pieces(rows_of(name))), [number])
 
         def fetch(c: Expr) -> None:
             m, own = T.min(T.int64(C), work.length - c * C), places[len(names)]
             for number, name in enumerate(("k", "q", "v")):
-                if name not in brought:
-                    tiles.load(half(name, c), rows_of(name), rows=m, pieces=whole[number] != 0)
-                    proceed(name)
+                tiles.load(half(name, c), rows_of(name), rows=m, pieces=whole[number] != 0)
+                proceed(name)
             for name, buffer in zip(kept_names, kept, strict=True):
                 cols = both[name].cols
                 window = tiles.window(buffer, own * (C * cols), C, cols, (cols, 1))
                 tiles.load(half(name, c), window, lower=cols == C, pieces=True)
             T.buffer_store(places, own + heads, [len(names)])
             tiles.asked()
-            if brought:
-                tiles.gather(c, *((half(name, c), self._image(shared, places[len(names) + 1], name)) for name in brought))
-                T.buffer_store(places, places[len(names) + 1] + keys, [len(names) + 1])
 
         def advance(c: Expr, lead: bool, rest: bool) -> None:
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
@@ -362,8 +341,6 @@ class _Chunks:
                     fetch(c + 1)
 
             tiles.sync()
-            if brought:
-                tiles.gathered(c)
             if not tiles.deferred:
                 fetch_next()
             for operand in (*inverse_left, k_left, q_left, P_left, k_t_left):

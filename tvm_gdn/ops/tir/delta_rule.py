@@ -336,7 +336,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         per_row: T.let[T.int64] = (TK + (size - 1)) // size
         if ahead:
             chunks: T.let[T.int64] = pick(varlen, TK // size + n_seq, n_seq * per_row)
-            advance.keep(chunks * HV, chunks * heads)
+            advance.keep(chunks * HV)
             # Workers of a chunk: one per `together` value heads of a q/k head (the last may have fewer).
             of_key: T.let[T.int64] = HV // T.max(heads, T.int64(1))
             sets: T.let[T.int64] = (of_key + together - 1) // together
@@ -368,7 +368,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         advance.prepare(
                             q, k, v, g, beta, o, pick(varlen, T.int64(0), owner), begin, tokens, key, head,
                             T.min(T.int64(together), (key + 1) * of_key - head), T.int64(0), scale, use_qk_l2norm_in_kernel,
-                            T.bool(False), number * HV + head, number * heads + key, at,
+                            T.bool(False), number * HV + head, at,
                         )  # fmt: skip
 
         @T.inline
@@ -680,7 +680,6 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                                 (final_state, n * HV * (K * V)), hv * (K * V), count * (K * V),
                             ),
                             pick(varlen, first // size + n, n * per_row) * HV + hv, HV,
-                            pick(varlen, first // size + n, n * per_row) * heads + h, heads,
                         )  # fmt: skip
                         tiles.sync()
                         for i in T.serial(count):
