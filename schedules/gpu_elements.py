@@ -88,22 +88,31 @@ class ElementTiles(FragmentTiles):
 
         lanes = 16 // ITEMSIZE[dtype] if dtype in ITEMSIZE else 1
         count = dst.rows * dst.cols // lanes
-        if storage.dtype != dtype or wide != dst.cols or dst.cols % lanes or count % self.threads:
+        # The kernel's own memory is copied whatever the number of threads.
+        if storage.dtype != dtype or wide != dst.cols or dst.cols % lanes or (count % self.threads and pieces is not True):
             plain()
             return
         across = dst.cols // lanes
         pieces = self.pieces(src) if pieces is None else pieces
-        if self.threads % across == 0 and self.threads // across % 8 == 0:
+        if self.threads % across == 0 and self.threads // across % 8 == 0 and count % self.threads == 0:
             self._copy_rows(dst, src, limit, lanes, pieces, lower=lower)
+            return
+
+        def whole() -> None:
+            with T.unroll(ceil_div(count, self.threads)) as step:
+                index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+                i, j = index // across, index % across * lanes
+                to, source = T.address_of(view[self._index(dst, i, j)]), T.address_of(src.buffer[i, j])
+                inside = T.Cast("int32", T.Cast("int64", i) < limit)
+                copy = T.call_extern("int32", "tvm_gdn_copy", to, source, inside)
+                when(True if count % self.threads == 0 else index < count, lambda: T.evaluate(copy))
+
+        if pieces is True:
+            whole()
             return
         with T.If(pieces):
             with T.Then():
-                with T.unroll(count // self.threads) as step:
-                    index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
-                    i, j = index // across, index % across * lanes
-                    to, source = T.address_of(view[self._index(dst, i, j)]), T.address_of(src.buffer[i, j])
-                    inside = T.Cast("int32", T.Cast("int64", i) < limit)
-                    T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, inside))
+                whole()
             with T.Else():
                 plain()
 
@@ -217,21 +226,22 @@ class ElementTiles(FragmentTiles):
         """One column: a warp, the last but `turn`, by shuffles. Several: a thread per column, row by row."""
         total = self.scalars(3)
         if dst.cols > 1:
-            fetched = self.scalars(BLOCK)
+            rows_at_once = 2 * BLOCK if dst.rows % (2 * BLOCK) == 0 else BLOCK
+            fetched = self.scalars(rows_at_once)
             with T.serial(ceil_div(dst.cols, self.threads)) as step:
                 j = T.Bind(T.Cast("int32", step * self.threads + self.lane))
                 with T.If(j < dst.cols):
                     with T.Then():
                         T.buffer_store(total, T.float32(0), [0])
-                        with T.serial(dst.rows // BLOCK) as block:
+                        with T.serial(dst.rows // rows_at_once) as block:
                             # Rows that do not wait for one another first.
-                            for row in range(BLOCK):
-                                i = block * BLOCK + row
+                            for row in range(rows_at_once):
+                                i = block * rows_at_once + row
                                 T.buffer_store(fetched, T.float32(0), [row])
                                 when(i < rows, lambda i=i, row=row: T.buffer_store(fetched, self._get(src, i, j), [row]))
-                            for row in range(BLOCK):
+                            for row in range(rows_at_once):
                                 T.buffer_store(total, total[0] + fetched[row], [0])
-                                self._put(dst, total[0], block * BLOCK + row, j)
+                                self._put(dst, total[0], block * rows_at_once + row, j)
             return
         lane = T.Cast("int32", self.lane) - (self.threads - WARP * (1 + turn % self.warps))
         with T.If(T.And(lane >= 0, lane < WARP)):
