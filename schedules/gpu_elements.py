@@ -228,6 +228,8 @@ class ElementTiles(FragmentTiles):
         if dst.cols > 1:
             rows_at_once = 2 * BLOCK if dst.rows % (2 * BLOCK) == 0 else BLOCK
             fetched = self.scalars(rows_at_once)
+            # The last row in place of what lies behind it: no branch between the loads.
+            last = T.Bind(T.Cast("int32", rows) - 1)
             with T.serial(ceil_div(dst.cols, self.threads)) as step:
                 j = T.Bind(T.Cast("int32", step * self.threads + self.lane))
                 with T.If(j < dst.cols):
@@ -236,11 +238,11 @@ class ElementTiles(FragmentTiles):
                         with T.serial(dst.rows // rows_at_once) as block:
                             # Rows that do not wait for one another first.
                             for row in range(rows_at_once):
-                                i = block * rows_at_once + row
-                                T.buffer_store(fetched, T.float32(0), [row])
-                                when(i < rows, lambda i=i, row=row: T.buffer_store(fetched, self._get(src, i, j), [row]))
+                                i = T.Cast("int32", block) * rows_at_once + row
+                                T.buffer_store(fetched, self._get(src, T.min(i, last), j), [row])
                             for row in range(rows_at_once):
-                                T.buffer_store(total, total[0] + fetched[row], [0])
+                                own = T.Select(T.Cast("int32", block) * rows_at_once + row <= last, fetched[row], T.float32(0))
+                                T.buffer_store(total, total[0] + own, [0])
                                 self._put(dst, total[0], block * rows_at_once + row, j)
             return
         lane = T.Cast("int32", self.lane) - (self.threads - WARP * (1 + turn % self.warps))
