@@ -1,9 +1,9 @@
 """What the chunked delta rules with a gate per channel compute ahead of states on GPUs.
 
 A chunk goes in blocks of eight tokens. A pair of tokens in different blocks has the gates before the later block between its own:
-each token's numbers are taken relative to these, in registers, and multiplied as matrices, eight rows of k above eight of q. Inside
-a block every pair has its own exponential: a warp's threads share out the channels, so that each reads its numbers once, and add
-up the sums of all pairs together.
+each token's numbers are taken relative to these, in registers, and multiplied as matrices, eight rows of k above eight of q.
+Inside a block every pair has its own exponential: a warp's threads share out the channels, so that each reads its numbers once,
+and add up the sums of all pairs together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 from tvm_gdn.schedules.gpu_fragments import BLOCK, ITEMSIZE, WARP, Operand, Packed, Tile, Window, ceil_div, when
 from tvm_gdn.schedules.gpu_triangles import TriangleTiles
 
-from tvm_gdn.ops.tir.tiles import ElementFunction, Expr
+from tvm_gdn.ops.tir.tiles import Expr
 
 #: Tokens whose pairs are taken one by one.
 NEAR = 8
@@ -132,9 +132,7 @@ class ChannelTiles(TriangleTiles):
             rows: list[tuple[Any, Any]] = []
             for i in range(NEAR):
                 gate, partner = (self._neighbours(tile, first + i, c, width) for tile in (gates, right))
-                above, below = (
-                    partner if tile is right else self._neighbours(tile, first + i, c, width) for tile in lefts
-                )
+                above, below = (partner if tile is right else self._neighbours(tile, first + i, c, width) for tile in lefts)
                 for j, (earlier, other) in enumerate(rows):
                     at = 2 * (i * (i - 1) // 2 + j)
                     for e in range(width):

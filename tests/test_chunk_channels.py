@@ -44,7 +44,13 @@ def test_where_chunks_go_ahead(change, knobs):
 
 
 @needs_cxx
-@pytest.mark.parametrize("change", [{}, {"K": 96, "V": 8, "chunk": 32, "ahead": 8, "warps": 8}, {"K": 32, "V": 32, "chunk": 16}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {}, {"K": 96, "V": 8, "chunk": 32, "ahead": 8, "warps": 8},
+        pytest.param({"K": 32, "V": 32, "chunk": 16}, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_chunks_ahead_meet_the_reference(tmp_path, change):
     """A channel per thread, two and three; a warp more than blocks of eight tokens, and fewer; chunks that end anywhere."""
     case = {**CASE, **{name: value for name, value in change.items() if name in CASE}}

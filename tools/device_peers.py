@@ -1,6 +1,6 @@
 """Times this package next to kernels of others on a CUDA device: SGLang's packed decode, flash-linear-attention, torch.
 
-    python tools/device_peers.py OUT.json [decode] [update] [prefill] [conv] [norm]
+    python tools/device_peers.py OUT.json [decode] [update] [prefill] [kda] [conv] [norm]
 
 Captured graphs and eager calls, in interleaved rounds of one process, each contender's error to the float64 reference beside its
 time. Peers that are not installed, or that fail, are named with the reason. Qwen3-Next's heads: H 16, HV 32, K = V = 128.
@@ -61,6 +61,18 @@ def sglang_update(arguments: Mapping[str, Any]) -> Callable[[], Any]:
 def fla_chunk(arguments: Mapping[str, Any]) -> Callable[[], Any]:
     """Flash-linear-attention's chunked form."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule as function
+
+    a = arguments
+    call = torch.no_grad()(function)
+    return lambda: call(
+        a["q"], a["k"], a["v"], a["g"], a["beta"], initial_state=a["initial_state"], output_final_state=True,
+        use_qk_l2norm_in_kernel=a["use_qk_l2norm_in_kernel"],
+    )  # fmt: skip
+
+
+def fla_kda(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """Flash-linear-attention's chunked form with a gate per channel; its gates are given, as ours are."""
+    from fla.ops.kda import chunk_kda as function
 
     a = arguments
     call = torch.no_grad()(function)
@@ -165,7 +177,9 @@ def main() -> None:
                 case |= {"use_qk_l2norm_in_kernel": True}
                 check = {**case, "B": min(batch, 8), "S": min(batch, 8)}
                 rows.append(compare("fused_recurrent_gated_delta_rule_update", case, {"sglang": sglang_update}, check))
-    if "prefill" in wanted:
+    for word, op, peer in (("prefill", "chunk_gated_delta_rule", fla_chunk), ("kda", "chunk_kda", fla_kda)):
+        if word not in wanted:
+            continue
         for tokens in (1024, 8192, 32768):
             case = {
                 "B": 1,
@@ -176,7 +190,7 @@ def main() -> None:
                 "output_final_state": True,
             }
             case |= {"use_qk_l2norm_in_kernel": True}
-            rows.append(compare("chunk_gated_delta_rule", case, {"fla": fla_chunk}, {**case, "T": 1000}))
+            rows.append(compare(op, case, {"fla": peer}, {**case, "T": 1000}))
     if "conv" in wanted:
         conv = {"D": 8192, "W": 4, "dtype": "bfloat16", "state_dtype": "bfloat16", "activation": "silu"}
         for batch in (1, 32, 256):

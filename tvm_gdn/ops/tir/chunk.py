@@ -82,7 +82,7 @@ class _Advance:
         self.kept: tuple[Any, ...] = ()
 
     def keep(self, units: Expr) -> None:
-        """Memory for (I + A)^-1, P and the factors of tokens, or with a gate per channel for more, of every chunk of every value head."""
+        """Memory for (I + A)^-1, P, factors and, with a gate per channel, operands: of every chunk of every value head."""
         C, K, data = self.tiles.chunk, self.arguments[1], self.arguments[3]
         sizes = [*((C * C, dtype) for dtype in _summands(data)), (C * C, data), (C * FACTORS, "float32")]
         if self.channel:
@@ -400,9 +400,7 @@ class _Chunks(ChannelsAhead):
     def _norms(self, work: _Work, k_left: Operand, q_left: Operand) -> None:
         """Factors of the rows of K and Q, ahead of the states."""
         tiles, one = self.tiles, T.float32(1)
-        for turn, (operand, factor, scale) in enumerate(
-            ((k_left, self.k_factor, one), (q_left, self.q_factor, work.scale))
-        ):
+        for turn, (operand, factor, scale) in enumerate(((k_left, self.k_factor, one), (q_left, self.q_factor, work.scale))):
             with T.If(work.l2norm != 0):
                 with T.Then():
                     tiles.squares(factor, operand, lambda s, a=scale: a * T.rsqrt(s + T.float32(NORM_EPS)), turn=turn)

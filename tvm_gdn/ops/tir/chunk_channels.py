@@ -35,7 +35,7 @@ class ChannelsAhead:
 
     @staticmethod
     def channel_sizes(C: int, K: int) -> list[tuple[int, str]]:
-        """Elements and dtype of what is kept of a chunk: K_start, Q_start, K_end, (I + A)^-1, P, and beta with the state's own decay."""
+        """Elements and dtype of what is kept of a chunk: K_start, Q_start, K_end, (I + A)^-1, P, and factors."""
         rows = [*((parts * C * K, "bfloat16") for parts in (2, 1, 2)), (2 * C * C, "bfloat16"), (C * C, "bfloat16")]
         return [*rows, (C + K, "float32")]
 
@@ -45,9 +45,7 @@ class ChannelsAhead:
         found = []
         for buffer, (elements, _), cols in zip(kept, self.channel_sizes(C, K), (K, K, K, C, C), strict=False):
             size = C * cols
-            found.append(
-                [self.tiles.window(buffer, unit * elements + at, C, cols, (cols, 1)) for at in range(0, elements, size)]
-            )
+            found.append([self.tiles.window(buffer, unit * elements + at, C, cols, (cols, 1)) for at in range(0, elements, size)])
         return found
 
     def prepare_channels(self, work: Any, kept: tuple[Any, ...], unit: Expr, at: Expr) -> None:
