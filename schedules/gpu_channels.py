@@ -29,9 +29,9 @@ class ChannelTiles(TriangleTiles):
     """Tile operations on bf16 data with K a multiple of 32."""
 
     @staticmethod
-    def decay(x: Expr) -> Expr:
-        """``exp(x)`` as a factor."""
-        return T.call_extern("float32", "tvm_gdn_decay", x)
+    def power(x: Expr) -> Expr:
+        """``2^x`` as a factor."""
+        return T.call_extern("float32", "tvm_gdn_power", x)
 
     def channel_triangles(
         self,

@@ -222,8 +222,8 @@ class ElementTiles(FragmentTiles):
             own = T.And(lane % 4 == 0, T.Cast("int64", row) < limit)
             when(own, lambda: self._put(dst, part[0], row, 0))
 
-    def scan(self, dst: Tile, src: Window, rows: Expr, *, turn: int = 0) -> None:
-        """One column: a warp, the last but `turn`, by shuffles. Several: a thread per column, row by row."""
+    def scan(self, dst: Tile, src: Window, rows: Expr, *, turn: int = 0, unit: float = 1) -> None:
+        """One column: a warp, the last but `turn`, by shuffles. Several: a thread per column, of `unit` times each number."""
         total = self.scalars(3)
         if dst.cols > 1:
             rows_at_once = 2 * BLOCK if dst.rows % (2 * BLOCK) == 0 else BLOCK
@@ -242,7 +242,7 @@ class ElementTiles(FragmentTiles):
                                 T.buffer_store(fetched, self._get(src, T.min(i, last), j), [row])
                             for row in range(rows_at_once):
                                 own = T.Select(T.Cast("int32", block) * rows_at_once + row <= last, fetched[row], T.float32(0))
-                                T.buffer_store(total, total[0] + own, [0])
+                                T.buffer_store(total, total[0] + (own if unit == 1 else own * T.float32(unit)), [0])
                                 self._put(dst, total[0], block * rows_at_once + row, j)
             return
         lane = T.Cast("int32", self.lane) - (self.threads - WARP * (1 + turn % self.warps))

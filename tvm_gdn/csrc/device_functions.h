@@ -81,12 +81,11 @@ static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicA
 #endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
-// exp(x) for a factor: one multiplication and the unit for powers of two. Its error, 2^-22 and 2^-24 of x, is small wherever the
-// factor is not.
+// 2^x for a factor, by the unit for powers of two: 2^-22 off, and zero below 2^-126.
 template <class T = float>
-static __device__ __forceinline__ T tvm_gdn_decay(float x) {
+static __device__ __forceinline__ T tvm_gdn_power(float x) {
   float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
   return power;
 }
 // Waits until what the kernels ahead of this one wrote is there, where blocks may begin before that; then the next kernel's may.
@@ -437,7 +436,7 @@ static __device__ __forceinline__ float tvm_gdn_fp16_of(unsigned pair, int which
   return both.value;
 }
 template <class T = float>
-static __device__ __forceinline__ T tvm_gdn_decay(float x) { return expf(x); }
+static __device__ __forceinline__ T tvm_gdn_power(float x) { return exp2f(x); }
 template <float (*NUMBER)(unsigned, int), int NC, int NA, int NB>
 static __device__ __forceinline__ int tvm_gdn_products(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
   TVM_GDN_INSIDE(NC, at_c, 4);

@@ -17,6 +17,7 @@ into states. All exponentials are computed there, once per chunk and value head:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm.script import tirx as T
@@ -59,7 +60,8 @@ class ChannelsAhead:
         self._load_keys(work, start, m)
         tiles.load(beta, self._rows(work.beta, work, start, work.hv, 1), rows=m)
         tiles.zero(P)
-        tiles.scan(G, self._rows(work.g, work, start, work.hv, K), m)
+        # In powers of two, which is what a unit computes.
+        tiles.scan(G, self._rows(work.g, work, start, work.hv, K), m, unit=math.log2(math.e))
         tiles.sync()
         k_left, q_left = tiles.operand(k, "left"), tiles.operand(q, "left")
         tiles.pack(k_left)
@@ -70,17 +72,17 @@ class ChannelsAhead:
         def finish(i: Expr, j: Expr, kk: Expr, qk: Expr, f: Expr, s: Expr, h: Expr, w: Expr) -> tuple[Expr, Expr]:
             return T.Select(j < i, kk * (f * w) * h, zero), qk * s * h
 
-        tiles.channel_triangles((A, P), (k, q), k, G, decay=tiles.decay, finish=finish, sources=(n, r, tiles.turn(n), beta))
+        tiles.channel_triangles((A, P), (k, q), k, G, decay=tiles.power, finish=finish, sources=(n, r, tiles.turn(n), beta))
         last = tiles.block(G, C - 1, 0, 1, K)
         tiles.keep_rows(
             (tuple(k_start), tuple(q_start), tuple(k_end)),
-            lambda _x, _y, a, e, *_: (tiles.decay(a), tiles.decay(e - a)),
+            lambda _x, _y, a, e, *_: (tiles.power(a), tiles.power(e - a)),
             lambda a, e, x, y, _a, _e, f, s, w: (x * (f * w) * a, y * s * a, x * f * e),
             k, q, G, last, n, r, beta,
         )  # fmt: skip
         own = unit * (C + K)
         tiles.map(tiles.window(kept[-1], own, 1, C, (C, 1)), lambda _i, _j, w: w, tiles.turn(beta))
-        tiles.map(tiles.window(kept[-1], own + C, 1, K, (K, 1)), lambda _i, _j, e: tiles.exp(e), last)
+        tiles.map(tiles.window(kept[-1], own + C, 1, K, (K, 1)), lambda _i, _j, e: tiles.exp(e * T.float32(math.log(2))), last)
         self.A, self.inverse = A, tiles.tile(C, C)
         # Less memory, more chunks side by side; the barrier that lets go of it begins the inverse.
         tiles.release(k, q, G)
