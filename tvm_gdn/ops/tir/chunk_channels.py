@@ -73,6 +73,9 @@ class ChannelsAhead:
             return T.Select(j < i, kk * (f * w) * h, zero), qk * s * h
 
         tiles.channel_triangles((A, P), (k, q), k, G, decay=tiles.power, finish=finish, sources=(n, r, tiles.turn(n), beta))
+        # A few threads are busy with that; the others go on.
+        self.A, self.inverse = A, tiles.tile(C, C)
+        self._invert(T.int32(C))
         last = tiles.block(G, C - 1, 0, 1, K)
         tiles.keep_rows(
             (tuple(k_start), tuple(q_start), tuple(k_end)),
@@ -83,10 +86,6 @@ class ChannelsAhead:
         own = unit * (C + K)
         tiles.map(tiles.window(kept[-1], own, 1, C, (C, 1)), lambda _i, _j, w: w, tiles.turn(beta))
         tiles.map(tiles.window(kept[-1], own + C, 1, K, (K, 1)), lambda _i, _j, e: tiles.exp(e * T.float32(math.log(2))), last)
-        self.A, self.inverse = A, tiles.tile(C, C)
-        # Less memory, more chunks side by side; the barrier that lets go of it begins the inverse.
-        tiles.release(k, q, G)
-        self._invert(T.int32(C))
         tiles.store(P_kept, P)
         tiles.sync()
         tiles.keep(tuple(inverse), self.inverse)
