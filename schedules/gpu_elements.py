@@ -227,23 +227,35 @@ class ElementTiles(FragmentTiles):
         total = self.scalars(3)
         if dst.cols > 1:
             rows_at_once = 2 * BLOCK if dst.rows % (2 * BLOCK) == 0 else BLOCK
-            fetched = self.scalars(rows_at_once)
-            # The last row in place of what lies behind it: no branch between the loads.
-            last = T.Bind(T.Cast("int32", rows) - 1)
+            fetched, places, last = self.scalars(rows_at_once), self.integers(1), T.Bind(T.Cast("int32", rows) - 1)
+            step_down = T.Cast("int64", src.buffer.strides[0])
+
+            def fetch(first: Expr, whole: bool) -> None:
+                """Rows that do not wait for one another; no branch between: the last one in place of what lies behind it."""
+                for row in range(rows_at_once):
+                    T.buffer_store(fetched, self._get(self.window(src.buffer, places[0], 1, 1, (1, 1)), 0, 0), [row])
+                    down = step_down if whole else T.Select(first + row < last, step_down, T.int64(0))
+                    T.buffer_store(places, places[0] + down, [0])
+
             with T.serial(ceil_div(dst.cols, self.threads)) as step:
                 j = T.Bind(T.Cast("int32", step * self.threads + self.lane))
                 with T.If(j < dst.cols):
                     with T.Then():
                         T.buffer_store(total, T.float32(0), [0])
+                        T.buffer_store(places, src.buffer.elem_offset + T.Cast("int64", j) * src.buffer.strides[1], [0])
                         with T.serial(dst.rows // rows_at_once) as block:
-                            # Rows that do not wait for one another first.
+                            first = T.Bind(T.Cast("int32", block) * rows_at_once)
+                            with T.If(first + (rows_at_once - 1) <= last):
+                                with T.Then():
+                                    fetch(first, True)
+                                with T.Else():
+                                    fetch(first, False)
+                                    for row in range(rows_at_once):
+                                        T.buffer_store(fetched, T.Select(first + row <= last, fetched[row], T.float32(0)), [row])
                             for row in range(rows_at_once):
-                                i = T.Cast("int32", block) * rows_at_once + row
-                                T.buffer_store(fetched, self._get(src, T.min(i, last), j), [row])
-                            for row in range(rows_at_once):
-                                own = T.Select(T.Cast("int32", block) * rows_at_once + row <= last, fetched[row], T.float32(0))
-                                T.buffer_store(total, total[0] + (own if unit == 1 else own * T.float32(unit)), [0])
-                                self._put(dst, total[0], block * rows_at_once + row, j)
+                                own = fetched[row] if unit == 1 else fetched[row] * T.float32(unit)
+                                T.buffer_store(total, total[0] + own, [0])
+                                self._put(dst, total[0], first + row, j)
             return
         lane = T.Cast("int32", self.lane) - (self.threads - WARP * (1 + turn % self.warps))
         with T.If(T.And(lane >= 0, lane < WARP)):
