@@ -58,28 +58,26 @@ def sglang_update(arguments: Mapping[str, Any]) -> Callable[[], Any]:
     )  # fmt: skip
 
 
-def fla_chunk(arguments: Mapping[str, Any]) -> Callable[[], Any]:
-    """Flash-linear-attention's chunked form."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as function
-
-    a = arguments
+def _fla_chunks(function: Callable[..., Any], a: Mapping[str, Any]) -> Callable[[], Any]:
     call = torch.no_grad()(function)
     return lambda: call(
         a["q"], a["k"], a["v"], a["g"], a["beta"], initial_state=a["initial_state"], output_final_state=True,
         use_qk_l2norm_in_kernel=a["use_qk_l2norm_in_kernel"],
     )  # fmt: skip
+
+
+def fla_chunk(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """Flash-linear-attention's chunked form."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return _fla_chunks(chunk_gated_delta_rule, arguments)
 
 
 def fla_kda(arguments: Mapping[str, Any]) -> Callable[[], Any]:
-    """Flash-linear-attention's chunked form with a gate per channel; its gates are given, as ours are."""
-    from fla.ops.kda import chunk_kda as function
+    """The same with a gate per channel; its gates are given, as ours are."""
+    from fla.ops.kda import chunk_kda
 
-    a = arguments
-    call = torch.no_grad()(function)
-    return lambda: call(
-        a["q"], a["k"], a["v"], a["g"], a["beta"], initial_state=a["initial_state"], output_final_state=True,
-        use_qk_l2norm_in_kernel=a["use_qk_l2norm_in_kernel"],
-    )  # fmt: skip
+    return _fla_chunks(chunk_kda, arguments)
 
 
 def fla_conv(arguments: Mapping[str, Any]) -> Callable[[], Any]:
