@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from tvm_gdn.schedules.gpu_chunk_groups import COLUMNS, ROWS, WIDE, GroupChunkTiles
+from tvm_gdn.schedules.gpu_fragments import WARP
 from tvm_gdn.schedules.gpu_products import GpuChunkTiles
 
 from tvm_gdn.errors import TargetError
@@ -36,6 +37,11 @@ def arena_bytes(geometry: Geometry, size: Any = sized, **options: Any) -> int:
     return _ARENAS[key]
 
 
+def channels_fit(geometry: Geometry) -> bool:
+    """Whether a chunk with a gate per channel can be computed ahead of the states."""
+    return geometry.dtype["v"] == "bfloat16" and geometry.axis["K"] % WARP == 0
+
+
 @schedule("chunk", "cuda")
 class ChunkGpu:
     """Chunked delta rules: a block per tile of value columns, the state in registers for the whole sequence."""
@@ -50,18 +56,29 @@ class ChunkGpu:
         """Tokens per chunk, value columns and warps per block; warps and value heads of the blocks ahead."""
         K, V = geometry.axis["K"], geometry.axis["V"]
         tiles = tuple(d for d in (8, 16, 32, 64) if V % d == 0) or (max(d for d in range(1, 33) if V % d == 0),)
-        return {"chunk": chunk_lengths(K, (16, 32, 64)), "v_tile": tiles, "warps": (4, 8), "ahead": (0, 4, 8), "together": (1, 2)}
+        channel = bool(geometry.attr.get("channel_gate"))
+        ahead = (0,) if channel and not channels_fit(geometry) else (0, 4, 8)
+        # With a gate per channel value heads have little in common.
+        together = (1,) if channel else (1, 2)
+        return {
+            "chunk": chunk_lengths(K, (16, 32, 64)), "v_tile": tiles, "warps": (4, 8), "ahead": ahead, "together": together
+        }  # fmt: skip
 
     @classmethod
     def default(cls, geometry: Geometry) -> dict[str, Any]:
         """The longest chunk that fits, with 32 columns where V has them."""
         v_tile = max(d for d in cls.knobs(geometry)["v_tile"] if d <= 32)
         channel = bool(geometry.attr.get("channel_gate"))
+        ahead = cls.ahead
+        if channel and ahead:
+            ahead = 4 if channels_fit(geometry) else 0
         for chunk_size in sorted(cls.knobs(geometry)["chunk"], reverse=True):
             for columns in sorted({v_tile, *(d for d in cls.knobs(geometry)["v_tile"] if d < v_tile)}, reverse=True):
                 # With less to do per chunk, four warps wait less for each other than eight.
-                warps = 8 if chunk_size > 16 and (channel or not cls.ahead) else 4
-                knobs = {"chunk": chunk_size, "v_tile": columns, "warps": warps, "ahead": cls.ahead, "together": 2}
+                warps = 8 if chunk_size > 16 and not ahead else 4
+                knobs = {
+                    "chunk": chunk_size, "v_tile": columns, "warps": warps, "ahead": ahead, "together": 1 if channel else 2
+                }  # fmt: skip
                 if (columns == v_tile or chunk_size == 16) and arena_bytes(geometry, **knobs) <= cls.shared:
                     return knobs
         raise TargetError(f"K = {geometry.axis['K']} needs more than {cls.shared} bytes of shared memory")
@@ -69,6 +86,8 @@ class ChunkGpu:
     @classmethod
     def tiles(cls, geometry: Geometry, **knobs: Any) -> GpuChunkTiles:
         """Tile operations on matrix fragments."""
+        if knobs["ahead"] not in cls.knobs(geometry)["ahead"]:
+            raise TargetError(f"ahead {knobs['ahead']} with a gate per channel needs bf16 data and K a multiple of {WARP}")
         found = sized(geometry, **knobs)
         size = max(found.arenas.values())
         if size > cls.shared:

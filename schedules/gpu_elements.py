@@ -88,22 +88,31 @@ class ElementTiles(FragmentTiles):
 
         lanes = 16 // ITEMSIZE[dtype] if dtype in ITEMSIZE else 1
         count = dst.rows * dst.cols // lanes
-        if storage.dtype != dtype or wide != dst.cols or dst.cols % lanes or count % self.threads:
+        # The kernel's own memory is copied whatever the number of threads.
+        if storage.dtype != dtype or wide != dst.cols or dst.cols % lanes or (count % self.threads and pieces is not True):
             plain()
             return
         across = dst.cols // lanes
         pieces = self.pieces(src) if pieces is None else pieces
-        if self.threads % across == 0 and self.threads // across % 8 == 0:
+        if self.threads % across == 0 and self.threads // across % 8 == 0 and count % self.threads == 0:
             self._copy_rows(dst, src, limit, lanes, pieces, lower=lower)
+            return
+
+        def whole() -> None:
+            with T.unroll(ceil_div(count, self.threads)) as step:
+                index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
+                i, j = index // across, index % across * lanes
+                to, source = T.address_of(view[self._index(dst, i, j)]), T.address_of(src.buffer[i, j])
+                inside = T.Cast("int32", T.Cast("int64", i) < limit)
+                copy = T.call_extern("int32", "tvm_gdn_copy", to, source, inside)
+                when(True if count % self.threads == 0 else index < count, lambda: T.evaluate(copy))
+
+        if pieces is True:
+            whole()
             return
         with T.If(pieces):
             with T.Then():
-                with T.unroll(count // self.threads) as step:
-                    index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
-                    i, j = index // across, index % across * lanes
-                    to, source = T.address_of(view[self._index(dst, i, j)]), T.address_of(src.buffer[i, j])
-                    inside = T.Cast("int32", T.Cast("int64", i) < limit)
-                    T.evaluate(T.call_extern("int32", "tvm_gdn_copy", to, source, inside))
+                whole()
             with T.Else():
                 plain()
 
@@ -213,25 +222,40 @@ class ElementTiles(FragmentTiles):
             own = T.And(lane % 4 == 0, T.Cast("int64", row) < limit)
             when(own, lambda: self._put(dst, part[0], row, 0))
 
-    def scan(self, dst: Tile, src: Window, rows: Expr, *, turn: int = 0) -> None:
-        """One column: a warp, the last but `turn`, by shuffles. Several: a thread per column, row by row."""
+    def scan(self, dst: Tile, src: Window, rows: Expr, *, turn: int = 0, unit: float = 1) -> None:
+        """One column: a warp, the last but `turn`, by shuffles. Several: a thread per column, of `unit` times each number."""
         total = self.scalars(3)
         if dst.cols > 1:
-            fetched = self.scalars(BLOCK)
+            rows_at_once = 2 * BLOCK if dst.rows % (2 * BLOCK) == 0 else BLOCK
+            fetched, places, last = self.scalars(rows_at_once), self.integers(1), T.Bind(T.Cast("int32", rows) - 1)
+            step_down = T.Cast("int64", src.buffer.strides[0])
+
+            def fetch(first: Expr, whole: bool) -> None:
+                """Rows that do not wait for one another; no branch between: the last one in place of what lies behind it."""
+                for row in range(rows_at_once):
+                    T.buffer_store(fetched, self._get(self.window(src.buffer, places[0], 1, 1, (1, 1)), 0, 0), [row])
+                    down = step_down if whole else T.Select(first + row < last, step_down, T.int64(0))
+                    T.buffer_store(places, places[0] + down, [0])
+
             with T.serial(ceil_div(dst.cols, self.threads)) as step:
                 j = T.Bind(T.Cast("int32", step * self.threads + self.lane))
                 with T.If(j < dst.cols):
                     with T.Then():
                         T.buffer_store(total, T.float32(0), [0])
-                        with T.serial(dst.rows // BLOCK) as block:
-                            # Rows that do not wait for one another first.
-                            for row in range(BLOCK):
-                                i = block * BLOCK + row
-                                T.buffer_store(fetched, T.float32(0), [row])
-                                when(i < rows, lambda i=i, row=row: T.buffer_store(fetched, self._get(src, i, j), [row]))
-                            for row in range(BLOCK):
-                                T.buffer_store(total, total[0] + fetched[row], [0])
-                                self._put(dst, total[0], block * BLOCK + row, j)
+                        T.buffer_store(places, src.buffer.elem_offset + T.Cast("int64", j) * src.buffer.strides[1], [0])
+                        with T.serial(dst.rows // rows_at_once) as block:
+                            first = T.Bind(T.Cast("int32", block) * rows_at_once)
+                            with T.If(first + (rows_at_once - 1) <= last):
+                                with T.Then():
+                                    fetch(first, True)
+                                with T.Else():
+                                    fetch(first, False)
+                                    for row in range(rows_at_once):
+                                        T.buffer_store(fetched, T.Select(first + row <= last, fetched[row], T.float32(0)), [row])
+                            for row in range(rows_at_once):
+                                own = fetched[row] if unit == 1 else fetched[row] * T.float32(unit)
+                                T.buffer_store(total, total[0] + own, [0])
+                                self._put(dst, total[0], first + row, j)
             return
         lane = T.Cast("int32", self.lane) - (self.threads - WARP * (1 + turn % self.warps))
         with T.If(T.And(lane >= 0, lane < WARP)):

@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 from tvm_gdn.schedules.gpu import move
+from tvm_gdn.schedules.gpu_channels import ChannelTiles
 from tvm_gdn.schedules.gpu_fragments import (
     BLOCK,
     WARP,
@@ -24,7 +25,6 @@ from tvm_gdn.schedules.gpu_fragments import (
     padded,
     when,
 )
-from tvm_gdn.schedules.gpu_triangles import TriangleTiles
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
 
@@ -32,7 +32,7 @@ from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr
 APART = 3
 
 
-class GpuChunkTiles(TriangleTiles):
+class GpuChunkTiles(ChannelTiles):
     """Tile operations of one geometry; see `tvm_gdn/ops/tir/tiles.py`, and `FragmentTiles` for its parameters."""
 
     fused, shift, tail = False, 0, GRANULE

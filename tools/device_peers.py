@@ -1,6 +1,6 @@
 """Times this package next to kernels of others on a CUDA device: SGLang's packed decode, flash-linear-attention, torch.
 
-    python tools/device_peers.py OUT.json [decode] [update] [fused] [prefill] [conv] [norm]
+    python tools/device_peers.py OUT.json [decode] [update] [fused] [prefill] [kda] [conv] [norm]
 
 Captured graphs and eager calls, in interleaved rounds of one process, each contender's error to the float64 reference beside its
 time. Peers that are not installed, or that fail, are named with the reason. Qwen3-Next's heads: H 16, HV 32, K = V = 128.
@@ -67,16 +67,26 @@ def sglang_update(arguments: Mapping[str, Any]) -> Callable[[], Any]:
     )  # fmt: skip
 
 
-def fla_chunk(arguments: Mapping[str, Any]) -> Callable[[], Any]:
-    """Flash-linear-attention's chunked form."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule as function
-
-    a = arguments
+def _fla_chunks(function: Callable[..., Any], a: Mapping[str, Any]) -> Callable[[], Any]:
     call = torch.no_grad()(function)
     return lambda: call(
         a["q"], a["k"], a["v"], a["g"], a["beta"], initial_state=a["initial_state"], output_final_state=True,
         use_qk_l2norm_in_kernel=a["use_qk_l2norm_in_kernel"],
     )  # fmt: skip
+
+
+def fla_chunk(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """Flash-linear-attention's chunked form."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    return _fla_chunks(chunk_gated_delta_rule, arguments)
+
+
+def fla_kda(arguments: Mapping[str, Any]) -> Callable[[], Any]:
+    """The same with a gate per channel; its gates are given, as ours are."""
+    from fla.ops.kda import chunk_kda
+
+    return _fla_chunks(chunk_kda, arguments)
 
 
 def fla_conv(arguments: Mapping[str, Any]) -> Callable[[], Any]:
@@ -215,10 +225,11 @@ def wanted_rows(modes: Collection[str]) -> Iterator[tuple[str, dict[str, Any], d
             case = {**step, "W": 4, "B": batch, "S": batch, "SC": batch, "state_dtype": state, "conv_state_dtype": "bfloat16"}
             case["with"] = ("conv_state_indices", "initial_state_indices")
             yield "fused_conv_gated_delta_rule_update", case, {"separate": separate_steps}, {**few(case), "SC": min(batch, 8)}
-    if "prefill" in modes:
-        for tokens in (1024, 8192, 32768):
-            case = {**step, "B": 1, "T": tokens, "state_dtype": "float32", "with": ("initial_state",), "output_final_state": True}
-            yield "chunk_gated_delta_rule", case, {"fla": fla_chunk}, {**case, "T": 1000}
+    rules = {"prefill": ("chunk_gated_delta_rule", fla_chunk), "kda": ("chunk_kda", fla_kda)}
+    for mode, tokens in product(rules.keys() & modes, (1024, 8192, 32768)):
+        op, peer = rules[mode]
+        case = {**step, "B": 1, "T": tokens, "state_dtype": "float32", "with": ("initial_state",), "output_final_state": True}
+        yield op, case, {"fla": peer}, {**case, "T": 1000}
     if "conv" in modes:
         conv = {"D": 8192, "W": 4, "dtype": "bfloat16", "state_dtype": "bfloat16", "activation": "silu"}
         for batch in (1, 8, 32, 128, 256):

@@ -146,6 +146,13 @@ static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicA
 #endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
+// 2^x for a factor, by the unit for powers of two: 2^-22 off, and zero below 2^-126.
+template <class T = float>
+static __device__ __forceinline__ T tvm_gdn_power(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
 // Waits until what the kernels ahead of this one wrote is there, where blocks may begin before that; then the next kernel's may.
 template <class T = int>
 static __device__ __forceinline__ T tvm_gdn_follow() {
@@ -485,6 +492,8 @@ static __device__ __forceinline__ float tvm_gdn_fp16_of(unsigned pair, int which
   both.bits |= (half & 0x8000u) << 16;
   return both.value;
 }
+template <class T = float>
+static __device__ __forceinline__ T tvm_gdn_power(float x) { return exp2f(x); }
 template <float (*NUMBER)(unsigned, int), int NC, int NA, int NB>
 static __device__ __forceinline__ int tvm_gdn_products(float (&sums)[NC], int at_c, const unsigned (&left)[NA], int at_a, const unsigned (&right)[NB], int at_b) {
   TVM_GDN_INSIDE(NC, at_c, 4);
@@ -637,6 +646,14 @@ static __device__ __forceinline__ int tvm_gdn_split(void* place, int plane, int 
   for (int part = 0; part < parts; ++part) ((unsigned*)place)[part * plane / 2] = tvm_gdn_take(first, second);
   return 0;
 }
+// The same into registers, `apart` from one part to the next.
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_split_pair(unsigned (&registers)[N], int at, int apart, int parts, float first, float second) {
+  TVM_GDN_INSIDE(N, at, (parts - 1) * apart + 1);
+#pragma unroll
+  for (int part = 0; part < parts; ++part) registers[at + part * apart] = tvm_gdn_take(first, second);
+  return 0;
+}
 // Fragments as such parts, one after the other: of A and of B from fp32 numbers in shared memory, and of A from the sums of two
 // fragments from `from` on.
 template <int N>
@@ -688,6 +705,17 @@ static __device__ __forceinline__ int tvm_gdn_sum_of(void* high, void* low, cons
   }
   *(uint4*)high = *(const uint4*)pairs;
   *(uint4*)low = *(const uint4*)(pairs + 4);
+  return 0;
+}
+// The same, rounded to one.
+static __device__ __forceinline__ int tvm_gdn_rounded_eight(void* to, const float* from) {
+  alignas(16) unsigned pairs[4];
+#pragma unroll
+  for (int n = 0; n < 4; ++n) {
+    float first = from[2 * n], second = from[2 * n + 1];
+    pairs[n] = tvm_gdn_take(first, second);
+  }
+  *(uint4*)to = *(const uint4*)pairs;
   return 0;
 }
 // `count` pieces of 16 bytes, each `stride` bytes behind the one before in memory, `apart` in shared memory and `rows` further down a

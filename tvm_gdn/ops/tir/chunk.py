@@ -33,6 +33,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from tvm_gdn.ops.tir.chunk_channels import ChannelsAhead
 from tvm_gdn.ops.tir.delta_rule import NORM_EPS, delta_rule
 from tvm_gdn.ops.tir.tiles import GRANULE, ChunkTiles, Expr, Operand, Tile, keep
 from tvm_gdn.spec import Geometry
@@ -77,26 +78,29 @@ class _Advance:
 
     def __init__(self, tiles: ChunkTiles, K: int, gate: str, data: str) -> None:
         self.arguments, self.tiles = (tiles, K, gate, data), tiles
-        self.ahead = tiles.ahead and gate != "channel"
+        self.ahead, self.channel = tiles.ahead, gate == "channel"
         self.kept: tuple[Any, ...] = ()
 
     def keep(self, units: Expr) -> None:
-        """Memory for (I + A)^-1, P and the factors of tokens, of every chunk of every value head."""
-        C, data = self.tiles.chunk, self.arguments[3]
+        """Memory for (I + A)^-1, P, factors and, with a gate per channel, operands: of every chunk of every value head."""
+        C, K, data = self.tiles.chunk, self.arguments[1], self.arguments[3]
         sizes = [*((C * C, dtype) for dtype in _summands(data)), (C * C, data), (C * FACTORS, "float32")]
+        if self.channel:
+            sizes = ChannelsAhead.channel_sizes(C, K)
         self.kept = tuple(T.alloc_buffer((units * elements,), dtype) for elements, dtype in sizes)
 
     def prepare(self, *arguments: Any) -> None:
         """One chunk of value heads of one q/k head, ahead of the states."""
         *work, unit, start = arguments
-        _Chunks(*self.arguments).prepare(_Work(*work), self.kept, unit, start)
+        chunks = _Chunks(*self.arguments)
+        (chunks.prepare_channels if self.channel else chunks.prepare)(_Work(*work), self.kept, unit, start)
 
     def __call__(self, *arguments: Any) -> None:
         """All chunks of a worker's value heads."""
         *arguments, unit, heads = arguments
         work, chunks = _Work(*arguments), _Chunks(*self.arguments)
         if self.ahead:
-            chunks.carry(work, self.kept, unit, heads)
+            (chunks.carry_channels if self.channel else chunks.carry)(work, self.kept, unit, heads)
         else:
             chunks.run(replace(work, j0=work.j0 + self.tiles.shift))
 
@@ -141,7 +145,7 @@ class _Head:
     A: Tile
 
 
-class _Chunks:
+class _Chunks(ChannelsAhead):
     """Tiles of a worker, and the steps over them."""
 
     def __init__(self, tiles: ChunkTiles, K: int, gate: str, data: str) -> None:
@@ -196,7 +200,7 @@ class _Chunks:
 
         Of lower-triangular tiles the blocks on and below the diagonal are kept.
         """
-        tiles, C, exp, zero, one = self.tiles, self.C, self.tiles.exp, T.float32(0), T.float32(1)
+        tiles, C, exp, zero = self.tiles, self.C, self.tiles.exp, T.float32(0)
         start = T.Bind(work.first + at)
         m = T.Bind(T.min(T.int64(C), work.length - at))
         n, r, several = self.k_factor, self.q_factor, tiles.together
@@ -222,20 +226,14 @@ class _Chunks:
         def window(number: int, buffer: Any, cols: int) -> Any:
             return tiles.window(buffer, (unit + number) * (C * cols), C, cols, (cols, 1))
 
-        tiles.load(self.k, self._rows(work.k, work, start, work.h, self.K), rows=m)
-        tiles.load(self.q, self._rows(work.q, work, start, work.h, self.K), rows=m)
+        self._load_keys(work, start, m)
         each(fetch)
         tiles.sync()
         tiles.pack(self.k_left, self.k_right)
         tiles.pack(self.q_left)
         if self.data != "bfloat16":
             tiles.sync()
-        for turn, (operand, factor, scale) in enumerate(((self.k_left, n, one), (self.q_left, r, work.scale))):
-            with T.If(work.l2norm != 0):
-                with T.Then():
-                    tiles.squares(factor, operand, lambda s, a=scale: a * T.rsqrt(s + T.float32(NORM_EPS)), turn=turn)
-                with T.Else():
-                    tiles.map(factor, lambda _i, _j, a=scale: a)
+        self._norms(work, self.k_left, self.q_left)
         tiles.sync()
         *summands, P_kept, factors_kept = kept
 
@@ -397,12 +395,26 @@ class _Chunks:
         offset = work.row * s[0] + start * s[1] + head * s[2] + col
         return self.tiles.window(buffer, offset, self.C, cols, (s[1], 1))
 
+    def _load_keys(self, work: _Work, start: Expr, m: Expr) -> None:
+        """K and Q of a chunk."""
+        self.tiles.load(self.k, self._rows(work.k, work, start, work.h, self.K), rows=m)
+        self.tiles.load(self.q, self._rows(work.q, work, start, work.h, self.K), rows=m)
+
+    def _norms(self, work: _Work, k_left: Operand, q_left: Operand) -> None:
+        """Factors of the rows of K and Q, ahead of the states."""
+        tiles, one = self.tiles, T.float32(1)
+        for turn, (operand, factor, scale) in enumerate(((k_left, self.k_factor, one), (q_left, self.q_factor, work.scale))):
+            with T.If(work.l2norm != 0):
+                with T.Then():
+                    tiles.squares(factor, operand, lambda s, a=scale: a * T.rsqrt(s + T.float32(NORM_EPS)), turn=turn)
+                with T.Else():
+                    tiles.map(factor, lambda _i, _j, a=scale: a)
+
     def _keys(self, work: _Work, start: Expr, m: Expr) -> None:
         """What all value heads of a q/k head share: K, Q, their factors, K K^T and Q K^T."""
         tiles, one = self.tiles, T.float32(1)
         tiles.sync()
-        tiles.load(self.k, self._rows(work.k, work, start, work.h, self.K), rows=m)
-        tiles.load(self.q, self._rows(work.q, work, start, work.h, self.K), rows=m)
+        self._load_keys(work, start, m)
         tiles.sync()
         for tile, factor, scale in ((self.k, self.k_factor, one), (self.q, self.q_factor, work.scale)):
             with T.If(work.l2norm != 0):
