@@ -263,7 +263,8 @@ class RecurrentWarpTiles(WarpTiles):
             Emits the step.
         """
         tests = [self._fits(view), *(self._row_fits(*row) for row in rows)]
-        if any(test is False for test in tests):
+        # Without functions nothing is asked for ahead of its use, so that one test would gain nothing.
+        if not self.functions or any(test is False for test in tests):
             emit()
             return
 
