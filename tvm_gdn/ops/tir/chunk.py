@@ -12,7 +12,10 @@ tokens, n and r the rows' factors from l2 normalization and scale (products run 
 
 which equals the token recurrence in exact arithmetic. Only differences of cumulated gates are exponentiated, each between a
 token and an earlier one (or the chunk's start): decays of any size give factors of at most one, never an overflow. With a gate
-per channel (KDA) the exponentials stand inside the products; see `_channel_products`.
+per channel (KDA) the exponentials stand inside the products; see `chunk_products.py`, which has the products and the inverse.
+
+All can be done in one pass over a sequence, here, or what does not depend on states ahead of it: `chunk_ahead.py`, and
+`chunk_channels.py` with a gate per channel.
 
 **Growing states.** U is what is left of beta (V - exp(G) K S) once the chunk's earlier tokens have taken away what they replace:
 R - A U. With decaying gates no term is much larger than the difference. With positive log-decays exp(G) grows, while every token
@@ -27,21 +30,18 @@ The functions below are Python that runs while the kernel is parsed; `with T.ser
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.script import tirx as T
 
+from tvm_gdn.ops.tir.chunk_ahead import HeadsAhead
 from tvm_gdn.ops.tir.chunk_channels import ChannelsAhead
-from tvm_gdn.ops.tir.delta_rule import NORM_EPS, delta_rule
-from tvm_gdn.ops.tir.tiles import GRANULE, ChunkTiles, Expr, Operand, Tile, keep
+from tvm_gdn.ops.tir.chunk_products import BLOCK, ChunkProducts
+from tvm_gdn.ops.tir.delta_rule import delta_rule
+from tvm_gdn.ops.tir.delta_rule_step import NORM_EPS
+from tvm_gdn.ops.tir.tiles import ChunkTiles, Expr, Operand, Tile, keep
 from tvm_gdn.spec import Geometry
-
-#: Diagonal blocks that are inverted by substitution; larger ones are merged by products.
-BLOCK = 16
-#: Factors that are kept of every token: of K S, of Q S, of U in the state's update, beta, and the state's own decay.
-FACTORS = 8
 
 
 def chunk_lengths(K: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
@@ -84,30 +84,23 @@ class _Advance:
     def keep(self, units: Expr) -> None:
         """Memory for (I + A)^-1, P, factors and, with a gate per channel, operands: of every chunk of every value head."""
         C, K, data = self.tiles.chunk, self.arguments[1], self.arguments[3]
-        sizes = [*((C * C, dtype) for dtype in _summands(data)), (C * C, data), (C * FACTORS, "float32")]
-        if self.channel:
-            sizes = ChannelsAhead.channel_sizes(C, K)
+        sizes = ChannelsAhead.channel_sizes(C, K) if self.channel else HeadsAhead.head_sizes(C, data)
         self.kept = tuple(T.alloc_buffer((units * elements,), dtype) for elements, dtype in sizes)
 
     def prepare(self, *arguments: Any) -> None:
         """One chunk of value heads of one q/k head, ahead of the states."""
         *work, unit, start = arguments
         chunks = _Chunks(*self.arguments)
-        (chunks.prepare_channels if self.channel else chunks.prepare)(_Work(*work), self.kept, unit, start)
+        (chunks.prepare_channels if self.channel else chunks.prepare_heads)(_Work(*work), self.kept, unit, start)
 
     def __call__(self, *arguments: Any) -> None:
         """All chunks of a worker's value heads."""
         *arguments, unit, heads = arguments
         work, chunks = _Work(*arguments), _Chunks(*self.arguments)
         if self.ahead:
-            (chunks.carry_channels if self.channel else chunks.carry)(work, self.kept, unit, heads)
+            (chunks.carry_channels if self.channel else chunks.carry_heads)(work, self.kept, unit, heads)
         else:
             chunks.run(replace(work, j0=work.j0 + self.tiles.shift))
-
-
-def _summands(data: str) -> tuple[str, ...]:
-    """Dtypes of tiles whose sum is (I + A)^-1: two bf16 numbers have the digits that products of 16-bit data need."""
-    return ("float32",) if data == "float32" else ("bfloat16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -136,16 +129,7 @@ class _Work:
     later: tuple[tuple[Any, Expr, bool], ...] = ()
 
 
-@dataclass(frozen=True)
-class _Head:
-    """Tiles of a value head: sums of log-decays, beta, A."""
-
-    G: Tile
-    beta: Tile
-    A: Tile
-
-
-class _Chunks(ChannelsAhead):
+class _Chunks(HeadsAhead, ChannelsAhead, ChunkProducts):
     """Tiles of a worker, and the steps over them."""
 
     def __init__(self, tiles: ChunkTiles, K: int, gate: str, data: str) -> None:
@@ -194,200 +178,6 @@ class _Chunks(ChannelsAhead):
             else:
                 with T.serial(work.count) as index:
                     self._value_head(work, start, m, index, zero, more)
-
-    def prepare(self, work: _Work, kept: tuple[Any, ...], unit: Expr, at: Expr) -> None:
-        """Compute and keep what one chunk of value heads needs besides their states: tokens from `at` of the sequence.
-
-        Of lower-triangular tiles the blocks on and below the diagonal are kept.
-        """
-        tiles, C, exp, zero = self.tiles, self.C, self.tiles.exp, T.float32(0)
-        start = T.Bind(work.first + at)
-        m = T.Bind(T.min(T.int64(C), work.length - at))
-        n, r, several = self.k_factor, self.q_factor, tiles.together
-        # The triangles of all value heads one above the other.
-        self.A, self.inverse = tiles.tile(several * C, C), tiles.tile(several * C, C)
-        heads = [_Head(tiles.tile(C, 1), tiles.tile(C, 1), tiles.block(self.A, C * number, 0, C, C)) for number in range(several)]
-
-        def each(body: Callable[[int, _Head], None]) -> None:
-            """Emit `body` for every value head of this worker."""
-            body(0, heads[0])
-            for number in range(1, several):
-                with T.If(number < work.count):
-                    with T.Then():
-                        body(number, heads[number])
-
-        def fetch(number: int, head: _Head) -> None:
-            tiles.load(head.beta, self._rows(work.beta, work, start, work.hv + number, 1), rows=m)
-            if self.gate == "none":
-                tiles.zero(head.G)
-            else:
-                tiles.scan(head.G, self._rows(work.g, work, start, work.hv + number, 1), m, turn=number)
-
-        def window(number: int, buffer: Any, cols: int) -> Any:
-            return tiles.window(buffer, (unit + number) * (C * cols), C, cols, (cols, 1))
-
-        self._load_keys(work, start, m)
-        each(fetch)
-        tiles.sync()
-        tiles.pack(self.k_left, self.k_right)
-        tiles.pack(self.q_left)
-        if self.data != "bfloat16":
-            tiles.sync()
-        self._norms(work, self.k_left, self.q_left)
-        tiles.sync()
-        *summands, P_kept, factors_kept = kept
-
-        def triangles_of(number: int) -> tuple[tuple[Any, ...], tuple[Tile, ...]]:
-            G, beta, A = heads[number].G, heads[number].beta, heads[number].A
-            return (A, window(number, P_kept, C)), (G, tiles.turn(G), n, tiles.turn(n), r, beta)
-
-        def finish(i: Expr, j: Expr, decay: Expr, kk: Expr, qk: Expr, *values: Expr) -> tuple[Expr, Expr]:
-            _a, _b, f, _h, s, w = values
-            return T.Select(j < i, kk * (f * w) * decay, zero), T.Select(j <= i, qk * s * decay, zero)
-
-        tiles.triangles(
-            (self.k_left, self.q_left), self.k_right, triangles_of, each,
-            common=lambda a, b, _f, h, _r, _w: h * exp(a - b), finish=finish,
-        )  # fmt: skip
-
-        def keep_factors(number: int, head: _Head) -> None:
-            tiles.fill(
-                window(number, factors_kept, FACTORS), head.beta, n, r, head.G, tiles.block(head.G, C - 1, 0, 1, 1),
-                row=lambda w, f, s, a, e: (w * f * exp(a), s * exp(a), f * exp(e - a), w, exp(e), zero, zero, zero),
-                turn=number,
-            )  # fmt: skip
-
-        each(keep_factors)
-        # Less memory, more chunks side by side.
-        tiles.release(self.k, self.q)
-        self._invert(work.count * C)
-        tiles.sync()
-        each(
-            lambda number, _: tiles.keep(
-                tuple(window(number, buffer, C) for buffer in summands), tiles.block(self.inverse, C * number, 0, C, C)
-            )
-        )
-
-    def carry(self, work: _Work, kept: tuple[Any, ...], unit: Expr, heads: Expr) -> None:
-        """Advance the worker's state over all tokens of its sequence, with what was kept from `unit` on."""
-        tiles, C, VT, data = self.tiles, self.C, self.VT, self.data
-        S, U, U_end = tiles.state(T.int64(0)), tiles.tile(C, VT, "register"), tiles.tile(C, VT, "register")
-        S_right, U_end_right = tiles.operand(S, "right"), tiles.operand(U_end, "right")
-        U_right = tiles.operand(U, "right", coarse=True)
-        # Two of each: one is read while the next chunk arrives in the other.
-        both = {
-            "k": tiles.tile(2 * C, self.K, dtype=data), "q": tiles.tile(2 * C, self.K, dtype=data),
-            "v": tiles.tile(2 * C, VT, dtype=data),
-        }  # fmt: skip
-        summands = [f"inverse{number}" for number in range(len(_summands(data)))]
-        kept_names = (*summands, "P", "factors")
-        for name, dtype in zip(kept_names, (*_summands(data), data, "float32"), strict=True):
-            both[name] = tiles.tile(2 * C, FACTORS if name == "factors" else C, dtype=dtype)
-
-        def half(name: str, c: Expr) -> Tile:
-            return tiles.block(both[name], T.Cast("int32", c % 2) * C, 0, C, both[name].cols)
-
-        # Places in tensors go on from chunk to chunk: as sums in memory they are no expressions that every chunk computes again.
-        tensors = {
-            "k": (work.k, work.h, 0),
-            "q": (work.q, work.h, 0),
-            "v": (work.v, work.hv, work.j0),
-            "o": (work.o, work.hv, work.j0),
-        }
-        places, names = tiles.integers(len(tensors) + 1), list(tensors)
-        for number, (buffer, head, col) in enumerate(tensors.values()):
-            s = buffer.strides
-            T.buffer_store(places, work.row * s[0] + work.first * s[1] + head * s[2] + col, [number])
-        T.buffer_store(places, unit, [len(names)])
-
-        def rows_of(name: str) -> Tile:
-            step, cols = tensors[name][0].strides[1], self.K if name in {"k", "q"} else VT
-            return tiles.window(tensors[name][0], places[names.index(name)], C, cols, (step, 1))
-
-        def proceed(name: str) -> None:
-            number, step = names.index(name), tensors[name][0].strides[1]
-            T.buffer_store(places, places[number] + C * step, [number])
-
-        whole = tiles.integers(3)
-        for number, name in enumerate(("k", "q", "v")):
-            T.buffer_store(whole, T.Cast("int64", tiles.pieces(rows_of(name))), [number])
-
-        def fetch(c: Expr) -> None:
-            m, own = T.min(T.int64(C), work.length - c * C), places[len(names)]
-            for number, name in enumerate(("k", "q", "v")):
-                tiles.load(half(name, c), rows_of(name), rows=m, pieces=whole[number] != 0)
-                proceed(name)
-            for name, buffer in zip(kept_names, kept, strict=True):
-                cols = both[name].cols
-                window = tiles.window(buffer, own * (C * cols), C, cols, (cols, 1))
-                tiles.load(half(name, c), window, lower=cols == C, pieces=True)
-            T.buffer_store(places, own + heads, [len(names)])
-            tiles.asked()
-
-        def advance(c: Expr, lead: bool, rest: bool) -> None:
-            m = T.Bind(T.min(T.int64(C), work.length - c * C))
-            factors = [tiles.block(both["factors"], T.Cast("int32", c % 2) * C, number, C, 1) for number in range(4)]
-            end = tiles.block(both["factors"], T.Cast("int32", c % 2) * C, 4, 1, 1)
-            k_start, q_start, k_end, beta = factors
-            k, q, P = half("k", c), half("q", c), half("P", c)
-            k_left, k_t_left = tiles.operand(k, "left"), tiles.operand(k, "left", transpose=True)
-            q_left, P_left = tiles.operand(q, "left"), tiles.operand(P, "left")
-            inverse_left = [tiles.operand(half(name, c), "left") for name in summands]
-
-            def fetch_next() -> None:
-                with T.If(c + 1 < count), T.Then():
-                    fetch(c + 1)
-
-            tiles.sync()
-            if not tiles.deferred:
-                fetch_next()
-            for operand in (*inverse_left, k_left, q_left, P_left, k_t_left):
-                tiles.pack(operand)
-            if data != "bfloat16":
-                tiles.sync(loads=False)
-            if lead:
-                tiles.mma(
-                    self.R, k_left, S_right, finish=lambda _i, _j, x, v, b, d: b * v - d * x,
-                    sources=(half("v", c), beta, k_start),
-                )  # fmt: skip
-            if rest:
-                # All wait for the product above, nobody for this one: it begins behind it.
-                if tiles.deferred:
-                    fetch_next()
-                tiles.mma(self.out, q_left, S_right, coarse=True)
-            if lead:
-                tiles.pack(self.R_right)
-                tiles.sync(loads=False, team=True)
-                tiles.mma(U, inverse_left[0], self.R_right, lower="left")
-                for summand in inverse_left[1:]:
-                    tiles.mma(U, summand, self.R_right, lower="left", start=keep, coarse=True)
-            # What needs no U stands between the product and the first that reads it.
-            if rest:
-                tiles.map(self.out, lambda _i, _j, x, d: x * d, self.out, q_start)
-            if lead:
-                tiles.map(U_end, lambda _i, _j, u, w: u * w, U, k_end)
-                tiles.pack(U_right)
-                tiles.pack(U_end_right)
-            tiles.sync(loads=False)
-            tiles.mma(S, k_t_left, U_end_right, start=lambda _i, _j, s, d: s * d, sources=(end,))
-            if rest:
-                tiles.mma(self.out, P_left, U_right, lower="left", start=keep, coarse=True)
-            tiles.pack(S_right)
-            if rest:
-                tiles.store(rows_of("o"), self.out, rows=m)
-                proceed("o")
-
-        count = T.Bind((work.length + C - 1) // C)
-        # One team makes R and U of a chunk, another its output, and brings the next chunk; the state is all teams' work.
-        for team in tiles.teams:
-            lead, rest = team == tiles.teams[0], team == tiles.teams[-1]
-            with tiles.team(team):
-                if rest:
-                    with T.If(count > 0), T.Then():
-                        fetch(T.int64(0))
-                tiles.pack(S_right)
-                with T.serial(count) as c:
-                    advance(c, lead, rest)
 
     def _rows(self, buffer: Any, work: _Work, start: Expr, head: Expr, cols: int, col: Expr | int = 0) -> Tile:
         """Tokens of the chunk in a tensor [B, T, heads, columns]."""
@@ -512,138 +302,3 @@ class _Chunks(ChannelsAhead):
             at = offset + T.Cast("int64", index) * (self.K * self.tiles.V) + quarter * (self.K * self.tiles.V // 4)
             window = self.tiles.window(buffer, at, self.K // 4, self.tiles.V, (self.tiles.V, 1))
             self.tiles.expect(window, write=write, when=T.Not(more))
-
-    def _head_products(self, m: Expr) -> None:
-        """One gate per head, or none: A, P, and factors of rows and columns around the products of K and Q."""
-        tiles, exp, zero = self.tiles, self.tiles.exp, T.float32(0)
-        G, n, r, beta, D = self.G, self.k_factor, self.q_factor, self.beta, self.D
-        last = tiles.block(G, self.C - 1, 0, 1, 1)
-        tiles.map(self.k_start, lambda _i, _j, x, a, b: x * a * exp(b), beta, n, G)
-        tiles.map(self.q_start, lambda _i, _j, a, b: a * exp(b), r, G)
-        tiles.map(self.k_end, lambda _i, _j, a, b, e: a * exp(e - b), n, G, last)
-        tiles.map(self.end, lambda _i, _j, e: exp(e), last)
-        tiles.map(
-            D, lambda i, j, a, b, f: T.Select(j <= i, f * exp(a - b), zero), G, tiles.turn(G), tiles.turn(n), rows=m, lower=True
-        )
-        tiles.sync()
-        tiles.map(self.P, lambda _i, _j, x, d, f: x * d * f, self.qk, D, r, rows=m, lower=True)
-        tiles.map(self.A, lambda i, j, x, d, f, b: T.Select(j < i, x * d * f * b, zero), self.kk, D, n, beta, rows=m, lower=True)
-
-    def _head_state(self, m: Expr, S_right: Operand, output: Tile) -> None:
-        """K S and Q S."""
-        tiles, into = self.tiles, {"into": (self.R_right,)} if self.tiles.fused else {}
-        tiles.mma(
-            self.R, self.k_left, S_right, rows=m, finish=lambda _i, _j, x, v, b, d: b * v - d * x,
-            sources=(self.R, self.beta, self.k_start), **into,
-        )  # fmt: skip
-        tiles.expect(output, write=True)
-        tiles.mma(self.out, self.q_left, S_right, rows=m, finish=lambda _i, _j, x, d: x * d, sources=(self.q_start,))
-
-    def _channel_products(self, m: Expr) -> None:
-        """A and P for a gate per channel c: exp(G_ic - G_jc) stands inside the sums over c.
-
-        Off the diagonal blocks both factors are taken relative to the gate at the first token of the row block, which lies
-        between the two tokens: neither exponent exceeds zero for decaying gates. Inside a diagonal block no such reference
-        exists, and every pair of tokens gets its own exponent.
-        """
-        tiles, exp, zero = self.tiles, self.tiles.exp, T.float32(0)
-        G, K, C, n, r, beta = self.G, self.K, self.C, self.k_factor, self.q_factor, self.beta
-        last = tiles.block(G, C - 1, 0, 1, K)
-        if C > BLOCK:
-            self._channel_products_below(m)
-        tiles.pair_sum((self.kk, self.qk), lambda a, y, b: y * exp(a - b), (self.k, self.q), (G,), (self.k, G), m)
-        tiles.map(self.k_end, lambda _i, _j, f: f, n)
-        tiles.map(self.end, lambda _i, _j, e: exp(e), last)
-        tiles.sync()
-        tiles.map(self.P, lambda i, j, x, f, h: T.Select(j <= i, x * f * h, zero), self.qk, r, tiles.turn(n), rows=m, lower=True)
-        tiles.map(
-            self.A, lambda i, j, x, f, h, b: T.Select(j < i, x * f * h * b, zero), self.kk, n, tiles.turn(n), beta,
-            rows=m, lower=True,
-        )  # fmt: skip
-        tiles.sync()
-
-    def _channel_products_below(self, m: Expr) -> None:
-        """Of K K^T and Q K^T what stands left of the diagonal blocks; one block has nothing there, and needs no memory for it."""
-        tiles, exp, G, K, C = self.tiles, self.tiles.exp, self.G, self.K, self.C
-        with T.serial((m + BLOCK - 1) // BLOCK) as b:
-            row = b * BLOCK
-            reference = tiles.block(G, row, 0, 1, K)
-            tiles.sync()
-            tiles.map(self.far, lambda _i, _j, x, a, e: x * exp(e - a), self.k, G, reference, rows=row)
-            tiles.sync()
-            tiles.pack(self.far_right, rows=row)
-            for tile, product in ((self.k, self.kk), (self.q, self.qk)):
-                source, gates = tiles.block(tile, row, 0, BLOCK, K), tiles.block(G, row, 0, BLOCK, K)
-                tiles.sync()
-                tiles.map(self.near, lambda _i, _j, x, a, e: x * exp(a - e), source, gates, reference)
-                tiles.sync()
-                tiles.pack(self.near_left)
-                tiles.sync()
-                tiles.mma(tiles.block(product, row, 0, BLOCK, C), self.near_left, self.far_right, cols=row)
-
-    def _channel_state(self, m: Expr, S_right: Operand, output: Tile) -> None:
-        """K S and Q S."""
-        tiles, exp, G, decayed = self.tiles, self.tiles.exp, self.G, self.decayed
-        into = {"into": (self.R_right,)} if tiles.fused else {}
-        tiles.map(decayed, lambda _i, _j, x, a: x * exp(a), self.k, G, rows=m)
-        tiles.sync()
-        tiles.pack(self.decayed_left, rows=m)
-        tiles.sync()
-        tiles.mma(
-            self.R, self.decayed_left, S_right, rows=m, finish=lambda _i, _j, x, v, b, f: b * (v - f * x),
-            sources=(self.R, self.beta, self.k_factor), **into,
-        )  # fmt: skip
-        tiles.sync()
-        tiles.map(decayed, lambda _i, _j, x, a: x * exp(a), self.q, G, rows=m)
-        tiles.sync()
-        tiles.pack(self.decayed_left, rows=m)
-        tiles.sync()
-        tiles.expect(output, write=True)
-        tiles.mma(self.out, self.decayed_left, S_right, rows=m, finish=lambda _i, _j, x, f: x * f, sources=(self.q_factor,))
-
-    def _invert(self, wanted: Expr) -> None:
-        """Inverse of I + A: diagonal blocks by substitution, then pairs of blocks, [[X, 0], [-Y A' X, Y]], by doubling.
-
-        `wanted` are rows; where products are chained, of several triangles one above the other.
-        """
-        tiles, T_, A, merge = self.tiles, self.inverse, self.A, self.merge
-        tiles.sync()
-        tiles.invert_diagonal(T_, A, wanted)
-        size = BLOCK
-        while size < self.C:
-            pairs = (wanted + size - 1) // (2 * size)
-            if tiles.chained:
-
-                def pieces(pair: Expr, size: int = size) -> tuple[Tile, ...]:
-                    row = pair * (2 * size)
-                    below, col = row + size, row % self.C
-                    places = (T_, below, col), (T_, below, col + size), (A, below, col), (T_, row, col)
-                    return tuple(tiles.block(tile, row, col, size, size) for tile, row, col in places)
-
-                # A warp merges what it inverted itself.
-                tiles.sync(warp=size == BLOCK)
-                tiles.chain(pairs, pieces, lambda _i, _j, x: -x)
-                size *= 2
-                continue
-            with T.serial(pairs) as pair:
-                low = pair * (2 * size)
-                high = low + size
-                upper = tiles.operand(tiles.block(T_, low, low, size, size), "right")
-                lower = tiles.operand(tiles.block(T_, high, high, size, size), "left")
-                below = tiles.operand(tiles.block(A, high, low, size, size), "left")
-                product = tiles.block(merge, 0, 0, size, size)
-                product_right = tiles.operand(product, "right")
-                tiles.sync()
-                tiles.pack(upper)
-                tiles.pack(lower)
-                tiles.pack(below)
-                tiles.sync()
-                # Rows from `wanted` on were not computed.
-                there = None if tiles.tail == GRANULE else T.Bind(T.min(T.int64(size), wanted - high))
-                tiles.mma(product, below, upper, rows=there)
-                tiles.sync()
-                tiles.pack(product_right)
-                tiles.sync()
-                merged = tiles.block(T_, high, low, size, size)
-                tiles.mma(merged, lower, product_right, rows=there, depth=there, finish=lambda _i, _j, x: -x)
-            size *= 2

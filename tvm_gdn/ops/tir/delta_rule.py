@@ -17,6 +17,11 @@ operations. `tiles.direct` says that a state may be updated in the pool's own me
 `tiles.state_first` that a one-token step asks for its state before the token's data. Tiles that have several plans supply
 ``plan(heads, tokens, emit)``: it calls ``emit()`` for each, behind the host's choice by the number of sequences times value
 heads, and of a sequence's tokens (-1 where the host does not know it).
+
+Here stand the arguments, and how sequences and heads become workers. `delta_rule_step.py` has a token's step and the steps of a
+sequence, `delta_rule_states.py` where states are in memory, `delta_rule_conv.py` the convolution ahead of a step,
+`delta_rule_checks.py` what the host checks, and `delta_rule_form.py` what these share. Their macros are made while the function
+is parsed, from the arguments and the worker's place.
 """
 
 from __future__ import annotations
@@ -25,15 +30,12 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.rules import NO_STEPS
-from tvm_gdn.ops.tir.conv_step import ConvStep
-from tvm_gdn.ops.tir.gates import gate_macros
-from tvm_gdn.ops.tir.slots import find_shared
+from tvm_gdn.ops.tir.delta_rule_checks import check_call
+from tvm_gdn.ops.tir.delta_rule_conv import Convolution, Row, convolved_steps
+from tvm_gdn.ops.tir.delta_rule_form import Arguments, Form, Vectors, Work, int64, pick
+from tvm_gdn.ops.tir.delta_rule_states import state_macros
+from tvm_gdn.ops.tir.delta_rule_step import gate_dims, sequence_macro, token_macros
 from tvm_gdn.spec import Geometry
-
-NORM_EPS = 1e-6
-#: Slot of padding sequences.
-NOBODY = -1
 
 
 def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
@@ -55,67 +57,33 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     tvm.tirx.PrimFunc
         With every parameter that any operator of the family has; `tvm_gdn.build` keeps those that the operator's SPEC names.
     """
-    has = geometry.dtype
-    dtype_of = lambda name, default="float32": has.get(name, default)  # noqa: E731
-    K, V = geometry.axis["K"], geometry.axis["V"]
+    form, checks, chunked = Form(geometry), tiles.host_checks, advance is not None
+    K, V, packed, convolved, varlen, pool, separate, final = (
+        form.K, form.V, form.packed, form.convolved, form.varlen, form.pool, form.separate, form.final,
+    )  # fmt: skip
+    dtype_of, data = form.dtype_of, form.data
     v_first = bool(geometry.attr.get("state_v_first", False))
     state_shape = (V, K) if v_first else (K, V)
     # TVM 0.27 wants a stride literal in the dtype of its axis: int64 where the axis is a symbol (heads).
     head_strides = (T.int64(K * V), state_shape[1], 1)
-
-    packed = "mixed_qkv" in has
-    # The packed row is convolved here. A worker then takes all value heads of a q/k head: its q and k are convolved once, and
-    # their convolution states have one reader and writer.
-    convolved = "conv_state" in has
-    gated = "g" in has
-    channel_gate = bool(geometry.attr.get("channel_gate", False))
-    per_channel, unit = ((K,), (1,)) if channel_gate else ((), ())
-    fused_gate = "A_log" in has
-    varlen = "cu_seqlens" in has
-    pool = "initial_state_source" in has
-    slots_given = "initial_state_indices" in has
-    separate = "initial_state" in has
-    final = bool(geometry.attr.get("output_final_state", False)) or "final_state" in has
-    buffered = "intermediate_states_buffer" in has
-    buffer_slots_given = "intermediate_state_indices" in has
-    tree = "retrieve_parent_token" in has
-    data = dtype_of("mixed_qkv" if packed else "q")
-    pool_dtype = dtype_of("initial_state_source")
+    per_channel, unit = ((K,), (1,)) if form.channel_gate else ((), ())
     initial_dtype = dtype_of("initial_state")
-    final_dtype = dtype_of("final_state", initial_dtype)
-    buffer_dtype = dtype_of("intermediate_states_buffer")
-    # A low-precision state must not be rounded between the tokens of one call, so only one-token calls may use it in place.
-    chunked = advance is not None
-    direct_pool = not chunked and tiles.direct and pool and not tree and not final
-    direct_any_length = pool_dtype == "float32"
-    checks = tiles.host_checks
+    W, L = (geometry.axis["W"], geometry.axis["L"]) if convolved else (0, 0)
     # Value heads of one q/k head that a worker takes; a token step has nothing to share between them.
     span = tiles.span if chunked else 1
     ahead = chunked and advance.ahead
     size, together = (tiles.chunk, tiles.together) if ahead else (1, 1)
-    # Tiles of value columns that such a worker has at the same time.
-    beside = tiles.beside if convolved else 1
+    conv = Convolution(form, geometry, tiles) if convolved else None
+    plan = getattr(tiles, "plan", lambda _heads, _tokens, emit: emit())
 
     def workers() -> int:
         """Workers per head, or heads."""
         return 1 if convolved else V // tiles.v_tile
 
-    def gate_dims(batch: Any, token: Any, head: Any) -> tuple[Any, ...]:
-        """The packed decode step has one token and so no token axis on a and b."""
-        return (batch, head) if packed else (batch, token, head)
-
-    def pick(condition: bool, yes: Any, no: Any) -> Any:
-        """A choice made while the function is parsed."""
-        return yes if condition else no
-
     def kept_states(given: tuple[Any, Any], kept: tuple[Any, Any], own: Any, step: Any) -> tuple[tuple[Any, Any, bool], ...]:
         """Where states in memory will be read and written next, with whether written: the next worker's, and this one's."""
         reads = [(given[0], given[1] + own + step, False)] if pool or separate else []
         return (*reads, *([(kept[0], kept[1] + own, True)] if final else []))
-
-    def int64(buffer: Any, *index: Any) -> Any:
-        """Element of an index tensor."""
-        return T.Cast("int64", buffer[index])
 
     def div(x: Any, y: Any) -> Any:
         """Quotient of small non-negative integers."""
@@ -124,50 +92,6 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     def mod(x: Any, y: Any) -> Any:
         """Remainder of small non-negative integers."""
         return T.Cast("int64", T.truncmod(T.Cast("int32", x), T.Cast("int32", y)))
-
-    def gate_at(buffer: Any, batch: Any, token: Any, head: Any) -> Any:
-        """Element of a gate tensor in fp32."""
-        return T.Cast("float32", buffer[gate_dims(batch, token, head)])
-
-    def read_qk(*reads: tuple[Any, ...]) -> None:
-        """Read k and q: each on its own, or together where the target asks memory for both before it waits."""
-        if hasattr(tiles, "read_all"):
-            tiles.read_all(*reads)
-        else:
-            for arguments in reads:
-                tiles.read(*arguments)
-
-    def unbranched() -> bool:
-        """Whether a state, or zeros, is asked for without a branch, behind which it would be waited for."""
-        return packed and not tiles.state_first and bool(getattr(tiles, "fits", False))
-
-    def settled(rows: tuple[Any, ...], view: Any, stride: Any, step: Any) -> None:
-        """A step's code, for addresses that are tested before it where the target has it so."""
-        if hasattr(tiles, "settled"):
-            tiles.settled(rows, view, stride, step)
-        else:
-            step()
-
-    plan = getattr(tiles, "plan", lambda _heads, _tokens, emit: emit())
-    log_decay, sigmoid = gate_macros(tiles, 1)
-    if convolved:
-        W, L, conv_dtype = geometry.axis["W"], geometry.axis["L"], dtype_of("conv_state")
-        conv = ConvStep(
-            tiles,
-            W=W,
-            L=L,
-            state=conv_dtype,
-            biased="conv_bias" in has,
-            silu=geometry.attr["activation"] == "silu",
-            index=lambda n, c, _token: (n, c),
-        )
-        # Neighbouring channels that a thread convolves where all that they need moves as vectors; 0 where vectors are loops.
-        strip = getattr(tiles, "strip", 0)
-        silus = {width: tiles.sigmoid(width) for width in (1, tiles.vector, *([strip] if strip else []))}
-    else:
-        W, L, conv_dtype, conv, silus, strip = 0, 0, "float32", None, {}, 0
-    # A worker's threads show each other what they convolve: states are on their way meanwhile.
-    early = convolved and tiles.lines_shared and tiles.state_first
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -223,16 +147,18 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         g = T.match_buffer(g_, (B, TK, HV, *per_channel), dtype_of("g"), strides=(g0, g1, g2, *unit), align=2)
         beta = T.match_buffer(beta_, (B, TK, HV), dtype_of("beta"), strides=(e0, e1, e2), align=2)
         A_log = T.match_buffer(A_log_, (HV,), dtype_of("A_log"), align=2)
-        a = T.match_buffer(a_, gate_dims(B, TK, HV), dtype_of("a"), strides=gate_dims(a0, a1, a2), align=2)
+        a = T.match_buffer(a_, gate_dims(form, B, TK, HV), dtype_of("a"), strides=gate_dims(form, a0, a1, a2), align=2)
         dt_bias = T.match_buffer(dt_bias_, (HV,), dtype_of("dt_bias"), align=2)
-        b = T.match_buffer(b_, gate_dims(B, TK, HV), dtype_of("b"), strides=gate_dims(b0, b1, b2), align=2)
+        b = T.match_buffer(b_, gate_dims(form, B, TK, HV), dtype_of("b"), strides=gate_dims(form, b0, b1, b2), align=2)
         cu_seqlens = T.match_buffer(cu_, (N1,), dtype_of("cu_seqlens", "int64"), align=4)
-        initial_state_source = T.match_buffer(source_, (S, HV, *state_shape), pool_dtype, strides=(s0, *head_strides), align=2)
+        initial_state_source = T.match_buffer(
+            source_, (S, HV, *state_shape), dtype_of("initial_state_source"), strides=(s0, *head_strides), align=2
+        )
         initial_state_indices = T.match_buffer(slots_, (NI,), dtype_of("initial_state_indices", "int64"), align=4)
         initial_state = T.match_buffer(initial_, (NS, HV, *state_shape), initial_dtype, strides=(i0, *head_strides), align=2)
-        final_state = T.match_buffer(final_, (NF, HV, *state_shape), final_dtype, align=2)
+        final_state = T.match_buffer(final_, (NF, HV, *state_shape), dtype_of("final_state", initial_dtype), align=2)
         intermediate_states_buffer = T.match_buffer(
-            buffer_, (C, P, HV, *state_shape), buffer_dtype, strides=(c0, c1, *head_strides), align=2
+            buffer_, (C, P, HV, *state_shape), dtype_of("intermediate_states_buffer"), strides=(c0, c1, *head_strides), align=2
         )
         intermediate_state_indices = T.match_buffer(
             buffer_slots_, (NB,), dtype_of("intermediate_state_indices", "int64"), align=4
@@ -241,93 +167,29 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
         retrieve_parent_token = T.match_buffer(
             parents_, (NP, PT), dtype_of("retrieve_parent_token", "int64"), strides=(p0, T.int64(1)), align=4
         )
-        conv_state = T.match_buffer(conv_state_, (SC, R, T.int64(L)), conv_dtype, strides=(h0, h1, h2), align=2)
+        conv_state = T.match_buffer(conv_state_, (SC, R, T.int64(L)), dtype_of("conv_state"), strides=(h0, h1, h2), align=2)
         conv_weight = T.match_buffer(conv_weight_, (R, T.int64(W)), dtype_of("conv_weight"), strides=(w0, w1), align=2)
         conv_bias = T.match_buffer(conv_bias_, (R,), dtype_of("conv_bias"), align=2)
         conv_state_indices = T.match_buffer(conv_slots_, (NC,), dtype_of("conv_state_indices", "int64"), align=4)
         o = T.match_buffer(o_, (B, TK, HV, V), data, strides=(o0, o1, o2, 1), align=2)
         if convolved:
-            conv_state_flat = T.decl_buffer((SC * h0,), conv_dtype, data=conv_state.data)
+            conv_state_flat = T.decl_buffer((SC * h0,), dtype_of("conv_state"), data=conv_state.data)
             conv_weight_flat = T.decl_buffer((R * W,), dtype_of("conv_weight"), data=conv_weight.data)
 
         n_seq: T.let[T.int64] = pick(varlen, N1 - 1, B)
         heads: T.let[T.int64] = pick(packed, (R - HV * V) // (2 * K), H)
 
+        call = T.meta_var(
+            Arguments(
+                q, k, v, mixed_qkv, g, beta, A_log, a, dt_bias, b, cu_seqlens, initial_state_source, initial_state_indices,
+                initial_state, final_state, intermediate_states_buffer, intermediate_state_indices, retrieve_parent_token,
+                conv_state, conv_weight, conv_bias, conv_state_indices, o, scale, softplus_beta, softplus_threshold,
+                use_qk_l2norm_in_kernel, disable_state_update, cache_steps, pad_slot_id, heads, n_seq,
+            )
+        )  # fmt: skip
+
         if checks:
-            # On its own: both sides of an `and` are evaluated, and a division by zero kills the process.
-            assert heads > 0, ("ValueError", ["q: no heads"])
-            assert HV % heads == 0, ("ValueError", ["v: heads must be a multiple of q's"])
-            if packed:
-                assert 2 * heads * K + HV * V == R, ("ValueError", ["mixed_qkv: row length"])
-                assert TK == 1, ("ValueError", ["o: one token"])
-            if varlen:
-                assert B == 1 and N1 > 0, ("ValueError", ["cu_seqlens: needs q of batch 1"])
-                assert int64(cu_seqlens, 0) == 0 and int64(cu_seqlens, N1 - 1) == TK, ("ValueError", ["cu_seqlens: first, last"])
-                for n in T.serial(n_seq):
-                    assert cu_seqlens[n] <= cu_seqlens[n + 1], ("ValueError", ["cu_seqlens: decreasing"])
-            if pool:
-                assert S <= 1 or s0 >= HV * K * V, ("ValueError", ["initial_state_source: slots overlap"])
-                if slots_given:
-                    assert NI == n_seq, ("ValueError", ["initial_state_indices: length"])
-                    for n in T.serial(n_seq):
-                        assert int64(initial_state_indices, n) >= -1 and int64(initial_state_indices, n) < S, (
-                            "ValueError",
-                            ["initial_state_indices: slot"],
-                        )
-                    shared_slots = tiles.scalars(1)
-                    if disable_state_update == 0:
-                        find_shared(shared_slots, initial_state_indices, n_seq, S, NOBODY)
-                        assert shared_slots[0] == T.float32(0), ("ValueError", ["initial_state_indices: shared slot"])
-                else:
-                    assert S >= n_seq, ("ValueError", ["initial_state_source: fewer slots than sequences"])
-            if convolved:
-                if "conv_state_indices" in has:
-                    conv.check_slots(conv_state_indices, NC, n_seq, SC, pad_slot_id)
-                else:
-                    assert SC >= n_seq, ("ValueError", ["conv_state: fewer slots than sequences"])
-                conv.check_strides(SC, R, h0, h1, h2)
-            if separate:
-                assert NS == n_seq, ("ValueError", ["initial_state: length"])
-            if final:
-                assert NF == n_seq, ("ValueError", ["final_state: length"])
-            if buffered:
-                assert (C <= 1 or c0 >= P * HV * K * V) and (P <= 1 or c1 >= HV * K * V), (
-                    "ValueError",
-                    ["intermediate_states_buffer: slots overlap"],
-                )
-                assert cache_steps == NO_STEPS or cache_steps == P, (  # noqa: PLR1714 - no `in` in TVMScript
-                    "ValueError",
-                    ["cache_steps: not the buffer's"],
-                )
-                if buffer_slots_given:
-                    assert NB == n_seq, ("ValueError", ["intermediate_state_indices: length"])
-                    for n in T.serial(n_seq):
-                        assert int64(intermediate_state_indices, n) >= -1 and int64(intermediate_state_indices, n) < C, (
-                            "ValueError",
-                            ["intermediate_state_indices: slot"],
-                        )
-                    shared_steps = tiles.scalars(1)
-                    find_shared(shared_steps, intermediate_state_indices, n_seq, C, NOBODY)
-                    assert shared_steps[0] == T.float32(0), ("ValueError", ["intermediate_state_indices: shared slot"])
-                else:
-                    assert C >= n_seq, ("ValueError", ["intermediate_states_buffer: fewer slots than sequences"])
-                for n in T.serial(n_seq):
-                    assert pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK) <= P, (
-                        "ValueError",
-                        ["intermediate_states_buffer: steps"],
-                    )
-            if tree:
-                assert NP == n_seq, ("ValueError", ["retrieve_parent_token: length"])
-                for n in T.serial(n_seq):
-                    assert pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK) <= PT, (
-                        "ValueError",
-                        ["retrieve_parent_token: steps"],
-                    )
-                    for t in T.serial(1, pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)):
-                        assert int64(retrieve_parent_token, n, t) >= -1 and int64(retrieve_parent_token, n, t) < t, (
-                            "ValueError",
-                            ["retrieve_parent_token: parent"],
-                        )
+            check_call(form, tiles, call, conv.step if convolved else None)
 
         if chunked and checks:
             tiles.outputs((o, B * TK * HV * V), *pick(final, ((final_state, NF * HV * (K * V)),), ()))
@@ -393,285 +255,30 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                     row: T.let[T.int64] = pick(varlen, T.int64(0), n)
                     first: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n), T.int64(0))
                     length: T.let[T.int64] = pick(varlen, int64(cu_seqlens, n + 1) - int64(cu_seqlens, n), TK)
-                    slot: T.let[T.int64] = pick(slots_given, int64(initial_state_indices, n), n)
-                    buffer_slot: T.let[T.int64] = pick(buffer_slots_given, int64(intermediate_state_indices, n), n)
+                    slot: T.let[T.int64] = pick(form.slots_given, int64(initial_state_indices, n), n)
+                    buffer_slot: T.let[T.int64] = pick(form.buffer_slots_given, int64(intermediate_state_indices, n), n)
 
                     if not chunked:
                         x, y, d, dx = tiles.k_vector(), tiles.k_vector(), tiles.k_vector(), tiles.k_vector()
                         u, z = tiles.v_vector(), tiles.v_vector()
                         m = tiles.scalars(5)
-                        if fused_gate:
+                        if form.fused_gate:
                             gate, rate = tiles.scalars(1), tiles.scalars(1)
 
                     if convolved:
                         value = tiles.v_vector()
                         # What the worker's threads convolve for one another; on CPUs the vectors themselves.
-                        line_x, line_y, line_v = tiles.line(x, K), tiles.line(y, K), tiles.line(value, beside * tiles.v_tile)
-                        conv_slot: T.let[T.int64] = pick("conv_state_indices" in has, int64(conv_state_indices, n), n)
+                        line_x, line_y = tiles.line(x, K), tiles.line(y, K)
+                        line_v = tiles.line(value, tiles.beside * tiles.v_tile)
+                        conv_slot: T.let[T.int64] = pick(form.conv_slots_given, int64(conv_state_indices, n), n)
                         conv_usable: T.let[T.bool] = conv_slot >= 0 and conv_slot < SC and conv_slot != pad_slot_id
                         conv_from: T.let[T.int64] = T.Select(conv_usable, conv_slot, T.int64(0))
 
-                    @T.inline
-                    def convolve_lanes(to, at, c, width, regular):
-                        taps, old = tiles.scalars((W + 1) * width), tiles.array(max(L, 1) * width, conv_dtype)
-                        acc = tiles.scalars(width)
-                        dense: T.let[T.bool] = h2 == 1 and h1 == L
-                        conv.load_taps(
-                            taps, 0, width, conv_weight, conv_weight_flat, pick(regular, True, w1 == 1 and w0 == W), conv_bias, c,
-                            width,
-                        )  # fmt: skip
-                        conv.load_state(
-                            old, conv_state, conv_state_flat, pick(regular, True, dense), conv_from * h0 + c * L, conv_from,
-                            conv_usable, c, width,
-                        )  # fmt: skip
-                        conv.head(acc, taps, 0, width, old, True, mixed_qkv, n, c, T.int64(0), T.int64(0), width)
-                        conv.activate(acc, width, silus[width])
-                        for lane in conv.loop(width):
-                            to[at + lane] = acc[lane]
-                        if conv_usable:
-                            conv.keep(old, mixed_qkv, n, c, T.int64(0), T.int64(1), width)
-                            conv.store_state(
-                                old, conv_state, conv_state_flat, pick(regular, True, dense), conv_from * h0 + c * L, conv_from,
-                                c, width,
-                            )  # fmt: skip
-
-                    @T.inline
-                    def convolve_strips(skipped, c, size):
-                        """The next output of `size` value columns from channel c on, and of q and k unless those are skipped."""
-                        for i in tiles.channels((size + (2 * K - skipped)) // strip):
-                            at: T.let[T.int64] = skipped + tiles.channel(i) * strip
-                            own = tiles.scalars(strip)
-                            of_q: T.let[T.int64] = h * K + at - K
-                            convolve_lanes(
-                                own,
-                                0,
-                                T.Select(at < K, (heads + h) * K + at, T.Select(at < 2 * K, of_q, c + at - 2 * K)),
-                                strip,
-                                True,
-                            )
-                            for lane in T.unroll(strip):
-                                if at < K:
-                                    line_x[at + lane] = own[lane]
-                                elif at < 2 * K:
-                                    line_y[at - K + lane] = own[lane]
-                                else:
-                                    line_v[at - 2 * K + lane] = own[lane]
-
-                    @T.inline
-                    def convolve(to, c, size):
-                        """The next output of `size` channels of the packed row from c on, in fp32; their state moves by one."""
-                        for i in tiles.channels(size // tiles.vector):
-                            convolve_lanes(
-                                to, tiles.channel(i) * tiles.vector, c + tiles.channel(i) * tiles.vector, tiles.vector, False
-                            )
-                        if tiles.vector > 1:
-                            for i in T.serial(size % tiles.vector):
-                                convolve_lanes(to, size - size % tiles.vector + i, c + size - size % tiles.vector + i, 1, False)
-
-                    @T.inline
-                    def load_qk(t):
-                        if packed:
-                            read_qk((x, mixed_qkv, n, (heads + h) * K), (y, mixed_qkv, n, h * K))
-                        else:
-                            read_qk((x, k, row, first + t, h, T.int64(0)), (y, q, row, first + t, h, T.int64(0)))
-
-                    @T.inline
-                    def normalize_qk():
-                        m[3] = T.float32(1)
-                        m[4] = scale
-                        if use_qk_l2norm_in_kernel != 0:
-                            tiles.dot(m, 2, x, x)
-                            m[3] = T.float32(1) / T.sqrt(m[2] + T.float32(NORM_EPS))
-                            tiles.dot(m, 2, y, y)
-                            m[4] = scale / T.sqrt(m[2] + T.float32(NORM_EPS))
-                        for i in tiles.rows(K):
-                            x[i] = x[i] * m[3]
-                            y[i] = y[i] * m[4]
-
-                    @T.inline
-                    def ask_gates(t, hv):
-                        """What gates are made of, as it is in memory: m[0], rate[0] and m[1]."""
-                        m[0] = T.float32(0)
-                        if fused_gate:
-                            m[0] = gate_at(a, row, first + t, hv) + T.Cast("float32", dt_bias[hv])
-                            rate[0] = T.Cast("float32", A_log[hv])
-                            m[1] = gate_at(b, row, first + t, hv)
-                        else:
-                            if gated and not channel_gate:
-                                m[0] = T.Cast("float32", g[row, first + t, hv])
-                            m[1] = T.Cast("float32", beta[row, first + t, hv])
-
-                    @T.inline
-                    def make_gates(t, hv):
-                        """D = exp(g) for every row of the state, m[1] = beta."""
-                        if fused_gate:
-                            gate[0] = m[0]
-                            rate[0] = tiles.exp(rate[0])
-                            log_decay(gate, rate, softplus_beta, softplus_threshold)
-                            m[0] = gate[0]
-                            gate[0] = m[1]
-                            sigmoid(gate)
-                            m[1] = gate[0]
-                        if channel_gate:
-                            for i in tiles.rows(K):
-                                d[i] = tiles.exp(T.Cast("float32", g[row, first + t, hv, tiles.row(i)]))
-                        else:
-                            m[0] = tiles.exp(m[0])
-                            for i in tiles.rows(K):
-                                d[i] = m[0]
-
-                    @T.inline
-                    def ask(t, hv, j0):
-                        """All of a token, v in z: nothing is computed, so that everything is under way at the same time."""
-                        if not convolved:
-                            load_qk(t)
-                            for j in tiles.cols(tiles.v_tile):
-                                if packed:
-                                    z[j] = T.Cast("float32", mixed_qkv[n, 2 * heads * K + hv * V + j0 + tiles.col(j)])
-                                else:
-                                    z[j] = T.Cast("float32", v[row, first + t, hv, j0 + tiles.col(j)])
-                        ask_gates(t, hv)
-
-                    @T.inline
-                    def prepare(t, hv):
-                        """What does not depend on the state."""
-                        make_gates(t, hv)
-                        if not convolved:
-                            normalize_qk()
-                        for i in tiles.rows(K):
-                            dx[i] = d[i] * x[i]
-
-                    @T.inline
-                    def fetch(t, hv, j0):
-                        ask(t, hv, j0)
-                        prepare(t, hv)
-
-                    @T.inline
-                    def apply(W, t, hv, j0):
-                        tiles.gemv(u, W, dx)
-                        for j in tiles.cols(tiles.v_tile):
-                            if convolved:
-                                u[j] = (value[j] - u[j]) * m[1]
-                            else:
-                                u[j] = (z[j] - u[j]) * m[1]
-                        tiles.ger_gemv(z, W, d, x, u, y)
-                        for j in tiles.cols(tiles.v_tile):
-                            o[row, first + t, hv, j0 + tiles.col(j)] = T.Cast(data, z[j])
-
-                    @T.inline
-                    def load_initial(W, hv, j0):
-                        if unbranched():
-                            usable: T.let[T.bool] = slot >= 0 and slot < S
-                            from_slot: T.let[T.int64] = T.Select(usable, slot, T.int64(0))
-                            tiles.ask_state(tiles.view(initial_state_source, from_slot * s0 + hv * (K * V), j0), usable)
-                        elif pool:
-                            if slot >= 0 and slot < S:
-                                tiles.load(W, tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0))
-                            else:
-                                tiles.zero(W)
-                        elif separate:
-                            tiles.load(W, tiles.view(initial_state, n * i0 + hv * (K * V), j0))
-                        else:
-                            tiles.zero(W)
-
-                    @T.inline
-                    def load_parent(W, t, hv, j0):
-                        """The state after the parent's step; the initial state where there is no parent."""
-                        parent: T.let[T.int64] = int64(retrieve_parent_token, n, t)
-                        if parent < 0:
-                            load_initial(W, hv, j0)
-                        elif buffer_slot >= 0 and buffer_slot < C and parent < P:
-                            tiles.load(
-                                W, tiles.view(intermediate_states_buffer, buffer_slot * c0 + parent * c1 + hv * (K * V), j0)
-                            )
-                        else:
-                            tiles.zero(W)
-
-                    @T.inline
-                    def steps(W, hv, j0):
-                        for t in T.serial(length):
-                            if tree:
-                                if t > 0:
-                                    load_parent(W, t, hv, j0)
-                            fetch(t, hv, j0)
-                            apply(W, t, hv, j0)
-                            if buffered:
-                                if buffer_slot >= 0 and buffer_slot < C and t < P:
-                                    tiles.store(
-                                        tiles.view(intermediate_states_buffer, buffer_slot * c0 + t * c1 + hv * (K * V), j0), W
-                                    )
-
-                    @T.inline
-                    def store_final(W, hv, j0):
-                        if pool:
-                            if slot >= 0 and slot < S and disable_state_update == 0:
-                                tiles.store(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), W)
-                        if final:
-                            tiles.store(tiles.view(final_state, (n * HV + hv) * (K * V), j0), W)
-
-                    @T.inline
-                    def through_local(hv, j0):
-                        if packed:
-
-                            @T.inline
-                            def step():
-                                """One token, whose loads need not wait for the slot's number as the state's do."""
-                                local = tiles.state()
-                                if tiles.state_first:
-                                    load_initial(local, hv, j0)
-                                ask(0, hv, j0)
-                                if not tiles.state_first:
-                                    load_initial(local, hv, j0)
-                                prepare(0, hv)
-                                if unbranched():
-                                    tiles.take_state(local)
-                                apply(local, 0, hv, j0)
-                                store_final(local, hv, j0)
-
-                            settled(
-                                pick(convolved, (), ((mixed_qkv, n, (heads + h) * K), (mixed_qkv, n, h * K))),
-                                tiles.view(initial_state_source, hv * (K * V), j0), s0, step,
-                            )  # fmt: skip
-                        else:
-                            local = tiles.state()
-                            if tiles.state_first:
-                                # Without tokens nothing waits for what would be asked for, and the state stays as it is.
-                                if length > 0:
-                                    load_initial(local, hv, j0)
-                                    steps(local, hv, j0)
-                                    store_final(local, hv, j0)
-                            else:
-                                load_initial(local, hv, j0)
-                                steps(local, hv, j0)
-                                store_final(local, hv, j0)
-
-                    @T.inline
-                    def over_states(hv, j0):
-                        if direct_pool:
-                            if slot >= 0 and slot < S and disable_state_update == 0 and (direct_any_length or length <= 1):
-                                steps(tiles.view(initial_state_source, slot * s0 + hv * (K * V), j0), hv, j0)
-                            else:
-                                through_local(hv, j0)
-                        else:
-                            through_local(hv, j0)
-
-                    @T.inline
-                    def load_piece(W, piece):
-                        """The state of one of the worker's tiles of value columns."""
-                        load_initial(W, hv + piece // (V // tiles.v_tile), piece % (V // tiles.v_tile) * tiles.v_tile)
-
-                    @T.inline
-                    def step_piece(W, piece):
-                        """A tile's token, and its state back to the pool."""
-                        own_head: T.let[T.int64] = hv + piece // (V // tiles.v_tile)
-                        own_column: T.let[T.int64] = piece % (V // tiles.v_tile) * tiles.v_tile
-                        fetch(0, own_head, own_column)
-                        apply(W, 0, own_head, own_column)
-                        store_final(W, own_head, own_column)
-
+                    work = T.meta_var(Work(n, row, first, length, h, hv, slot, buffer_slot))
+                    memory = T.meta_var(state_macros(form, tiles, call, work))
                     if chunked:
                         for i in T.serial(count):
-                            load_initial(tiles.state(i), hv + i, j0)
+                            memory.load_initial(tiles.state(i), hv + i, j0)
                         advance(
                             q, k, v, g, beta, o, row, first, length, h, hv, count, j0, scale, use_qk_l2norm_in_kernel,
                             pick(pool, slot < 0 or slot >= S, T.bool(not separate)),
@@ -683,61 +290,21 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         )  # fmt: skip
                         tiles.sync()
                         for i in T.serial(count):
-                            store_final(tiles.state(i), hv + i, j0)
+                            memory.store_final(tiles.state(i), hv + i, j0)
                         tiles.leave()
-                    elif convolved:
-                        pieces: T.let[T.int64] = per_key * (V // tiles.v_tile)
-                        if early:
-                            states = tiles.state()
-                            if tiles.mate() < pieces:
-                                load_piece(states, tiles.mate())
-                        if strip == 0:
-                            convolve(line_x, (heads + h) * K, K)
-                            convolve(line_y, h * K, K)
-                        if not tiles.lines_shared:
-                            normalize_qk()
-                        for turn in T.serial((pieces + (beside - 1)) // beside):
-                            width: T.let[T.int64] = pick(
-                                beside == 1, T.int64(tiles.v_tile), T.min(pieces - turn * beside, beside) * tiles.v_tile
-                            )
-                            columns: T.let[T.int64] = 2 * heads * K + hv * V + turn * (beside * tiles.v_tile)
-                            if strip > 0:
-                                if (
-                                    h2 == 1
-                                    and h1 == L
-                                    and w1 == 1
-                                    and w0 == W
-                                    and tiles.fit_rows((conv_weight_flat, 0, W, T.int64(0)), (conv_state_flat, 0, L, h0))
-                                ):
-                                    if turn == 0:
-                                        convolve_strips(0, columns, width)
-                                    else:
-                                        convolve_strips(2 * K, columns, width)
-                                else:
-                                    if turn == 0:
-                                        convolve(line_x, (heads + h) * K, K)
-                                        convolve(line_y, h * K, K)
-                                    convolve(line_v, columns, width)
-                            else:
-                                convolve(line_v, columns, pick(beside == 1, tiles.v_tile, width))
-                            tiles.sync()
-                            if tiles.lines_shared:
-                                if turn == 0:
-                                    tiles.take_rows(x, line_x)
-                                    tiles.take_rows(y, line_y)
-                                    normalize_qk()
-                            piece: T.let[T.int64] = turn * beside + tiles.mate()
-                            if piece < pieces:
-                                tiles.take_columns(value, line_v)
-                                if early:
-                                    step_piece(states, piece)
-                                    if piece + beside < pieces:
-                                        load_piece(states, piece + beside)
-                                else:
-                                    over_states(hv + piece // (V // tiles.v_tile), piece % (V // tiles.v_tile) * tiles.v_tile)
-                            tiles.sync()
                     else:
-                        over_states(hv, j0)
+                        vectors = T.meta_var(
+                            Vectors(x, y, d, dx, u, z, value if convolved else z, m, (gate, rate) if form.fused_gate else ())
+                        )
+                        token = T.meta_var(token_macros(form, tiles, call, work, vectors))
+                        over_states = T.meta_var(sequence_macro(form, tiles, call, work, token, memory))
+                        if convolved:
+                            line = T.meta_var(
+                                Row(conv_state_flat, conv_weight_flat, conv_usable, conv_from, line_x, line_y, line_v)
+                            )
+                            convolved_steps(form, tiles, conv, call, work, line, vectors, token, memory, over_states, per_key)
+                        else:
+                            over_states(hv, j0)
 
         plan(n_seq * HV, pick(varlen, T.int64(-1), TK), over_sequences)
 
