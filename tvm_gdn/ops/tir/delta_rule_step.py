@@ -191,6 +191,8 @@ def sequence_macro(form: Form, tiles: Any, call: Arguments, work: Work, token: T
     # A low-precision state must not be rounded between the tokens of one call, so only one-token calls may use it in place.
     direct_pool = tiles.direct and form.pool and not form.tree and not form.final
     direct_any_length = form.dtype_of("initial_state_source") == "float32"
+    # Without functions that ask and go on, a state that is there early only takes registers from what is computed meanwhile.
+    late = not (tiles.state_first or getattr(tiles, "functions", True))
 
     def settled(rows: tuple[Any, ...], view: Any, stride: Any, step: Any) -> None:
         """A step's code, for addresses that are tested before it where the target has it so."""
@@ -221,9 +223,11 @@ def sequence_macro(form: Form, tiles: Any, call: Arguments, work: Work, token: T
                 if tiles.state_first:
                     memory.load_initial(local, hv, j0)
                 token.ask(0, hv, j0)
-                if not tiles.state_first:
+                if not (tiles.state_first or late):
                     memory.load_initial(local, hv, j0)
                 token.prepare(0, hv)
+                if late:
+                    memory.load_initial(local, hv, j0)
                 if unbranched(form, tiles):
                     tiles.take_state(local)
                 token.apply(local, 0, hv, j0)
