@@ -213,6 +213,19 @@ def test_parallel_jobs_measure_every_point_once(scripted):
     assert max(Counter(lines(scripted)).values()) == 1
 
 
+def test_workers_share_what_is_compiled(tmp_path, monkeypatch):
+    spec, geometry, key = tune._tasks(resolve(TARGET), [OP], None)[0]
+    knobs = schedule.find_space(spec.algorithm, resolve(TARGET))[0].default(geometry)
+    folders = [tmp_path / name for name in ("first", "second", "built")]
+    for folder in folders:
+        folder.mkdir()
+    benches = [measure.Bench(OP, key, TARGET, 1, folder, str(folders[-1])) for folder in folders[:-1]]
+    benches[0].prepare(knobs)
+    monkeypatch.setattr(build, "compile_kernel", lambda *_: pytest.fail("compiled again"))
+    benches[1].prepare(knobs)
+    assert benches[1].time([knobs], 0.01, 1)["us"][0][0] > 0
+
+
 def test_sampled_search_repeats_nothing_and_keeps_to_its_trials(scripted):
     report = tune.tune(TARGET, OP, options=search.Options(trials=7, trial_timeout=2.0))
     (result,) = report.results

@@ -98,7 +98,8 @@ def _issue(call: Call) -> Callable[[], float]:
     start = time.perf_counter()
     call()
     torch.cuda.synchronize()
-    count = max(1, min(200, int(2 * _SAMPLE_SECONDS / (time.perf_counter() - start))))
+    # Waiting for the device at the end of a sample takes some 50 us, which must not count for every other call.
+    count = max(20, min(200, int(2 * _SAMPLE_SECONDS / (time.perf_counter() - start))))
 
     def sample() -> float:
         torch.cuda.synchronize()

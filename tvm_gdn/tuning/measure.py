@@ -6,8 +6,10 @@ request on stdin, one per answer on stdout. `worker.py` is the other end.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -46,18 +48,23 @@ class Bench:
 
     Parameters
     ----------
-    op, key, target, threads
+    op, key, target, threads, built, share
         As in `worker.Worker.open`.
     folder : Path
         Where libraries are written.
     """
 
-    def __init__(self, op: str, key: str, target: str, threads: int, folder: Path) -> None:
-        torch.set_num_threads(threads)
+    def __init__(
+        self, op: str, key: str, target: str, threads: int, folder: Path, built: str | None = None, share: int = 1
+    ) -> None:
         self.spec, self.target, self.folder = OPS[op], resolve(target), folder
+        self._built = folder if built is None else Path(built)
         timed, checked, others = select_cases(self.spec, key)
+        # As many workers as share the CPU run the reference at once; kernels run alone and on all threads.
+        torch.set_num_threads(max(1, threads // share))
         self.timed = [self._case(case) for case in timed]
         self.checked = [self._case(case) for case in checked] + self.timed
+        torch.set_num_threads(threads)
         self.others = others
         self.inputs = [contenders.steady(self.spec, case, self.target.device) for case in timed]
         self._functions: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -68,7 +75,7 @@ class Bench:
         expected = parity.expected(self.spec, arguments)
         return _Case(cases.label(case), geometry_of_case(self.spec, case), arguments, expected)
 
-    def prepare(self, knobs: Mapping[str, Any], thorough: bool = False) -> None:
+    def prepare(self, knobs: Mapping[str, Any], thorough: bool = False, part: Sequence[int] = (0, 1)) -> None:
         """Compile and load a candidate and check its numbers.
 
         Parameters
@@ -77,18 +84,26 @@ class Bench:
             The candidate.
         thorough : bool
             Check the other geometries of the tuning key too, which a record would also serve.
+        part : sequence of int
+            Of those geometries only the i-th of n parts, given as (i, n).
 
         Raises
         ------
         TrialError
             Wrong numbers, and where.
         """
+        if thorough:
+            first, step = part
+            self._check_others(knobs, self.others[first::step])
+            return
         name = json.dumps(knobs, sort_keys=True)
         if name not in self._right:
             for case in self.checked:
                 self._check(case, knobs)
             self._right.add(name)
-        for other in self.others if thorough else ():
+
+    def _check_others(self, knobs: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+        for other in others:
             if schedule.fits(knobs, schedule.knob_space(self.spec, geometry_of_case(self.spec, other), self.target)):
                 self._check(self._case(other), knobs)
 
@@ -145,16 +160,24 @@ class Bench:
         """The operator's function of its arguments, on the candidate's kernel."""
         name = (json.dumps(knobs, sort_keys=True), geometry.key)
         if name not in self._functions:
-            folder = Path(tempfile.mkdtemp(dir=self.folder))
-            built = build.compile_kernel(build.Request(self.spec, geometry, knobs), self.target, folder)
-            packs.write(
-                folder / "pack", self.target, build.required_features(self.target), [built], _launcher(self.folder, self.target)
-            )
-            pack = packs.read(folder / "pack")
+            pack = packs.read(self._compiled(geometry, knobs))
             kernel = load.load_kernel(pack, pack.manifest.kernels[0])
             present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
             self._functions[name] = torch_ops.call_function(self.spec, present, geometry.axis, kernel)
         return self._functions[name]
+
+    def _compiled(self, geometry: Geometry, knobs: Mapping[str, Any]) -> Path:
+        """A candidate's pack; compiled once by all workers of a run, since finalists come from several of them."""
+        identity = json.dumps([self.spec.name, self.target.name, geometry.key, knobs], sort_keys=True)
+        place = self._built / hashlib.sha256(identity.encode()).hexdigest()[:24]
+        if not place.exists():
+            folder = Path(tempfile.mkdtemp(dir=self.folder))
+            built = build.compile_kernel(build.Request(self.spec, geometry, knobs), self.target, folder)
+            launcher = _launcher(self.folder, self.target)
+            packs.write(folder / "pack", self.target, build.required_features(self.target), [built], launcher)
+            with contextlib.suppress(OSError):  # another worker was first
+                (folder / "pack").rename(place)
+        return place
 
 
 @functools.cache

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 import statistics
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +101,7 @@ class Crew:
         self._stack = ExitStack()
 
     def __enter__(self) -> Crew:
+        self._built = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tvm_gdn-tune-built-")))
         self._pool = self._stack.enter_context(ThreadPoolExecutor(self._jobs))
         # Entered after the pool and so left before it: threads that wait for a worker end when it is killed.
         self.workers = [self._stack.enter_context(Worker()) for _ in range(self._jobs)]
@@ -108,7 +112,11 @@ class Crew:
 
     def open(self, spec: OpSpec, key: str, target: TargetSpec, threads: int) -> None:
         """Say what all workers measure from now on."""
-        list(self._pool.map(lambda worker: worker.open(spec.name, key, target.name, threads), self.workers))
+
+        def open_one(worker: Worker) -> None:
+            worker.open(spec.name, key, target.name, threads, self._built, self._jobs)
+
+        list(self._pool.map(open_one, self.workers))
 
     def prepare(self, candidates: Sequence[Knobs], timeout: float) -> list[Future[Any]]:
         """Compile and check one candidate per worker, all at once; returns when all are done."""
@@ -118,6 +126,23 @@ class Crew:
         ]
         wait(futures)
         return futures
+
+    def check_everywhere(self, knobs: Knobs, timeout: float) -> None:
+        """Hold a candidate against the reference on every geometry that a record would serve, a part per worker.
+
+        Raises
+        ------
+        TrialError
+            What is wrong with it.
+        """
+        message = {"do": "prepare", "knobs": knobs, "thorough": True}
+        futures = [
+            self._pool.submit(worker.request, {**message, "part": (number, len(self.workers))}, timeout)
+            for number, worker in enumerate(self.workers)
+        ]
+        wait(futures)
+        for future in futures:
+            future.result()
 
 
 class Search:
@@ -183,7 +208,7 @@ class Search:
         for knobs in [*first, *known[:FINALISTS]]:
             if knobs in known and knobs not in finalists:
                 finalists.append(knobs)
-        self._conclude(finalists, default, crew.workers[0])
+        self._conclude(finalists, default, crew)
         return self.result
 
     def _study(self, space: dict[str, tuple[Any, ...]], storage: str) -> Study:
@@ -234,10 +259,10 @@ class Search:
             else:
                 study.complete(trial, statistics.geometric_mean(us), us=us)
 
-    def _holds(self, knobs: Knobs, worker: Worker, thorough: bool) -> bool:
-        """Whether a candidate that was right before is right again, or on every geometry that a record would serve."""
+    def _holds(self, knobs: Knobs, check: Callable[[], object]) -> bool:
+        """Whether a candidate that was right before is right once more."""
         try:
-            worker.request({"do": "prepare", "knobs": knobs, "thorough": thorough}, START_TIMEOUT)
+            check()
         except TrialError as error:
             self.result.ok -= 1
             self.result.failures[str(error)] += 1
@@ -245,9 +270,14 @@ class Search:
             return False
         return True
 
-    def _conclude(self, finalists: list[Knobs], default: Knobs, worker: Worker) -> None:
+    def _conclude(self, finalists: list[Knobs], default: Knobs, crew: Crew) -> None:
         """Time the best and the default in turns; what wins, and is right wherever a record would apply, becomes the record."""
-        finalists = [knobs for knobs in finalists if self._holds(knobs, worker, thorough=False)]
+        worker = crew.workers[0]
+
+        def again(knobs: Knobs) -> Callable[[], object]:
+            return lambda: worker.request({"do": "prepare", "knobs": knobs}, START_TIMEOUT)
+
+        finalists = [knobs for knobs in finalists if self._holds(knobs, again(knobs))]
         if not finalists:
             return
         timeout = self.options.trial_timeout * len(finalists)
@@ -261,7 +291,7 @@ class Search:
             self.result.default_us = us[0]
         better = [index for index in range(1, len(us)) if ratio[index] * MIN_GAIN <= 1 and us[index] <= us[0]]
         for index in [*sorted(better, key=lambda index: ratio[index]), 0]:
-            if self._holds(finalists[index], worker, thorough=True):
+            if self._holds(finalists[index], functools.partial(crew.check_everywhere, finalists[index], START_TIMEOUT)):
                 self.result.best_us, self.result.knobs = us[index], finalists[index]
                 labels = [cases.label(case) for case in self.timed]
                 self.result.record = self._record(dict(zip(labels, taken["us"][index], strict=True)))

@@ -49,7 +49,7 @@ class Worker:
         self._stop()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def open(self, op: str, key: str, target: str, threads: int) -> None:
+    def open(self, op: str, key: str, target: str, threads: int, built: Path, share: int) -> None:
         """Say what the following requests measure.
 
         Parameters
@@ -60,13 +60,19 @@ class Worker:
             Name of the target.
         threads : int
             Threads that kernels run on.
+        built : Path
+            Folder of compiled candidates, which the workers of a run share.
+        share : int
+            Workers that run the reference at the same time.
 
         Raises
         ------
         TrialError
             The worker cannot start, or the reference cannot run.
         """
-        self._job = {"do": "open", "op": op, "key": key, "target": target, "threads": threads}
+        self._job = {
+            "do": "open", "op": op, "key": key, "target": target, "threads": threads, "built": str(built), "share": share,
+        }  # fmt: skip
         if self._process is None:
             self._start()
         else:
