@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from tvm_gdn.digest import version_of
 from tvm_gdn.target import host_cpu
 
+Result = TypeVar("Result")
 #: Distributions that decide what runs here, and what each is needed for.
 PACKAGES = {
     "torch": "everything",
@@ -67,6 +70,27 @@ def line() -> str:
         f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_threads']} torch threads; torch {found['torch']}, "
         f"tvm {found['apache-tvm']}, tvm_ffi {found['apache-tvm-ffi']}"
     )
+
+
+def peak_memory(call: Callable[[], Result]) -> tuple[Result, int]:
+    """Result of a call, and how many bytes were resident at most meanwhile beyond those before it.
+
+    Raises
+    ------
+    OSError
+        The system does not tell.
+    """
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again
+    result = call()
+    return result, _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    found = re.search(name + r":\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    if found is None:
+        raise OSError(f"no {name} in /proc/self/status")
+    return int(found[1]) << 10
 
 
 def openmp_libraries() -> list[str]:
