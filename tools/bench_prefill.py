@@ -5,7 +5,7 @@
 
 `--states`: what the call does with states: none at all; `final` ones in a fresh tensor, as a new prompt; `both`, from given
 states to fresh ones; `pool`: read and written in place, as an engine. Times are minima; `--cpu-time` takes that of the process,
-for one thread on a machine where others run. `--memory`: what a call of so many tokens takes at most beside its tensors.
+for one thread on a machine where others run. `--memory`: only what calls of `--tokens` take beside their tensors.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def main() -> None:
                 taken = {tokens: memory(heads, getattr(torch, dtype), tokens) for tokens in args.tokens}
                 shown = "  ".join(f"T {tokens} {kib} KiB" for tokens, kib in taken.items())
                 keep(f"{dtype} HV {heads}, memory beside the tensors: {shown}", dtype=dtype, heads=heads, memory_kib=taken)
-            for states in args.states:
+            for states in [] if args.memory else args.states:
                 longer = {f"T {tokens}": [tokens] for tokens in args.tokens}
                 packed = {str(each or "17-200"): lengths_of(args.total, each) for each in args.packed}
                 for table in (longer, {"one": [args.total], **packed} if packed else {}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -16,6 +17,8 @@ from tvm_gdn.digest import version_of
 from tvm_gdn.target import host_cpu
 
 Result = TypeVar("Result")
+#: Of glibc's mallopt: larger blocks are mapped one by one.
+_MMAP_THRESHOLD = -3
 #: Distributions that decide what runs here, and what each is needed for.
 PACKAGES = {
     "torch": "everything",
@@ -75,11 +78,16 @@ def line() -> str:
 def peak_memory(call: Callable[[], Result]) -> tuple[Result, int]:
     """Result of a call, and how many bytes were resident at most meanwhile beyond those before it.
 
+    From the first time on, the process's C library gives large blocks back at once: what it kept would hide what a call takes.
+
     Raises
     ------
     OSError
         The system does not tell.
     """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 17)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again
     result = call()
