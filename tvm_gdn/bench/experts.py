@@ -88,11 +88,11 @@ class Layer:
     def _pack(self, scheme: str) -> tvm_gdn.PackedExperts:
         drawn, experts = self.sizes.get("drawn", self.sizes["E"]), self.sizes["E"]
         # What has more digits than the drawn weights is packed from them all the same: fp32 products of bf16 numbers.
-        weights = (w[:drawn].float() if scheme == "fp32" else w[:drawn] for w in (self.w13, self.w2))
-        packed = tvm_gdn.pack_experts(*weights, scheme)
+        w13, w2 = (w[:drawn].float() if scheme == "fp32" else w[:drawn] for w in (self.w13, self.w2))
+        packed = tvm_gdn.pack_experts(w13, w2, scheme)
         if drawn == experts:
             return packed
-        whole = {}
+        whole: dict[str, Any] = {}
         for name, part in packed.tensors().items():
             if part is not None:
                 whole[name] = large_pages.empty((experts, *part.shape[1:]), part.dtype)
