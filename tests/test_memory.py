@@ -10,25 +10,18 @@ import pytest
 
 TOKENS = (2048, 16384)
 PEAK = """
-import json, re, sys
+import json, sys
 import torch
 import tvm_gdn
+from tvm_gdn.bench import machine
 
 torch.set_num_threads(1)
 
-def status(name):
-    found = re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())
-    if found is None:
-        sys.exit(f"UNMEASURED: no {name} in /proc/self/status")
-    return int(found[1]) << 10
-
-def restarted():
-    \"\"\"Bytes resident now, where the peak starts again.\"\"\"
+def peak_memory(call):
     try:
-        open("/proc/self/clear_refs", "w").write("5")
+        return machine.peak_memory(call)
     except OSError as error:
         sys.exit(f"UNMEASURED: {error}")
-    return status("VmRSS")
 """
 PREFILL = """
 dtype, H, HV, K, V = getattr(torch, sys.argv[1]), 1, 2, 64, 64
@@ -37,11 +30,10 @@ def measure(tokens):
     random = torch.Generator().manual_seed(tokens)
     q, k, v = (torch.randn(1, tokens, heads, K, generator=random).to(dtype) for heads in (H, H, HV))
     g, beta = -torch.rand(1, tokens, HV, generator=random), torch.rand(1, tokens, HV, generator=random)
-    before = restarted()
-    o, state = tvm_gdn.chunk_gated_delta_rule(q, k, v, g, beta, output_final_state=True, use_qk_l2norm_in_kernel=True)
-    taken = status("VmHWM") - before - o.nbytes - state.nbytes
+    options = {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    (o, state), taken = peak_memory(lambda: tvm_gdn.chunk_gated_delta_rule(q, k, v, g, beta, **options))
     assert torch.isfinite(o).all() and o.abs().max() > 0
-    return taken
+    return taken - o.nbytes - state.nbytes
 
 measure(32)  # loads the kernel
 found = {tokens: measure(tokens) for tokens in map(int, sys.argv[2:])}
@@ -53,10 +45,9 @@ E, D, I = 3, 1024, 1024
 def measure(seed):
     random = torch.Generator().manual_seed(seed)
     weights = [torch.randn(shape, generator=random).to(getattr(torch, sys.argv[2])) for shape in ((E, 2 * I, D), (E, D, I))]
-    before = restarted()
-    pack = tvm_gdn.pack_experts(*weights, sys.argv[1], in_place=True, progress=False)
+    pack, taken = peak_memory(lambda: tvm_gdn.pack_experts(*weights, sys.argv[1], in_place=True, progress=False))
     scales = [scale.nbytes for scale in (pack.w13_scale, pack.w2_scale) if scale is not None]
-    return status("VmHWM") - before - sum(scales)
+    return taken - sum(scales)
 
 measure(0)  # the allocator's own
 print(json.dumps({"taken": measure(1), "expert": 3 * D * I * getattr(torch, sys.argv[2]).itemsize}))

@@ -15,20 +15,23 @@ One that does not take part is named with the reason.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tvm_gdn import dispatch
-from tvm_gdn.bench import chart, experts, layers, machine, sequences
+from tvm_gdn.bench import chart, experts, kt_kernel, layers, machine, sequences
 from tvm_gdn.bench.side_by_side import Report
 
 WORKS = ("experts", "prefill", "decode", "conv")
 SCHEMES = ("fp32", "bf16", "int8", "int4", "int4_kgroup")
+DTYPES = ("bfloat16", "float32")
 #: Tokens, value heads, dtype.
 PREFILLS = ((1024, 32, "bfloat16"), (4096, 32, "bfloat16"), (1024, 16, "bfloat16"), (1024, 32, "float32"))
 #: Whose kernels are named at the end.
@@ -46,21 +49,31 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--model", choices=layers.MODELS, default="qwen3-moe", help="whose layer of experts")
     parser.add_argument("--experts", type=int, default=32, help="at most so many experts, to fit memory; 0: all (default 32)")
+    parser.add_argument(
+        "--drawn", type=int, metavar="N", help="numbers for so many experts; the others repeat them: quick to set up"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 1024], help="of the experts")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--lengths", type=int, nargs="+", help="prefill lengths; default 1024 and 4096")
+    parser.add_argument("--heads", type=int, nargs="+", default=[32], help="value heads of these prefills; 16 of q and k")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of these prefills")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="of decode")
     parser.add_argument("--suite", action="store_true", help="experts on the model suite's shapes, 10 warm-ups and 100 runs")
     parser.add_argument("--scaling", type=int, nargs="+", metavar="N", help="this package's times for these numbers of threads")
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--seconds", type=float, default=0.2, help="for each contender and shape (default 0.2)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--most", type=float, default=float("inf"), metavar="S", help="seconds for the rounds of a slow "
+                        "contender: it runs in fewer; a peer of the experts whose call may take longer is left out")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="16 experts, bf16 and int8, fewer shapes, 3 rounds")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument(
         "--without", nargs="+", choices=experts.PEERS, default=[], help="peers to leave out; onnxruntime's set-up takes minutes"
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--kt-builds", nargs="+", choices=kt_kernel.KINDS, default=list(kt_kernel.KINDS), help="of kt-kernel")
+    parser.add_argument("--kt-cores", type=int, nargs="+", default=[], metavar="CORE", help="of kt-kernel's threads, one more "
+                        "than threads; default: as it binds them, the machine's first")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="written anew with every row")
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
     if options.quick:
@@ -78,27 +91,27 @@ def expert_rows(options: argparse.Namespace, report: Report) -> Iterator[dict[st
     sizes = dict(layers.MODELS[options.model])
     sizes["E"] = min(sizes["E"], options.experts or sizes["E"])
     sizes["k"] = min(sizes["k"], sizes["E"])
-    layer = experts.Layer(sizes, options.schemes, options.peers, report)
+    if options.drawn:
+        sizes["drawn"] = min(options.drawn, sizes["E"])
+    layer = experts.Layer(sizes, options.schemes, options.peers, report, builds=options.kt_builds, kt_cores=options.kt_cores)
     try:
         cases = layers.SUITE if options.suite else [(f"T {tokens}", tokens) for tokens in options.tokens]
         suite = (layers.WARMUP, layers.RUNS) if options.suite else None
         for case, tokens in cases:
-            yield from layer.measure(tokens, case, seconds=options.seconds, rounds=options.rounds, suite=suite)
+            yield from layer.measure(tokens, case, seconds=options.seconds, rounds=options.rounds, most=options.most, suite=suite)
     finally:
         layer.close()
 
 
 def rows_of(options: argparse.Namespace, report: Report) -> Iterator[dict[str, Any]]:
     """Rows of all works."""
-    timing = {"seconds": options.seconds, "rounds": options.rounds, "peers": options.peers}
+    timing = {"seconds": options.seconds, "rounds": options.rounds, "most": options.most, "peers": options.peers}
     for work in options.work:
         if work == "experts":
             yield from expert_rows(options, report)
             continue
         if work == "prefill":
-            wanted = (
-                PREFILLS if not options.lengths else [(tokens, *rest) for tokens in options.lengths for _, *rest in PREFILLS[:1]]
-            )
+            wanted = itertools.product(options.lengths, options.heads, options.dtypes) if options.lengths else PREFILLS
             shapes = [sequences.prefill(*each) for each in wanted]
         elif work == "decode":
             shapes = [sequences.decode(batch, dtype) for dtype in ("bfloat16", "float32") for batch in options.batches]
@@ -108,11 +121,26 @@ def rows_of(options: argparse.Namespace, report: Report) -> Iterator[dict[str, A
             yield from sequences.measure(work, op, case, report, **timing)
 
 
-def show(rows: Iterator[dict[str, Any]], report: Report, *, every_load: bool = False) -> None:
-    """Print rows as they come; `every_load`: with the number of rows of every expert."""
+def write(path: Path | None, report: Report) -> None:
+    """Write what there is; the file is whole at any time."""
+    if path is None:
+        return
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps({**machine.stamp(), "missing": report.missing, "served": served(), "rows": report.rows}, indent=1))
+    part.replace(path)
+
+
+def served() -> dict[str, str]:
+    """Whose kernels ran."""
+    return {op: by for op in OPERATORS if (by := dispatch.served_by(op)) != "not called yet"}
+
+
+def show(rows: Iterator[dict[str, Any]], report: Report, keep: Callable[[], None], *, every_load: bool = False) -> None:
+    """Print and keep rows as they come; `every_load`: with the number of rows of every expert."""
     place = None
     for row in rows:
         report.rows.append(row)
+        keep()
         if place != (row["work"], row["case"]):
             place = row["work"], row["case"]
             print(f"\n{row['work']} {row['case']}: copy {row['copy_gbytes_per_s']:.1f} GB/s", end="")
@@ -133,7 +161,7 @@ def show(rows: Iterator[dict[str, Any]], report: Report, *, every_load: bool = F
         print(line + (f" {row['tokens_per_s']:9.0f} tok/s" if "tokens_per_s" in row else ""), flush=True)
 
 
-def scaling(options: argparse.Namespace, report: Report) -> None:
+def scaling(options: argparse.Namespace, report: Report, keep: Callable[[], None]) -> None:
     """Rows of this package at several numbers of threads, and a table of how much faster each is than the first."""
     for threads in options.scaling:
         if threads > machine.cores():
@@ -141,7 +169,7 @@ def scaling(options: argparse.Namespace, report: Report) -> None:
             continue
         torch.set_num_threads(threads)
         print(f"\n=== {threads} threads", flush=True)
-        show(rows_of(options, report), report)
+        show(rows_of(options, report), report, keep)
     table: dict[tuple[str, str, str], dict[int, float]] = {}
     for row in report.rows:
         table.setdefault((row["work"], row["case"], row["contender"]), {})[row["threads"]] = row["ms"]["median"]
@@ -159,24 +187,21 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     print(machine.line(), file=sys.stderr)
     report = Report()
+    keep = functools.partial(write, options.json, report)
     with torch.no_grad():
         if options.scaling:
-            scaling(options, report)
+            scaling(options, report, keep)
         else:
             if options.peers:
                 report.missing["fla-core"] = "its kernels are Triton: nothing runs on a CPU"
             report.missing |= dict.fromkeys(options.without, "left out by --without")
-            show(rows_of(options, report), report, every_load=options.suite)
+            show(rows_of(options, report), report, keep, every_load=options.suite)
+    keep()
     print("\ndoes not take part:" if report.missing else "")
     for name, reason in report.missing.items():
         print(f"  {name}: {reason}")
-    served = {op: by for op in OPERATORS if (by := dispatch.served_by(op)) != "not called yet"}
-    for op, by in served.items():
+    for op, by in served().items():
         print(f"{op}: {by}", file=sys.stderr)
-    if options.json:
-        options.json.write_text(
-            json.dumps({**machine.stamp(), "missing": report.missing, "served": served, "rows": report.rows}, indent=1)
-        )
     if options.png:
         chart.write(options.png, report.rows, machine.line())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 import tvm_gdn
-from tvm_gdn import reference
+from tvm_gdn import large_pages, reference
 from tvm_gdn.bench import kt_kernel, layers, onnx_peers, side_by_side
 from tvm_gdn.bench.layers import Routing
 from tvm_gdn.bench.side_by_side import Contender, InTurn, Report
@@ -44,22 +45,33 @@ class Layer:
         Others that take part, of `PEERS`.
     report : Report
         Told who is missing.
+    builds : collection of str
+        Builds of kt-kernel.
+    kt_cores : collection of int
+        Cores of kt-kernel's threads, one more than threads; it binds them to the machine's first cores otherwise.
     """
 
-    def __init__(self, sizes: dict[str, int], schemes: Sequence[str], peers: Collection[str], report: Report) -> None:
-        self.sizes, self.report = sizes, report
+    def __init__(
+        self,
+        sizes: dict[str, int],
+        schemes: Sequence[str],
+        peers: Collection[str],
+        report: Report,
+        *,
+        builds: Collection[str] = tuple(kt_kernel.KINDS),
+        kt_cores: Collection[int] = (),
+    ) -> None:
+        self.sizes, self.report, self.kt_cores = sizes, report, kt_cores
+        self.took: dict[str, tuple[int, float]] = {}
         self.runs: dict[str, tuple[str, Run, float]] = {}
         self.children: dict[str, kt_kernel.Layer] = {}
         # They load while this process packs.
-        for build, kinds in kt_kernel.KINDS.items() if "kt-kernel" in peers else ():
-            self._kt_kernel(build, [scheme for scheme in schemes if scheme in kinds])
+        for build in builds if "kt-kernel" in peers else ():
+            self._kt_kernel(build, [scheme for scheme in schemes if scheme in kt_kernel.KINDS[build]])
         self.w13, self.w2 = layers.weights(sizes, torch.bfloat16)
         plain = (self.w13.nbytes + self.w2.nbytes) / sizes["E"]
         for scheme in schemes:
-            # What has more digits than the drawn weights is packed from them all the same: fp32 products of bf16 numbers.
-            packed = tvm_gdn.pack_experts(self.w13.float(), self.w2.float(), scheme) if scheme == "fp32" else (
-                tvm_gdn.pack_experts(self.w13, self.w2, scheme)
-            )  # fmt: skip
+            packed = self._pack(scheme)
             self.runs[f"tvm_gdn {scheme}"] = scheme, functools.partial(_packed, packed), packed.nbytes / sizes["E"]
         if "bf16" in schemes:
             self.runs["tvm_gdn raw bf16"] = "bf16", self._raw, plain
@@ -72,6 +84,21 @@ class Layer:
                 child.ready()
             except TvmGdnError as error:
                 self._lose(build, error)
+
+    def _pack(self, scheme: str) -> tvm_gdn.PackedExperts:
+        drawn, experts = self.sizes.get("drawn", self.sizes["E"]), self.sizes["E"]
+        # What has more digits than the drawn weights is packed from them all the same: fp32 products of bf16 numbers.
+        w13, w2 = (w[:drawn].float() if scheme == "fp32" else w[:drawn] for w in (self.w13, self.w2))
+        packed = tvm_gdn.pack_experts(w13, w2, scheme)
+        if drawn == experts:
+            return packed
+        whole: dict[str, Any] = {}
+        for name, part in packed.tensors().items():
+            if part is not None:
+                whole[name] = large_pages.empty((experts, *part.shape[1:]), part.dtype)
+                whole[name][:drawn] = part
+                layers.repeat(whole[name], drawn)
+        return dataclasses.replace(packed, **whole)
 
     def _raw(self, x: torch.Tensor, share: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return tvm_gdn.fused_experts(x, self.w13, self.w2, share, ids)
@@ -116,7 +143,7 @@ class Layer:
         if reason:
             self.report.missing[f"kt-kernel {build}"] = reason
         elif schemes:
-            self.children[build] = kt_kernel.Layer(build, schemes, self.sizes, torch.get_num_threads())
+            self.children[build] = kt_kernel.Layer(build, schemes, self.sizes, torch.get_num_threads(), self.kt_cores)
 
     def _lose(self, build: str, error: TvmGdnError) -> None:
         self.report.missing[f"kt-kernel {build}"] = str(error)
@@ -127,14 +154,23 @@ class Layer:
         for child in self.children.values():
             child.close()
 
-    def contenders(self, tokens: int) -> tuple[list[Contender], dict[str, Any]]:
-        """Everybody on `tokens` tokens, checked; and the load of the experts."""
+    def contenders(self, tokens: int, most: float = float("inf")) -> tuple[list[Contender], dict[str, Any]]:
+        """Everybody on `tokens` tokens, checked, but peers that may take more than `most` seconds; the load of the experts."""
         drawn = [layers.routing(self.sizes, tokens, seed) for seed in range(4 if tokens <= FEW else 1)]
         loads = [tvm_gdn.expert_stats(ids, self.sizes["E"]) for _, _, ids in drawn]
         touched = sum(int((counts > 0).sum()) for counts, _, _ in loads) / len(loads)
         flops = 6.0 * tokens * self.sizes["k"] * self.sizes["D"] * self.sizes["I"]
         expected = self._expected(drawn[0])
         found = []
+
+        def slow(name: str) -> bool:
+            before, ms = self.took.get(name, (tokens, 0.0))
+            estimate = ms / 1e3 * max(1.0, tokens / before)
+            if estimate > most:
+                self.report.missing[f"{name}, T {tokens}"] = (
+                    f"left out: took {ms:.0f} ms at T {before}, so up to {estimate:.1f} s a call"
+                )
+            return estimate > most
 
         def add(name: str, scheme: str, calls: Sequence[Callable[[], object]], each: float) -> None:
             error = _error(calls[0](), expected)
@@ -147,15 +183,18 @@ class Layer:
                     f"gathers {tokens * self.sizes['k'] * each / 2**30:.0f} GiB of weights"
                 )
                 continue
+            if not name.startswith("tvm_gdn") and slow(name):
+                continue
             x_of = torch.Tensor.float if scheme == "fp32" or name.startswith("onnxruntime") else torch.Tensor.bfloat16
             add(name, scheme, [functools.partial(run, x_of(x), share, ids) for x, share, ids in drawn], each)
         each_of = {scheme: each for scheme, _, each in self.runs.values()}
         for build, child in list(self.children.items()):
             for scheme in child.schemes:
+                if slow(f"kt-kernel {build} {scheme}"):
+                    continue
                 try:
-                    calls = [kt_kernel.Call(child, scheme, routing) for routing in drawn]
                     # Its layouts hold as many bytes as ours, but for scales.
-                    add(f"kt-kernel {build} {scheme}", scheme, calls, each_of[scheme])
+                    add(f"kt-kernel {build} {scheme}", scheme, [kt_kernel.Call(child, scheme, drawn)], each_of[scheme])
                 except TvmGdnError as error:
                     self._lose(build, error)
                     break
@@ -173,10 +212,11 @@ class Layer:
 
     def measure(self, tokens: int, case: str, **options: Any) -> list[dict[str, Any]]:
         """Rows of one case; options as in `side_by_side.measure`."""
-        found, facts = self.contenders(tokens)
+        found, facts = self.contenders(tokens, options.get("most", float("inf")))
         rows = side_by_side.measure(found, "experts", case, facts=facts, **options)
         for row in rows:
             row["tokens_per_s"] = 1e3 * tokens / row["ms"]["median"]
+            self.took[row["contender"]] = tokens, row["ms"]["median"]
         return rows
 
 

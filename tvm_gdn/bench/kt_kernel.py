@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
+import math
 import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Collection, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,10 @@ GROUP = 32
 _KEPT: list[Any] = []
 #: Most tokens of a call; it reserves scratch for so many.
 LONGEST = 8192
-#: Calls that are submitted before one waits for them, at least: waiting for each takes whole steps of some 8 ms.
-TOGETHER = 8
+#: Seconds of calls that are submitted before one waits for them, at least: waiting for each takes whole steps of some 8 ms.
+WHOLE = 0.2
+#: At most so many calls.
+TOGETHER = 1000
 
 
 def extension(build: str) -> Path | None:
@@ -64,16 +69,18 @@ class Layer:
     sizes : dict
         D, I, E, k, as in `layers.MODELS`; the child draws `layers.weights` of them in bf16.
     threads : int
-        Of the child's pool.
+        Of the child's pool; beside them a caller spins.
+    cores : collection of int
+        Where its threads run, caller included; empty: where kt-kernel binds them, which is the machine's first cores.
 
     The child loads while this process goes on; `ready` waits for it.
     """
 
-    def __init__(self, build: str, schemes: list[str], sizes: dict[str, int], threads: int) -> None:
+    def __init__(self, build: str, schemes: list[str], sizes: dict[str, int], threads: int, cores: Collection[int] = ()) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self.schemes = schemes
-        arguments = (other, str(extension(build)), {scheme: KINDS[build][scheme] for scheme in schemes}, sizes, threads)
+        arguments = (other, str(extension(build)), {scheme: KINDS[build][scheme] for scheme in schemes}, sizes, threads, cores)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         other.close()
@@ -113,24 +120,27 @@ class Layer:
 
 
 class Call:
-    """A contender: one scheme on one routing; calling it returns the output, `timed` is measured in the child."""
+    """A contender: one scheme; calling it returns the output of the first routing, `timed` takes all in turn, in the child."""
 
-    def __init__(self, layer: Layer, scheme: str, routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-        x, share, ids = routing
-        self.layer, self.key = layer, (scheme, x.shape[0], ids.data_ptr())
-        layer.ask("prepare", self.key, x.view(torch.int16).numpy(), share.float().numpy(), ids.long().numpy())
+    def __init__(self, layer: Layer, scheme: str, routings: Sequence[layers.Routing]) -> None:
+        tokens = routings[0][0].shape[0]
+        self.layer, self.key = layer, (scheme, tokens)
+        given = [(x.view(torch.int16).numpy(), share.float().numpy(), ids.long().numpy()) for x, share, ids in routings]
+        layer.ask("prepare", self.key, given)
 
     def __call__(self) -> torch.Tensor:
         """Output of the call."""
         return torch.from_numpy(self.layer.ask("call", self.key)).view(torch.bfloat16)
 
     def timed(self, count: int) -> float:
-        """Microseconds per call of `count` calls."""
+        """Microseconds per call of `count` calls or more."""
         taken: float = self.layer.ask("time", self.key, count)
         return taken
 
 
-def _serve(pipe: Connection, file: str, kinds: dict[str, str], sizes: dict[str, int], threads: int) -> None:
+def _serve(
+    pipe: Connection, file: str, kinds: dict[str, str], sizes: dict[str, int], threads: int, cores: Collection[int]
+) -> None:
     """The child: load, then answer requests until None comes."""
     try:
         # It greets and logs on the standard output, where the parent's results go.
@@ -145,27 +155,32 @@ def _serve(pipe: Connection, file: str, kinds: dict[str, str], sizes: dict[str, 
         drawn = layers.weights(sizes, torch.bfloat16)
         loaded = {scheme: _load(module, infer, kind, scheme, *drawn, sizes["k"]) for scheme, kind in kinds.items()}
         del drawn
+        for thread in Path("/proc/self/task").iterdir() if cores else ():
+            os.sched_setaffinity(int(thread.name), cores)
     except Exception as error:
         pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
         return
     pipe.send("ready")
-    prepared: dict[Any, tuple[Any, ...]] = {}
+    prepared: dict[Any, list[tuple[torch.Tensor, ...]]] = {}
+    fastest: dict[Any, float] = {}
     while (request := pipe.recv()) is not None:
         what, key, *values = request
         if what == "prepare":
-            x, share, ids = (torch.from_numpy(value) for value in values)
-            prepared[key] = (torch.tensor([x.shape[0]], dtype=torch.int32), ids, share, x, torch.empty_like(x))
+            prepared[key] = [tuple(torch.from_numpy(value) for value in given) for given in values[0]]
             pipe.send(None)
             continue
-        count, ids, share, x, out = prepared[key]
-        layer = loaded[key[0]]
-        calls = max(values[0], TOGETHER) if what == "time" else 1
+        scheme, tokens = key
+        layer, routings, count = loaded[scheme], prepared[key], torch.tensor([tokens], dtype=torch.int32)
+        out = torch.empty_like(routings[0][0])
+        calls = max(values[0], min(TOGETHER, math.ceil(WHOLE / fastest[key]))) if what == "time" else 1
         start = time.perf_counter()
-        for _ in range(calls):
+        for x, share, ids in itertools.islice(itertools.cycle(routings), calls):
             pointers = (ids.data_ptr(), share.data_ptr(), x.data_ptr(), out.data_ptr())
             infer.submit(layer.forward_task(count.data_ptr(), ids.shape[1], *pointers, False))
         infer.sync()
-        pipe.send(1e6 * (time.perf_counter() - start) / calls if what == "time" else out.numpy())
+        taken = (time.perf_counter() - start) / calls
+        fastest[key] = min(fastest.get(key, taken), taken)
+        pipe.send(1e6 * taken if what == "time" else out.numpy())
     sys.stderr.flush()
     os._exit(0)
 

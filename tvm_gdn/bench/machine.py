@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import re
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from tvm_gdn.digest import version_of
 from tvm_gdn.target import host_cpu
 
+Result = TypeVar("Result")
+#: Of glibc's mallopt: larger blocks are mapped one by one.
+_MMAP_THRESHOLD = -3
 #: Distributions that decide what runs here, and what each is needed for.
 PACKAGES = {
     "torch": "everything",
@@ -67,6 +73,32 @@ def line() -> str:
         f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_threads']} torch threads; torch {found['torch']}, "
         f"tvm {found['apache-tvm']}, tvm_ffi {found['apache-tvm-ffi']}"
     )
+
+
+def peak_memory(call: Callable[[], Result]) -> tuple[Result, int]:
+    """Result of a call, and how many bytes were resident at most meanwhile beyond those before it.
+
+    From the first time on, the process's C library gives large blocks back at once: what it kept would hide what a call takes.
+
+    Raises
+    ------
+    OSError
+        The system does not tell.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, 1 << 17)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again
+    result = call()
+    return result, _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    found = re.search(name + r":\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+    if found is None:
+        raise OSError(f"no {name} in /proc/self/status")
+    return int(found[1]) << 10
 
 
 def openmp_libraries() -> list[str]:

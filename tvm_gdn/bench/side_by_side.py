@@ -93,6 +93,7 @@ def measure(
     *,
     seconds: float = 0.2,
     rounds: int = 5,
+    most: float = float("inf"),
     suite: tuple[int, int] | None = None,
     copied: int = COPY_BYTES,
     facts: dict[str, Any] | None = None,
@@ -105,7 +106,7 @@ def measure(
         Names are unique.
     work, case : str
         What the rows are about.
-    seconds, rounds
+    seconds, rounds, most
         As in `timing.interleaved`.
     suite : tuple of int, optional
         Warm-ups and runs of each instead: see `timing.turns`.
@@ -124,7 +125,7 @@ def measure(
     multiplied = {dtype: fastest(dtype) for dtype in dict.fromkeys(contender.peak for contender in found)}
     peaks = {dtype: f"peak {kind}" for dtype, kind in multiplied.items()}
     calls |= {"copy": contenders.copy_call(copied), **{peaks[dtype]: product(kind) for dtype, kind in multiplied.items()}}
-    times = timing.turns(calls, *suite) if suite else timing.interleaved(calls, seconds, rounds)
+    times = timing.turns(calls, *suite) if suite else timing.interleaved(calls, seconds, rounds, most)
     bandwidth = copied / times["copy"].us
     operations = 2 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2]
     rows = []

@@ -27,8 +27,8 @@ class Timing:
 
 
 def ratio(numerator: Timing, denominator: Timing) -> float:
-    """Median over the rounds of the quotient of two timings: drift between rounds cancels."""
-    return median(a / b for a, b in zip(numerator.rounds, denominator.rounds, strict=True))
+    """Median over the rounds that both took part in of the quotient of two timings: drift between rounds cancels."""
+    return median(a / b for a, b in zip(numerator.rounds, denominator.rounds, strict=False))
 
 
 def difference(minuend: Timing, subtrahend: Timing) -> float:
@@ -36,7 +36,9 @@ def difference(minuend: Timing, subtrahend: Timing) -> float:
     return median(a - b for a, b in zip(minuend.rounds, subtrahend.rounds, strict=True))
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, rounds: int = 7) -> dict[str, Timing]:
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], seconds: float, rounds: int = 7, most: float = float("inf")
+) -> dict[str, Timing]:
     """Time calls in rounds of A, B, C, A, B, C.
 
     Parameters
@@ -46,17 +48,26 @@ def interleaved(calls: Mapping[str, Callable[[], object]], seconds: float, round
     seconds : float
         Time to spend on each call, all rounds together.
     rounds : int
-        Number of rounds. In each, a call runs once to warm the caches, then at least once to be measured.
+        Number of rounds. In each, a call runs once to warm the caches (but if that takes longer than its share of `seconds`),
+        then at least once to be measured.
+    most : float
+        Seconds that the rounds of a slow call may take together: it takes part in the first ones only. What takes longer at once
+        is measured a single time, before the rounds.
 
     Returns
     -------
     dict of Timing
     """
     samples: dict[str, list[list[float]]] = {name: [] for name in calls}
-    inner = {name: _calls_per_sample(call) for name, call in calls.items()}
-    for _ in range(rounds):
+    first = {name: _first(call) for name, call in calls.items()}
+    for number in range(rounds):
         for name, call in calls.items():
-            samples[name].append(_samples(call, inner[name], seconds / rounds))
+            us, wall = first[name]
+            if (number + 1) * wall <= most:
+                inner = max(1, min(1000, int(1e6 * _SAMPLE_SECONDS / us)))
+                samples[name].append(_samples(call, inner, seconds / rounds, warm=wall < seconds / rounds))
+            elif not number:
+                samples[name].append([us])
     return {name: summary(taken) for name, taken in samples.items()}
 
 
@@ -95,13 +106,16 @@ def timed(call: Callable[[], object], count: int) -> float:
     return 1e6 * (time.perf_counter() - start) / count
 
 
-def _calls_per_sample(call: Callable[[], object]) -> int:
+def _first(call: Callable[[], object]) -> tuple[float, float]:
+    """Microseconds of a second call, and seconds that measuring it took."""
     call()
-    return max(1, min(1000, int(1e6 * _SAMPLE_SECONDS / timed(call, 1))))
+    start = time.perf_counter()
+    return timed(call, 1), time.perf_counter() - start
 
 
-def _samples(call: Callable[[], object], inner: int, seconds: float) -> list[float]:
-    call()
+def _samples(call: Callable[[], object], inner: int, seconds: float, *, warm: bool) -> list[float]:
+    if warm:
+        call()
     taken = []
     end = time.perf_counter() + seconds
     while True:
