@@ -9,9 +9,9 @@ import torch
 
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
-from tvm_gdn.ops.moe import IDS, ITEMSIZE, sizes
+from tvm_gdn.ops.moe import IDS, sizes
 from tvm_gdn.packed_experts import GROUPS, STEP, PackedExperts, unpack
-from tvm_gdn.spec import FLOATS, Draw, Geometry, OpSpec, Output, Scalar, Tensor
+from tvm_gdn.spec import FLOATS, ITEMSIZE, Draw, Geometry, OpSpec, Output, Scalar, Tensor
 
 ACTIVATION = Scalar("activation", "str", "silu", static=True, choices=(("silu", "silu"), ("swish", "silu")))
 _FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -244,7 +244,9 @@ def fused_experts(
     Raises
     ------
     ArgumentError
-        Shapes, dtypes or devices that do not fit.
+        Shapes or an activation that do not fit.
+    ArgumentTypeError
+        A dtype or device that is not allowed.
 
     Notes
     -----
@@ -296,7 +298,9 @@ def shared_expert(
     Raises
     ------
     ArgumentError
-        Shapes, dtypes or devices that do not fit.
+        Shapes or an activation that do not fit.
+    ArgumentTypeError
+        A dtype or device that is not allowed.
 
     Notes
     -----
