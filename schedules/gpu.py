@@ -16,8 +16,10 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from tvm_gdn.ops.tir.plain_tiles import PlainTiles
 
-class WarpTiles:
+
+class WarpTiles(PlainTiles):
     """What every algorithm on one warp per worker needs.
 
     Parameters
@@ -176,10 +178,6 @@ class RecurrentWarpTiles(WarpTiles):
     """
 
     direct = False
-    #: Whether a one-token step asks for its state before the token's data.
-    state_first = False
-    #: Whether what is moved now is known to move as vectors.
-    fits: bool | None = None
 
     def __init__(
         self,
@@ -196,6 +194,8 @@ class RecurrentWarpTiles(WarpTiles):
     ) -> None:
         super().__init__(row_lanes * column_lanes)
         self.widest, self.functions = widest, functions
+        # Without functions that ask and go on, a state that is there early only takes registers from what is computed meanwhile.
+        self.state_last = not (functions or self.state_first)
         self.group = group
         self.K, self.V, self.v_first = K, V, v_first
         self.columns, self.column_lanes, self.row_lanes = columns, column_lanes, row_lanes
@@ -247,21 +247,7 @@ class RecurrentWarpTiles(WarpTiles):
         self._take(buffer, lambda lane: (*outer, first + lane), width, vector, put_one)
 
     def settled(self, rows: tuple[Any, ...], view: Any, stride: Any, emit: Callable[[], None]) -> None:
-        """Emit a step for addresses of which all move as vectors, and for any.
-
-        A test at each access splits the step's code, and what was asked for before it would be waited for there.
-
-        Parameters
-        ----------
-        rows : tuple
-            Tensors of which `read` will be asked, with their indices.
-        view : Buffer
-            The first slot's tile of a pool.
-        stride : PrimExpr
-            Elements from slot to slot.
-        emit : callable
-            Emits the step.
-        """
+        """A test at each access would split the step's code, and what was asked for before it would be waited for there."""
         tests = [self._fits(view), *(self._row_fits(*row) for row in rows)]
         # Without functions nothing is asked for ahead of its use, so that one test would gain nothing.
         if not self.functions or any(test is False for test in tests):

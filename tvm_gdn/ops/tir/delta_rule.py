@@ -74,7 +74,6 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     ahead = chunked and advance.ahead
     size, together = (tiles.chunk, tiles.together) if ahead else (1, 1)
     conv = Convolution(form, geometry, tiles) if convolved else None
-    plan = getattr(tiles, "plan", lambda _heads, _tokens, emit: emit())
 
     def workers() -> int:
         """Workers per head, or heads."""
@@ -306,6 +305,6 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         else:
                             over_states(hv, j0)
 
-        plan(n_seq * HV, pick(varlen, T.int64(-1), TK), over_sequences)
+        tiles.plan(n_seq * HV, pick(varlen, T.int64(-1), TK), over_sequences)
 
     return kernel

@@ -38,8 +38,7 @@ class Convolution:
             silu=geometry.attr["activation"] == "silu",
             index=lambda n, c, _token: (n, c),
         )
-        # Neighbouring channels that a thread convolves where all that they need moves as vectors; 0 where vectors are loops.
-        self.strip = getattr(tiles, "strip", 0)
+        self.strip = tiles.strip
         self.silus = {width: tiles.sigmoid(width) for width in (1, tiles.vector, *([self.strip] if self.strip else []))}
 
 

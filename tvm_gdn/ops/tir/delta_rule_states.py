@@ -26,7 +26,7 @@ class StateMacros:
 
 def unbranched(form: Form, tiles: Any) -> bool:
     """Whether a state, or zeros, is asked for without a branch, behind which it would be waited for."""
-    return form.packed and not tiles.state_first and bool(getattr(tiles, "fits", False))
+    return form.packed and not tiles.state_first and bool(tiles.fits)
 
 
 def state_macros(form: Form, tiles: Any, call: Arguments, work: Work) -> StateMacros:
@@ -37,7 +37,7 @@ def state_macros(form: Form, tiles: Any, call: Arguments, work: Work) -> StateMa
     form : Form
         Of the kernel.
     tiles : object
-        The target's ``view``, ``load``, ``store``, ``zero``; ``ask_state`` if it has ``fits``.
+        The target's ``view``, ``load``, ``store``, ``zero``; ``ask_state`` if its ``fits`` is ever true.
     call : Arguments
         The kernel's arguments.
     work : Work

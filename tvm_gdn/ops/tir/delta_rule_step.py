@@ -65,20 +65,12 @@ def token_macros(form: Form, tiles: Any, call: Arguments, work: Work, vectors: V
         """Element of a gate tensor in fp32."""
         return T.Cast("float32", buffer[gate_dims(form, batch, token, head)])
 
-    def read_qk(*reads: tuple[Any, ...]) -> None:
-        """Read k and q: each on its own, or together where the target asks memory for both before it waits."""
-        if hasattr(tiles, "read_all"):
-            tiles.read_all(*reads)
-        else:
-            for arguments in reads:
-                tiles.read(*arguments)
-
     @T.inline
     def load_qk(t):
         if packed:
-            read_qk((x, mixed_qkv, n, (heads + h) * K), (y, mixed_qkv, n, h * K))
+            tiles.read_all((x, mixed_qkv, n, (heads + h) * K), (y, mixed_qkv, n, h * K))
         else:
-            read_qk((x, call.k, row, first + t, h, T.int64(0)), (y, call.q, row, first + t, h, T.int64(0)))
+            tiles.read_all((x, call.k, row, first + t, h, T.int64(0)), (y, call.q, row, first + t, h, T.int64(0)))
 
     @T.inline
     def normalize_qk():
@@ -191,15 +183,6 @@ def sequence_macro(form: Form, tiles: Any, call: Arguments, work: Work, token: T
     # A low-precision state must not be rounded between the tokens of one call, so only one-token calls may use it in place.
     direct_pool = tiles.direct and form.pool and not form.tree and not form.final
     direct_any_length = form.dtype_of("initial_state_source") == "float32"
-    # Without functions that ask and go on, a state that is there early only takes registers from what is computed meanwhile.
-    late = not (tiles.state_first or getattr(tiles, "functions", True))
-
-    def settled(rows: tuple[Any, ...], view: Any, stride: Any, step: Any) -> None:
-        """A step's code, for addresses that are tested before it where the target has it so."""
-        if hasattr(tiles, "settled"):
-            tiles.settled(rows, view, stride, step)
-        else:
-            step()
 
     @T.inline
     def steps(W, hv, j0):
@@ -223,17 +206,17 @@ def sequence_macro(form: Form, tiles: Any, call: Arguments, work: Work, token: T
                 if tiles.state_first:
                     memory.load_initial(local, hv, j0)
                 token.ask(0, hv, j0)
-                if not (tiles.state_first or late):
+                if not (tiles.state_first or tiles.state_last):
                     memory.load_initial(local, hv, j0)
                 token.prepare(0, hv)
-                if late:
+                if tiles.state_last:
                     memory.load_initial(local, hv, j0)
                 if unbranched(form, tiles):
                     tiles.take_state(local)
                 token.apply(local, 0, hv, j0)
                 memory.store_final(local, hv, j0)
 
-            settled(
+            tiles.settled(
                 pick(form.convolved, (), ((call.mixed_qkv, n, (heads + h) * K), (call.mixed_qkv, n, h * K))),
                 tiles.view(source, hv * (K * V), j0), s0, step,
             )  # fmt: skip
