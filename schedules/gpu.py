@@ -61,27 +61,6 @@ class WarpTiles(PlainTiles):
         """Whether a worker is one of `count`: the last block may be larger than what is left."""
         return True if self.group == 1 else worker < count
 
-    @staticmethod
-    def exp(x: Any) -> Any:
-        """Exp in fp32."""
-        return T.exp(x)
-
-    @staticmethod
-    def sigmoid(lanes: int) -> Any:
-        """Macro ``(x)``: the logistic function of `lanes` elements in place."""
-
-        @T.inline
-        def sigmoid(x):
-            for lane in T.serial(lanes):
-                x[lane] = T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - x[lane]))
-
-        return sigmoid
-
-    @staticmethod
-    def log(x: Any) -> Any:
-        """Natural logarithm in fp32."""
-        return T.log(x)
-
     def scalars(self, count: int) -> Any:
         """fp32 scratch scalars, one set per thread."""
         return T.alloc_buffer((count,), "float32", scope="local")

@@ -171,7 +171,7 @@ WRONG_VALUE = {
     "pool-layout": (BOTH, POOLED, give(state_v_first=True), STATES, "V = 32"),
     "pool-head-size": (BOTH, POOLED, on(STATES, lambda x: x[..., :16].contiguous()), STATES, "V = 32"),
     "heads-not-multiple": (BOTH, POOLED, heads(3), "v", "multiple of H"),
-    "no-key-columns": (BOTH, POOLED, lambda a: {**{n: a[n][..., :0] for n in "qk"}, STATES: a[STATES][:, :, :0]}, "q and k", "K = 0"),
+    "no-key-columns": (BOTH, POOLED, lambda a: {**{n: a[n][..., :0] for n in "qk"}, STATES: a[STATES][:, :, :0]}, "q has K = 0", "at least 1"),
     "no-value-columns": (BOTH, POOLED, lambda a: {n: a[n][..., :0] for n in ("v", STATES)}, "v has V = 0", "at least 1"),
     "no-heads": (BOTH, POOLED, heads(0), "v", "multiple of H"),
     # sequence bounds

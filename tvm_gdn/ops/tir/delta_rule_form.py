@@ -85,9 +85,16 @@ class Arguments:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
-    """A worker's sequence `n`: `length` tokens from `first` of a row, q/k head `h`, value heads from `hv`, the states' slots."""
+class Worker:
+    """A worker, and what it works on.
 
+    Sequence `n`, `length` tokens from `first` of a row, q/k head `h`, value heads from `hv`, the states' slots.
+    """
+
+    form: Form
+    #: The target's tile operations.
+    tiles: Any
+    call: Arguments
     n: Any
     row: Any
     first: Any

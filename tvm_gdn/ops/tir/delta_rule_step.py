@@ -7,8 +7,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.tir.delta_rule_form import Arguments, Form, Vectors, Work, pick
-from tvm_gdn.ops.tir.delta_rule_states import StateMacros, unbranched
+from tvm_gdn.ops.tir.delta_rule_form import Form, Vectors, Worker, pick
+from tvm_gdn.ops.tir.delta_rule_states import StateMacros, state_macros, unbranched
 from tvm_gdn.ops.tir.gates import gate_macros
 
 NORM_EPS = 1e-6
@@ -34,19 +34,13 @@ class TokenMacros:
     apply: Any
 
 
-def token_macros(form: Form, tiles: Any, call: Arguments, work: Work, vectors: Vectors) -> TokenMacros:
+def token_macros(worker: Worker, vectors: Vectors) -> TokenMacros:
     """Macros of one worker.
 
     Parameters
     ----------
-    form : Form
-        Of the kernel.
-    tiles : object
-        The target's tile operations.
-    call : Arguments
-        The kernel's arguments.
-    work : Work
-        The worker's.
+    worker : Worker
+        The worker.
     vectors : Vectors
         The worker's; k, q and v are there already if they are convolved here.
 
@@ -54,8 +48,9 @@ def token_macros(form: Form, tiles: Any, call: Arguments, work: Work, vectors: V
     -------
     TokenMacros
     """
+    form, tiles, call = worker.form, worker.tiles, worker.call
     K, V, packed, convolved, channel_gate = form.K, form.V, form.packed, form.convolved, form.channel_gate
-    n, row, first, h, heads = work.n, work.row, work.first, work.h, call.heads
+    n, row, first, h, heads = worker.n, worker.row, worker.first, worker.h, call.heads
     x, y, d, dx, u, z, m = vectors.x, vectors.y, vectors.d, vectors.dx, vectors.u, vectors.z, vectors.m
     mixed_qkv, g, scale = call.mixed_qkv, call.g, call.scale
     gate, rate = vectors.gates or (None, None)
@@ -155,19 +150,40 @@ def token_macros(form: Form, tiles: Any, call: Arguments, work: Work, vectors: V
     return TokenMacros(normalize_qk, ask, prepare, fetch, apply)
 
 
-def sequence_macro(form: Form, tiles: Any, call: Arguments, work: Work, token: TokenMacros, memory: StateMacros) -> Any:
+@dataclass(frozen=True, eq=False)
+class StepMacros:
+    """A worker's macros on tokens and on states in memory, and ``sequence(hv, j0)`` of both: all steps on a tile of its state."""
+
+    token: TokenMacros
+    memory: StateMacros
+    sequence: Any
+
+
+def step_macros(worker: Worker, vectors: Vectors) -> StepMacros:
+    """Macros of one worker.
+
+    Parameters
+    ----------
+    worker : Worker
+        The worker.
+    vectors : Vectors
+        The worker's.
+
+    Returns
+    -------
+    StepMacros
+    """
+    token, memory = token_macros(worker, vectors), state_macros(worker)
+    return StepMacros(token, memory, sequence_macro(worker, token, memory))
+
+
+def sequence_macro(worker: Worker, token: TokenMacros, memory: StateMacros) -> Any:
     """A sequence's steps on a tile of its state, from the state in memory and back.
 
     Parameters
     ----------
-    form : Form
-        Of the kernel.
-    tiles : object
-        The target's tile operations.
-    call : Arguments
-        The kernel's arguments.
-    work : Work
-        The worker's.
+    worker : Worker
+        The worker.
     token : TokenMacros
         The worker's.
     memory : StateMacros
@@ -177,7 +193,8 @@ def sequence_macro(form: Form, tiles: Any, call: Arguments, work: Work, token: T
     -------
     macro ``(hv, j0)``
     """
-    K, V, n, h, heads, slot, length = form.K, form.V, work.n, work.h, call.heads, work.slot, work.length
+    form, tiles, call = worker.form, worker.tiles, worker.call
+    K, V, n, h, heads, slot, length = form.K, form.V, worker.n, worker.h, call.heads, worker.slot, worker.length
     source = call.initial_state_source
     S, s0 = source.shape[0], source.strides[0]
     # A low-precision state must not be rounded between the tokens of one call, so only one-token calls may use it in place.

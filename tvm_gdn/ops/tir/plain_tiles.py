@@ -15,7 +15,7 @@ Expr = Any
 
 
 class PlainTiles:
-    """Answers of a target whose memory answers at once, and whose vectors are the code generator's own.
+    """Answers of a target whose memory answers at once, and whose vectors and functions are the code generator's own.
 
     Attributes
     ----------
@@ -38,6 +38,20 @@ class PlainTiles:
 
     #: Loop over neighbouring elements.
     lane_loop = staticmethod(T.vectorized)
+
+    exp = staticmethod(T.exp)
+    log = staticmethod(T.log)
+
+    @staticmethod
+    def sigmoid(lanes: int) -> Any:
+        """Macro ``(x)``: the logistic function of `lanes` elements in place."""
+
+        @T.inline
+        def sigmoid(x):
+            for lane in T.serial(lanes):
+                x[lane] = T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - x[lane]))
+
+        return sigmoid
 
     @staticmethod
     def in_register(number: Expr) -> Expr:
@@ -82,6 +96,14 @@ class PlainTiles:
         emit(False)
 
     def plan(self, heads: Expr, tokens: Expr, emit: Callable[[], None]) -> None:
-        """``emit()`` for each of several layouts of the work, behind the host's choice by the sizes of a call."""
+        """Call ``emit()`` for each of several layouts of the work, behind the host's choice by the sizes of a call.
+
+        Parameters
+        ----------
+        heads, tokens : PrimExpr
+            Value heads of all sequences together; tokens of each, -1 where the host does not know them.
+        emit : callable
+            Emits the work.
+        """
         del heads, tokens
         emit()
