@@ -7,7 +7,7 @@ own rows and columns of the state. ``rows(K)`` and ``cols(v_tile)`` loop over a 
 gives is every thread's.
 
 A target plugs in by a class with these methods, returned by the ``tiles(geometry, **knobs)`` of its design space
-(`tvm_gdn/schedule.py`); see `schedules/cpu_recurrent.py` and `schedules/gpu.py`.
+(`tvm_gdn/schedule.py`); see `schedules/cpu_recurrent.py` and `schedules/gpu_registers.py`.
 """
 
 from __future__ import annotations
