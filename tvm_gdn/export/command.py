@@ -20,6 +20,8 @@ from tvm_gdn.spec import Geometry, OpSpec
 #: Layers of several operators, which only ONNX takes.
 _LAYERS = {onnx_layer.SPEC.name: onnx_layer.SPEC}
 _NAMES = (*OPS, *_LAYERS)
+#: What the extra `export` installs.
+_EXTRA = {"onnx", "onnxruntime", "onnxscript", "tvm"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,10 +184,15 @@ def export(request: Request, form: str, path: Path, *, verify: bool = True) -> t
     Raises
     ------
     ExportError
-        The format cannot express the kernel.
+        The format cannot express the kernel, or what makes its files is not installed.
     """
     entry = FORMATS[form]
-    files = dict(entry.build(request))
+    try:
+        files = dict(entry.build(request))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+            raise
+        raise ExportError(f"--format {form} needs {error.name}: pip install 'tvm_gdn[export]'") from error
     checks: list[Check] = []
     if verify:
         with tempfile.TemporaryDirectory(prefix="tvm_gdn-export-") as folder:
