@@ -9,7 +9,7 @@ from pathlib import Path
 from tvm_gdn import models
 from tvm_gdn.commands import arguments
 from tvm_gdn.commands.text import emit, size_text, table
-from tvm_gdn.errors import ArgumentError
+from tvm_gdn.errors import ArgumentError, TvmGdnError
 from tvm_gdn.export import artifact, onnx_layer
 from tvm_gdn.export.artifact import Check, ExportError, Request
 from tvm_gdn.export.formats import FORMATS, combinations, profile_of
@@ -184,7 +184,9 @@ def export(request: Request, form: str, path: Path, *, verify: bool = True) -> t
     Raises
     ------
     ExportError
-        The format cannot express the kernel, or what makes its files is not installed.
+        The format cannot express the kernel.
+    TvmGdnError
+        What makes the format's files is not installed.
     """
     entry = FORMATS[form]
     try:
@@ -192,7 +194,7 @@ def export(request: Request, form: str, path: Path, *, verify: bool = True) -> t
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
-        raise ExportError(f"--format {form} needs {error.name}: pip install 'tvm_gdn[export]'") from error
+        raise TvmGdnError(f"--format {form} needs {error.name}: pip install 'tvm_gdn[export]'") from error
     checks: list[Check] = []
     if verify:
         with tempfile.TemporaryDirectory(prefix="tvm_gdn-export-") as folder:
