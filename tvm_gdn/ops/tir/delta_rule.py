@@ -29,9 +29,11 @@ from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.delta_rule_checks import check_call
 from tvm_gdn.ops.tir.delta_rule_conv import Convolution, Row, convolved_steps
-from tvm_gdn.ops.tir.delta_rule_form import Arguments, Form, Vectors, Worker, int64, pick
+from tvm_gdn.ops.tir.delta_rule_form import Arguments, Form, Vectors, Worker
 from tvm_gdn.ops.tir.delta_rule_states import state_macros
 from tvm_gdn.ops.tir.delta_rule_step import gate_dims, step_macros
+from tvm_gdn.ops.tir.integers import int64
+from tvm_gdn.ops.tir.parsing import pick
 from tvm_gdn.spec import Geometry
 
 

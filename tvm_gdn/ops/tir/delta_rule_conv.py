@@ -8,8 +8,9 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.conv_step import ConvStep
-from tvm_gdn.ops.tir.delta_rule_form import Form, Vectors, Worker, pick
+from tvm_gdn.ops.tir.delta_rule_form import Form, Vectors, Worker
 from tvm_gdn.ops.tir.delta_rule_step import StepMacros
+from tvm_gdn.ops.tir.parsing import pick
 from tvm_gdn.spec import Geometry
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm.script import tirx as T
-
 from tvm_gdn.spec import Geometry
 
 
@@ -124,13 +122,3 @@ class Vectors:
     m: Any
     #: Of the gates' formula; none where gates are given.
     gates: tuple[Any, ...]
-
-
-def pick(condition: bool, yes: Any, no: Any) -> Any:
-    """A choice made while the function is parsed."""
-    return yes if condition else no
-
-
-def int64(buffer: Any, *index: Any) -> Any:
-    """Element of an index tensor."""
-    return T.Cast("int64", buffer[index])

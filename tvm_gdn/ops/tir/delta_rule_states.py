@@ -7,7 +7,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.tir.delta_rule_form import Form, Worker, int64
+from tvm_gdn.ops.tir.delta_rule_form import Form, Worker
+from tvm_gdn.ops.tir.integers import int64
 
 
 @dataclass(frozen=True, eq=False)

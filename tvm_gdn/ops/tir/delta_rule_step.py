@@ -7,9 +7,10 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.tir.delta_rule_form import Form, Vectors, Worker, pick
+from tvm_gdn.ops.tir.delta_rule_form import Form, Vectors, Worker
 from tvm_gdn.ops.tir.delta_rule_states import StateMacros, state_macros, unbranched
 from tvm_gdn.ops.tir.gates import gate_macros
+from tvm_gdn.ops.tir.parsing import pick
 
 NORM_EPS = 1e-6
 

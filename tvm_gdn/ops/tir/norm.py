@@ -7,6 +7,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.integers import quotient
+from tvm_gdn.ops.tir.parsing import pick
 from tvm_gdn.spec import Geometry
 
 
@@ -35,10 +36,6 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
 
     loop, early = tiles.lane_loop, gated and norm_first and tiles.gate_early
     size = tiles.turns(full) * lanes + tiles.turns(rest)
-
-    def pick(condition: bool, yes: Any, no: Any) -> Any:
-        """A choice made while the function is parsed."""
-        return yes if condition else no
 
     @T.prim_func(s_tir=True)
     def kernel(x_: T.handle, weight_: T.handle, z_: T.handle, o_: T.handle, eps: T.float32):
