@@ -13,13 +13,15 @@ from typing import Any
 import tvm
 from tvm.script import tirx as T
 
+from tvm_gdn.ops.tir.plain_tiles import PlainTiles
+
 
 def divisors(n: int) -> tuple[int, ...]:
     """Divisors of n, ascending."""
     return tuple(d for d in range(1, n + 1) if n % d == 0)
 
 
-class CpuTiles:
+class CpuTiles(PlainTiles):
     """What every algorithm needs of a CPU: a parallel loop and scratch scalars."""
 
     #: The host part of a kernel can read its tensors, so it checks slots and sequence bounds before it starts.

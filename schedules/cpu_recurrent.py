@@ -25,9 +25,6 @@ class RecurrentTiles(CpuTiles):
         Update states in the pool's own memory where that is exact.
     """
 
-    #: Whether a one-token step asks for its state before the token's data.
-    state_first = False
-
     def __init__(self, K: int, V: int, *, v_tile: int, v_first: bool, lanes: int, unroll: int, direct: bool) -> None:
         self.K, self.V, self.v_tile, self.v_first, self.direct = K, V, v_tile, v_first, direct
         self.vector = lanes

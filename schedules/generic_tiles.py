@@ -16,23 +16,13 @@ from tvm_gdn.schedules.cpu_conv import ConvTiles
 from tvm_gdn.schedules.cpu_fused_decode import FusedDecodeTiles
 from tvm_gdn.schedules.cpu_tiles import BLOCK, Tile, ceil_div
 
+from tvm_gdn.ops.tir.plain_tiles import PlainTiles
+
 
 class Portable:
     """Functions of fp32 numbers, and sums, without vectors or knowledge of a number's bits."""
 
-    exp = staticmethod(T.exp)
-    log = staticmethod(T.log)
-
-    @staticmethod
-    def sigmoid(lanes: int) -> Any:
-        """Macro ``(x)``: the logistic function of `lanes` elements in place."""
-
-        @T.inline
-        def sigmoid(x):
-            for lane in T.serial(lanes):
-                x[lane] = T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - x[lane]))
-
-        return sigmoid
+    exp, log, sigmoid = map(staticmethod, (PlainTiles.exp, PlainTiles.log, PlainTiles.sigmoid))
 
     @staticmethod
     def sum(part: Any, lanes: int) -> Any:

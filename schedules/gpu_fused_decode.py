@@ -11,9 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu import RecurrentWarpTiles
 from tvm_gdn.schedules.gpu_portable import LoopTiles
 from tvm_gdn.schedules.gpu_recurrent import REGISTERS, SHARED, WARP, RecurrentGpu, RecurrentRocm
+from tvm_gdn.schedules.gpu_registers import RecurrentWarpTiles
 from tvm_gdn.schedules.gpu_staged import StagedWarpTiles
 from tvm_gdn.schedules.gpu_strips import StripColumns
 

@@ -45,8 +45,6 @@ class NormWarpTiles(WarpTiles):
         super().__init__(team)
         self.rows_per_worker, self.group, self.vector = rows_per_worker, group * WARP // team, vector
         self.sigmoid = short_sigmoid if short else WarpTiles.sigmoid
-        #: Whether what is moved now may move as vectors, where that is settled for all of it.
-        self.fits: bool | None = None
 
     def enter(self, lane: Any) -> None:
         """Take the thread index that the following operations belong to."""
@@ -54,8 +52,8 @@ class NormWarpTiles(WarpTiles):
         self.thread = lane
 
     @staticmethod
-    def held(number: Any) -> Any:
-        """A number in a register: an expression with a name is computed wherever it is used."""
+    def in_register(number: Any) -> Any:
+        """An expression with a name is computed wherever it is used."""
         kept = T.alloc_buffer((1,), "int64", scope="local")
         T.buffer_store(kept, number, [0])
         return kept[0]
@@ -101,8 +99,8 @@ class NormWarpTiles(WarpTiles):
             T.buffer_store(acc, acc[0] + T.tvm_warp_shuffle_xor(mask, acc[0], bit, self.warp, WARP), [0])
             bit *= 2
 
-    def settled(self, places: tuple[Any, ...], further: tuple[Any, ...], emit: Callable[[bool], None]) -> None:
-        """Emit code for rows that all move as vectors and meet further conditions, and for any."""
+    def settled_rows(self, places: tuple[Any, ...], further: tuple[Any, ...], emit: Callable[[bool], None]) -> None:
+        """One test for all that a row moves."""
         rows = [found for buffer, index, stride in places for found in self._regular(buffer, index, stride)]
         if self.vector == 1 or any(found is False for found in rows):
             emit(False)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from tvm_gdn.schedules.gpu import RecurrentWarpTiles
+from tvm_gdn.schedules.gpu_registers import RecurrentWarpTiles
 from tvm_gdn.schedules.gpu_staged import StagedWarpTiles
 
 from tvm_gdn.schedule import schedule

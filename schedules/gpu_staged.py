@@ -11,7 +11,8 @@ import math
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu import RecurrentWarpTiles, either, itemsize, move
+from tvm_gdn.schedules.gpu import either, itemsize, move
+from tvm_gdn.schedules.gpu_registers import RecurrentWarpTiles
 
 #: Bytes that are copied at once.
 PIECE = 16

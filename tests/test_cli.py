@@ -268,6 +268,12 @@ def test_list_names_every_operator_and_target(capsys, packs_only):
     ]
     status, text, _ = run(capsys, "list")
     assert all(f"\n{op} " in f"\n{text}" for op in OPS)
+    shown, legend = text.split("\n\n")[:2]
+    assert max(map(len, shown.splitlines())) <= 130
+    titles = shown.splitlines()[0].split()[1:]
+    grouped = {name for line in legend.splitlines() for name in line.partition(": ")[2].removesuffix(" (not here)").split(", ")}
+    assert targets <= grouped | set(titles)
+    assert "why:" not in text and f"  {GATING} on " in run(capsys, "list", "--op", GATING)[1].partition("why:")[2]
     assert str(packs_only / "mine") in text
 
 

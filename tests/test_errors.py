@@ -171,6 +171,8 @@ WRONG_VALUE = {
     "pool-layout": (BOTH, POOLED, give(state_v_first=True), STATES, "V = 32"),
     "pool-head-size": (BOTH, POOLED, on(STATES, lambda x: x[..., :16].contiguous()), STATES, "V = 32"),
     "heads-not-multiple": (BOTH, POOLED, heads(3), "v", "multiple of H"),
+    "no-key-columns": (BOTH, POOLED, lambda a: {**{n: a[n][..., :0] for n in "qk"}, STATES: a[STATES][:, :, :0]}, "q has K = 0", "at least 1"),
+    "no-value-columns": (BOTH, POOLED, lambda a: {n: a[n][..., :0] for n in ("v", STATES)}, "v has V = 0", "at least 1"),
     "no-heads": (BOTH, POOLED, heads(0), "v", "multiple of H"),
     # sequence bounds
     "cu-first": (BOTH, VARLEN, bounds(1, 5, 5, 8, 9), BOUNDS, "start with 0"),
@@ -234,6 +236,7 @@ WRONG_VALUE = {
     "packed-pool-expanded": ((PACKED,), PACKED_STEP, on(STATES, expanded(0)), STATES, "overlapping"),
     "packed-gates": ((PACKED,), PACKED_STEP, on("a", lambda x: x[:4]), "a", "B = 5"),
     "gating-shapes": ((GATING,), GATES, on("b", lambda x: x[:5]), "b", "M = 9"),
+    "gating-ranks": ((GATING,), GATES, on("b", lambda x: x[None]), "b", "a has (9, 6); they must be the same"),
     "gating-heads": ((GATING,), GATES, on("dt_bias", lambda x: x[:5]), "dt_bias", "HV = 6"),
     "gating-rank": ((GATING,), GATES, on("A_log", lambda x: x[None]), "A_log", "1, [HV]"),
     "gating-strided": ((GATING,), GATES, on("A_log", lambda x: x.repeat(2)[::2]), "A_log", "contiguous()"),
@@ -375,6 +378,17 @@ ROUTED = {"T": 3, "k": 2, "num_experts": 8, "E": 8}
 def test_calls_that_no_kernel_sees_or_that_one_once_took(op, arguments, text):
     function(op)(*((draw("moe_sort", ROUTED)["topk_ids"], 8) if op != "moe_route" else (torch.zeros(2, 8), 2)))
     with pytest.raises((ArgumentError, ArgumentTypeError), match=f"^{op}: {text}"):
+        function(op)(*arguments)
+
+
+@pytest.mark.parametrize(("op", "arguments", "text"), [
+    ("rms_norm_gated", (torch.zeros(3, 0), torch.zeros(0)), "x has D = 0"),
+    ("causal_conv1d_fn", (torch.zeros(4, 9), torch.zeros(4, 4)), r"x has 2 axes .*or \[D, T\] with query_start_loc"),
+    ("causal_conv1d_fn", (torch.zeros(2, 4, 9), torch.zeros(4, 4), None, None, torch.tensor([0, 9])),
+     r"x has 3 axes .*or \[B, D, T\] without query_start_loc"),
+])  # fmt: skip
+def test_shapes_that_no_kernel_is_made_for(op, arguments, text):
+    with pytest.raises(ArgumentError, match=f"^{op}: {text}"):
         function(op)(*arguments)
 
 

@@ -3,13 +3,19 @@
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from calls import POOL, kernels_of_a_model
 from processes import environment
 
+import tvm_gdn
+from tvm_gdn import parity, reference
+
 ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHECK = re.compile(
     r"^check (?P<what>[^:]+): .*?(?P<number>[\d.]+(?:e[+-]\d+)?)\b.*, limit (?P<limit>[\d.]+(?:e[+-]\d+)?)$", re.MULTILINE
 )
@@ -57,5 +63,24 @@ def test_example_checks_its_own_numbers(name):
 def test_every_example_is_tested_and_linked():
     names = {path.stem for path in (ROOT / "examples").glob("*.py")}
     assert names == set(CHECKS)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"(examples/{name}.py)" in readme for name in names)
+    assert all(f"(examples/{name}.py)" in README for name in names)
+
+
+def test_the_first_call_of_the_readme():
+    code = re.search(r"^```python\n(.*?)^```", README, re.S | re.M)[1]
+    scope: dict = {}
+    exec(code, scope)
+    pool, slots = torch.zeros_like(scope["pool"]), torch.tensor([3, 17, 42, -1])
+    want = reference.fused_recurrent_gated_delta_rule_update(
+        *(scope[name] for name in ("q", "k", "v", "g", "beta")),
+        initial_state_source=pool, initial_state_indices=slots, use_qk_l2norm_in_kernel=True, exact=True,
+    )  # fmt: skip
+    assert parity.rms_ratio(scope["o"], want) < 1e-5 and parity.rms_ratio(scope["pool"], pool) < 1e-5
+    assert want.abs().max() > 0 and pool[[3, 17, 42]].abs().amax((1, 2, 3)).min() > 0
+
+
+def test_what_the_readme_imports_is_there():
+    found = re.findall(r"^from (tvm_gdn\S*) import (\w+)$", README, re.M)
+    assert found and all(hasattr(import_module(module), name) for module, name in found)
+    # Names in running text are of what `import tvm_gdn` brings along.
+    assert all(hasattr(tvm_gdn, name) for name in re.findall(r"(?<![./\w])tvm_gdn\.(\w+)", README))

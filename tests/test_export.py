@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from exports import CHUNK, LAYER, request, run
 
@@ -87,6 +89,13 @@ def test_no_verifier_is_no_success(tmp_path, monkeypatch):
 def test_refused_requests_name_what_is_allowed(words, message, tmp_path, capsys):
     assert run(*words, "-o", tmp_path / "x") == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert run(*ONNX_WORDS, "-o", tmp_path / "x.onnx") == 2
+    assert capsys.readouterr().err.endswith("error: --format onnx needs onnx: pip install 'tvm_gdn[export]'\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_force_leaves_other_files_alone(tmp_path, capsys):

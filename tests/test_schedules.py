@@ -1,6 +1,8 @@
 """Design spaces: every operator resolves on every CPU target and every shape, and the one definition lowers to a GPU too."""
 
+import ast
 import contextlib
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +59,41 @@ def test_the_copy_engine_moves_states_that_fit(K, V, moved):
     space, _ = schedule.find_space("recurrent", named("cuda-sm90"))
     shape = geometry("packed_decode_gated_delta_rule", K, V, state_dtype="float32")
     assert (space.default(shape)["few"] < max(space.knobs(shape)["few"])) == moved
+
+
+@pytest.mark.parametrize("target", target_names())
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [
+        ("packed_decode_gated_delta_rule", "StepTiles"),
+        ("fused_recurrent_gated_delta_rule_update", "StepTiles"),
+        ("fused_conv_gated_delta_rule_update", "ConvolvedStepTiles"),
+    ],
+)
+def test_a_target_has_the_listed_operations(name, protocol, target):
+    """Algorithms ask for each of them and for `PlainTiles`' by name; `ask_state` and the like only where a target says so."""
+    from tvm_gdn.ops.tir import plain_tiles, step_tiles
+
+    listed = getattr(step_tiles, protocol)
+    wanted = {name for kind in (listed, *listed.__mro__) for name in (*vars(kind), *vars(kind).get("__annotations__", {}))}
+    wanted = {name for name in wanted | set(vars(plain_tiles.PlainTiles)) if not name.startswith("_")}
+    tiles = schedule.choose(OPS[name], geometry(name), named(target)).tiles(geometry(name))
+    optional = {"ask_state", "take_state"} if not hasattr(tiles, "ask_state") else set()
+    optional |= {"fit_rows"} if not tiles.strip else set()
+    optional |= {"take_rows"} if not getattr(tiles, "lines_shared", True) else set()
+    assert not {name for name in wanted - optional if not hasattr(tiles, name)}
+
+
+def asks(node):
+    """Whether a node of a syntax tree asks if a name is there: `hasattr`, or `getattr` with something in its place."""
+    name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+    return name == "hasattr" or (name == "getattr" and len(node.args) > 2)
+
+
+def test_algorithms_never_ask_whether_a_target_has_a_name():
+    assert any(map(asks, ast.walk(ast.parse("x = getattr(tiles, 'strip', 0)"))))
+    for path in (Path(__file__).parent.parent / "tvm_gdn" / "ops" / "tir").glob("*.py"):
+        assert not any(map(asks, ast.walk(ast.parse(path.read_text())))), path.name
 
 
 def test_a_name_that_the_kernel_does_not_take_is_an_error():

@@ -10,10 +10,10 @@ from tvm_gdn.ops.gating import fused_gdn_gating
 from tvm_gdn.ops.moe import expert_stats, moe_route, moe_sort
 from tvm_gdn.ops.moe_experts import fused_experts, shared_expert
 from tvm_gdn.ops.norm import rms_norm_gated
+from tvm_gdn.ops.packed_decode import packed_decode_gated_delta_rule
 from tvm_gdn.ops.recurrent import (
     fused_recurrent_gated_delta_rule_update,
     fused_sigmoid_gating_delta_rule_update,
-    packed_decode_gated_delta_rule,
 )
 from tvm_gdn.ops.sequence import (
     chunk_delta_rule,

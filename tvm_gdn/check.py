@@ -18,7 +18,7 @@ import torch
 
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops.rules import has_overlap
-from tvm_gdn.spec import Axis, Geometry, OpSpec, Scalar, Tensor
+from tvm_gdn.spec import Axis, Geometry, OpSpec, Scalar, Tensor, holds
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64", "int8", "uint8", "bool")
@@ -66,7 +66,7 @@ def validate(spec: OpSpec, args: Mapping[str, Any]) -> dict[str, int]:
         if not isinstance(value, torch.Tensor):
             raise ArgumentTypeError(f"{spec.name}: {tensor.name} is a {type(value).__name__}; pass a torch.Tensor")
         _check_dtype(spec, tensor, value, first)
-        _check_shape(spec, tensor, value, tensor.axis_names(args), sizes)
+        _check_shape(spec, tensor, value, args, sizes)
         _check_memory(spec, tensor, value)
     for axis, order in spec.derived:
         if axis not in sizes and order[-1] in sizes:
@@ -156,10 +156,22 @@ def _check_dtype(spec: OpSpec, tensor: Tensor, value: torch.Tensor, first: dict[
         raise ArgumentTypeError(f"{spec.name}: {tensor.name} has dtype {value.dtype}, {name} has {dtype}; they must be the same")
 
 
-def _check_shape(spec: OpSpec, tensor: Tensor, value: torch.Tensor, names: tuple[str, ...], sizes: dict[str, int]) -> None:
+def _other_layout(tensor: Tensor, args: Mapping[str, Any], rank: int) -> str:
+    """What would allow a rank that the layout of a call does not have."""
+    if tensor.axes_if is None:
+        return ""
+    condition, _ = tensor.axes_if
+    given = holds(args, condition)
+    names = tensor.axis_names({**args, condition: None if given else True})
+    return f"; or [{', '.join(names)}] with{'out' if given else ''} {condition}" if len(names) == rank else ""
+
+
+def _check_shape(spec: OpSpec, tensor: Tensor, value: torch.Tensor, args: Mapping[str, Any], sizes: dict[str, int]) -> None:
+    names = tensor.axis_names(args)
     if value.ndim != len(names):
         raise ArgumentError(
             f"{spec.name}: {tensor.name} has {value.ndim} axes {tuple(value.shape)}; allowed: {len(names)}, [{', '.join(names)}]"
+            + _other_layout(tensor, args, value.ndim)
         )
     layout = f"{tensor.name} is [{', '.join(names)}]"
     for position, (name, size) in enumerate(zip(names, value.shape, strict=True)):

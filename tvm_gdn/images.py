@@ -39,8 +39,8 @@ _CPUS = (_EM_X86_64, _EM_AARCH64)
 _MACHINES = {
     "cubin": (_EM_CUDA,),
     "hsaco": (_EM_AMDGPU,),
-    "elf-so": (_EM_X86_64, _EM_AARCH64),
-    "emulation": (_EM_X86_64, _EM_AARCH64),
+    "elf-so": _CPUS,
+    "emulation": _CPUS,
 }
 #: Functions that device code calls by name.
 FUNCTIONS = "device_functions.h"

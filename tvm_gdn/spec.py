@@ -22,6 +22,8 @@ from typing import Any
 
 FLOATS = ("float32", "bfloat16", "float16")
 INTS = ("int32", "int64")
+#: Bytes of an element, where a call's floor counts them.
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8}
 #: Storage of packed quantized data.
 BYTES = ("int8", "uint8")
 
@@ -129,8 +131,9 @@ class Tensor:
         Whether ``None`` is allowed.
     mutated : bool
         Whether the operator writes to it.
-    strides : {"inner", "any", "outer", "dense"}
-        Which strides the kernel takes: the last axis contiguous, any, all but the first axis contiguous, all contiguous.
+    strides : {"inner", "any", "outer", "outer2", "dense"}
+        Which strides the kernel takes: the last axis contiguous, any, all but the first axis contiguous, all but the first two,
+        all contiguous.
     values : callable, optional
         ``values(draw)`` gives the tensor of a case (of any dtype: it is converted), from a `Draw`; default: normal values.
     usual : str

@@ -26,8 +26,8 @@ PACKAGES = {
     "apache-tvm-ffi": "loading kernels",
     "apache-tvm": "compiling kernels; packs run without it",
     "optuna": "`tvm_gdn tune`",
-    "psutil": "`tvm_gdn tune`",
     "transformers": "`tvm_gdn demo`, `tvm_gdn bench --peers`",
+    "onnx": "`tvm_gdn export --format onnx`",
 }
 
 

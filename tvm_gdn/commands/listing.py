@@ -21,7 +21,8 @@ default  a schedule shaped by hand for the target or one that it inherits from; 
 generic  the portable fallback: right, but slow; the target has no schedule of its own for this operator
 none     no schedule yet: calls on the target raise, or under auto run the torch reference and say so
 A device's schedule may still refuse a geometry for its shared memory when it is built, and says so then.
-(not here) marks a target that this machine cannot run; the table of targets says what it lacks"""
+(not here) marks a target that this machine cannot run; the table of targets says what it lacks
+`tvm_gdn list --op OP` says why an operator has these schedules, `--json` all of it"""
 
 
 #: Words for schedules, the best first: an operator has the best of its geometries' in its cell, the reason tells the rest.
@@ -30,14 +31,14 @@ _ORDER = ("tuned", "default", "generic", "none")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments."""
-    arguments.add_op(parser, "list this operator only; may be repeated")
+    arguments.add_op(parser, "list this operator only, and say why it has its schedules; may be repeated")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the subcommand."""
     found = collect(args.op or list(OPS))
-    emit(as_json(found) if args.json else _text(found))
+    emit(as_json(found) if args.json else _text(found, reasoned=bool(args.op)))
     return 0
 
 
@@ -125,34 +126,47 @@ def _schedule_of(spec: OpSpec, target: TargetSpec) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _text(found: dict[str, Any]) -> str:
+def _text(found: dict[str, Any], *, reasoned: bool) -> str:
     parts = []
     if found["schedules"] is None:
         parts.append("apache-tvm is not installed, so schedules cannot be listed (pip install 'tvm_gdn[compile]'); packs run.")
     else:
-        parts.append(_schedules_text(found))
+        parts.append(_schedules_text(found, reasoned=reasoned))
     parts.append(f"auto means {found['auto']} on this machine" if found["auto"] else "auto finds no target that fits this CPU")
-    rows = [(target["name"], target["device"], target["reason"], target["description"]) for target in found["targets"]]
+    rows = [(target["name"], target["device"], target["description"], target["reason"]) for target in found["targets"]]
     parts.append(table(("target", "device", "", ""), rows))
     parts.append(_packs_text(found))
     return "\n\n".join(parts)
 
 
-def _schedules_text(found: dict[str, Any]) -> str:
-    names = [target["name"] for target in found["targets"]]
-    rows: dict[str, list[str]] = {}
+def _schedules_text(found: dict[str, Any], *, reasoned: bool) -> str:
+    """A column for all targets that have the same in every row; with the reasons if asked for."""
+    words: dict[str, dict[str, str]] = {}
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in found["schedules"]:
         word = entry["word"]
         if word == "tuned" and entry["tuned"] < entry["geometries"]:
             word += f" {entry['tuned']}/{entry['geometries']}"
-        rows.setdefault(entry["op"], [entry["op"]]).append(word if entry["runnable"] else f"{word} (not here)")
+        words.setdefault(entry["op"], {})[entry["target"]] = word
         reasons.setdefault((entry["op"], entry["reason"]), []).append(entry["target"])
-    lines = [
-        f"  {op} on {'every target' if targets == names else ', '.join(targets)}: {reason}"
+    columns: dict[tuple[Any, ...], list[str]] = {}
+    for target in found["targets"]:
+        name = target["name"]
+        columns.setdefault((target["runnable"], *(row[name] for row in words.values())), []).append(name)
+    titles = {names[0]: names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}" for names in columns.values()}
+    rows = [[op, *(row[first] for first in titles)] for op, row in words.items()]
+    legend = [
+        f"  {titles[names[0]]}: {', '.join(names)}{'' if key[0] else ' (not here)'}"
+        for key, names in columns.items()
+        if len(names) > 1 or not key[0]
+    ]
+    every = [target["name"] for target in found["targets"]]
+    why = [
+        f"  {op} on {'every target' if targets == every else ', '.join(targets)}: {reason}"
         for (op, reason), targets in reasons.items()
     ]
-    return "\n".join([table(("operator", *names), list(rows.values())), "", _WORDS, "", "why:", *lines])
+    lines = [table(("operator", *titles.values()), rows), "", *legend, "", _WORDS]
+    return "\n".join([*lines, "", "why:", *why] if reasoned else lines)
 
 
 def _packs_text(found: dict[str, Any]) -> str:

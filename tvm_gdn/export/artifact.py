@@ -13,7 +13,6 @@ import torch
 
 from tvm_gdn import cases, parity
 from tvm_gdn.build import symbol_of
-from tvm_gdn.check import TORCH_DTYPES
 from tvm_gdn.errors import ArgumentError, TvmGdnError
 from tvm_gdn.packed_experts import PackedExperts
 from tvm_gdn.spec import Geometry, OpSpec, Scalar
@@ -145,11 +144,6 @@ def compared(spec: OpSpec, what: str, by: str, got: Mapping[str, torch.Tensor], 
     errors, limits = parity.compare(spec, got, want)
     text = ", ".join(f"{name} {error:.1e} (limit {limits[name]:.0e})" for name, error in errors.items())
     return Check(what, by, all(error <= limits[name] for name, error in errors.items()), text)
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a SPEC's dtype name."""
-    return TORCH_DTYPES[name]
 
 
 def refuse_existing(path: Path, force: bool) -> None:

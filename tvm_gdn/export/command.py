@@ -9,7 +9,7 @@ from pathlib import Path
 from tvm_gdn import models
 from tvm_gdn.commands import arguments
 from tvm_gdn.commands.text import emit, size_text, table
-from tvm_gdn.errors import ArgumentError
+from tvm_gdn.errors import ArgumentError, TvmGdnError
 from tvm_gdn.export import artifact, onnx_layer
 from tvm_gdn.export.artifact import Check, ExportError, Request
 from tvm_gdn.export.formats import FORMATS, combinations, profile_of
@@ -20,6 +20,8 @@ from tvm_gdn.spec import Geometry, OpSpec
 #: Layers of several operators, which only ONNX takes.
 _LAYERS = {onnx_layer.SPEC.name: onnx_layer.SPEC}
 _NAMES = (*OPS, *_LAYERS)
+#: What the extra `export` installs.
+_EXTRA = {"onnx", "onnxruntime", "onnxscript", "tvm"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,9 +185,16 @@ def export(request: Request, form: str, path: Path, *, verify: bool = True) -> t
     ------
     ExportError
         The format cannot express the kernel.
+    TvmGdnError
+        What makes the format's files is not installed.
     """
     entry = FORMATS[form]
-    files = dict(entry.build(request))
+    try:
+        files = dict(entry.build(request))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
+            raise
+        raise TvmGdnError(f"--format {form} needs {error.name}: pip install 'tvm_gdn[export]'") from error
     checks: list[Check] = []
     if verify:
         with tempfile.TemporaryDirectory(prefix="tvm_gdn-export-") as folder:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tvm_gdn.ops import conv, fused_decode, gating, moe, moe_experts, norm, recurrent, sequence
+from tvm_gdn.ops import conv, fused_decode, gating, moe, moe_experts, norm, packed_decode, recurrent, sequence
 from tvm_gdn.spec import OpSpec
 
-_MODULES = (gating, recurrent, sequence, conv, fused_decode, norm, moe, moe_experts)
+_MODULES = (gating, recurrent, packed_decode, sequence, conv, fused_decode, norm, moe, moe_experts)
 OPS: dict[str, OpSpec] = {spec.name: spec for module in _MODULES for spec in module.SPECS}

@@ -10,9 +10,7 @@ import torch
 
 from tvm_gdn.ops import draws
 from tvm_gdn.ops.rules import NO_STEPS, check_recurrent
-from tvm_gdn.spec import INTS, Geometry, Output, Scalar, Tensor
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+from tvm_gdn.spec import INTS, ITEMSIZE, Geometry, Output, Scalar, Tensor
 
 
 def default_scale(axes: Mapping[str, int]) -> float:

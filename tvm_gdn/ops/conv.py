@@ -12,9 +12,8 @@ import torch
 
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
-from tvm_gdn.ops.arguments import ITEMSIZE
 from tvm_gdn.ops.rules import check_bounds, check_slots
-from tvm_gdn.spec import INTS, Draw, Geometry, OpSpec, Output, Scalar, Tensor, named_sizes
+from tvm_gdn.spec import INTS, ITEMSIZE, Draw, Geometry, OpSpec, Output, Scalar, Tensor, named_sizes
 
 #: Activations of a convolution, and what they mean.
 ACTIVATIONS = (("silu", "silu"), ("swish", "silu"), (None, "none"))

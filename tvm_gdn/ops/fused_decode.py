@@ -13,10 +13,10 @@ import torch
 
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.ops import arguments, draws
-from tvm_gdn.ops.arguments import A_LOG, DT_BIAS, ITEMSIZE, OWN_POOL, SCALE, SLOTS, V_FIRST
+from tvm_gdn.ops.arguments import A_LOG, DT_BIAS, OWN_POOL, SCALE, SLOTS, V_FIRST
 from tvm_gdn.ops.conv import ACTIVATIONS, check_conv
 from tvm_gdn.ops.rules import check_recurrent
-from tvm_gdn.spec import INTS, Draw, Geometry, OpSpec, Output, Scalar, Tensor
+from tvm_gdn.spec import INTS, ITEMSIZE, Draw, Geometry, OpSpec, Output, Scalar, Tensor
 
 
 def _sizes(case: Mapping[str, Any]) -> dict[str, int]:

@@ -7,16 +7,15 @@ from collections.abc import Mapping
 import torch
 
 from tvm_gdn.autograd import forward_only
+from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import draws
-from tvm_gdn.spec import Geometry, OpSpec, Output, Scalar, Tensor
-
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+from tvm_gdn.spec import ITEMSIZE, Geometry, OpSpec, Output, Scalar, Tensor
 
 
 def _cost(sizes: Mapping[str, int], geometry: Geometry) -> tuple[int, int]:
     """Floor: a and b read, g (fp32) and beta written, once."""
     elements = sizes["M"] * sizes["HV"]
-    item = _ITEMSIZE[geometry.dtype["a"]]
+    item = ITEMSIZE[geometry.dtype["a"]]
     return elements * (3 * item + 4), elements * 10
 
 
@@ -80,12 +79,16 @@ def fused_gdn_gating(
     Raises
     ------
     ArgumentError
-        Shapes, dtypes or devices that do not fit.
+        Shapes that do not fit.
+    ArgumentTypeError
+        A dtype or device that is not allowed.
 
     Notes
     -----
     Source: Gated Delta Networks (arXiv:2412.06464), as implemented in Qwen3-Next. Everything is computed in fp32.
     """
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and max(a.ndim, b.ndim) > 2 and a.shape != b.shape:
+        raise ArgumentError(f"fused_gdn_gating: b has shape {tuple(b.shape)}, a has {tuple(a.shape)}; they must be the same")
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.ndim != 2 and a.ndim >= 1 and a.shape == b.shape:
         # flatten(0, -2) of a strided view may copy; the leading axes of a projection's slice always collapse without one.
         lead = a.shape[:-1]

@@ -9,9 +9,7 @@ import torch
 
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
-from tvm_gdn.spec import INTS, Draw, Geometry, OpSpec, Output, Scalar, Tensor, named_sizes
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int32": 4, "int64": 8}
+from tvm_gdn.spec import INTS, ITEMSIZE, Draw, Geometry, OpSpec, Output, Scalar, Tensor, named_sizes
 
 
 def draw_logits(draw: Draw) -> torch.Tensor:
@@ -199,7 +197,9 @@ def moe_route(
     Raises
     ------
     ArgumentError
-        Sizes that do not fit; `top_k` beyond the experts that may be chosen.
+        Sizes or a `scoring` that do not fit; `top_k` beyond the experts that may be chosen.
+    ArgumentTypeError
+        A dtype or device that is not allowed.
 
     Notes
     -----
@@ -236,6 +236,8 @@ def moe_sort(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, to
     ------
     ArgumentError
         `topk_ids` is not ``[T, k]``, or `num_experts` is less than one.
+    ArgumentTypeError
+        A dtype that is not allowed.
 
     Notes
     -----
@@ -267,6 +269,8 @@ def expert_stats(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
     ------
     ArgumentError
         `topk_ids` is not ``[T, k]``, or `num_experts` is less than one.
+    ArgumentTypeError
+        A dtype that is not allowed.
 
     Notes
     -----

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from tvm_gdn.autograd import forward_only
-from tvm_gdn.errors import ArgumentError
-from tvm_gdn.ops.moe import IDS, ITEMSIZE, sizes
+from tvm_gdn.errors import ArgumentError, ArgumentTypeError
+from tvm_gdn.ops.moe import IDS, sizes
 from tvm_gdn.packed_experts import GROUPS, STEP, PackedExperts, unpack
-from tvm_gdn.spec import FLOATS, Draw, Geometry, OpSpec, Output, Scalar, Tensor
+from tvm_gdn.spec import FLOATS, ITEMSIZE, Draw, Geometry, OpSpec, Output, Scalar, Tensor
 
 ACTIVATION = Scalar("activation", "str", "silu", static=True, choices=(("silu", "silu"), ("swish", "silu")))
 _FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -209,6 +209,16 @@ FUSED_EXPERTS_QUANTIZED = _packed(
 SPECS = (FUSED_EXPERTS, FUSED_EXPERTS_PACKED, FUSED_EXPERTS_QUANTIZED)
 
 
+def _run_pack(
+    x: torch.Tensor, pack: PackedExperts, topk_weights: torch.Tensor | None, topk_ids: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    if pack.w13_scale is None:
+        return torch.ops.tvm_gdn.fused_experts_packed(x, pack.w13, pack.w2, topk_weights, topk_ids, pack.scheme, activation)
+    return torch.ops.tvm_gdn.fused_experts_quantized(
+        x, pack.w13, pack.w2, topk_weights, topk_ids, pack.w13_scale, pack.w2_scale, pack.scheme, activation
+    )
+
+
 @forward_only
 def fused_experts(
     x: torch.Tensor,
@@ -244,7 +254,9 @@ def fused_experts(
     Raises
     ------
     ArgumentError
-        Shapes, dtypes or devices that do not fit.
+        Shapes or an activation that do not fit.
+    ArgumentTypeError
+        A dtype or device that is not allowed.
 
     Notes
     -----
@@ -256,12 +268,11 @@ def fused_experts(
     if isinstance(w13, PackedExperts):
         if w2 is not None:
             raise ArgumentError("fused_experts: a pack holds both weights; pass topk_weights and topk_ids by name")
-        pack = w13
-        if pack.w13_scale is None:
-            return torch.ops.tvm_gdn.fused_experts_packed(x, pack.w13, pack.w2, topk_weights, topk_ids, pack.scheme, activation)
-        return torch.ops.tvm_gdn.fused_experts_quantized(
-            x, pack.w13, pack.w2, topk_weights, topk_ids, pack.w13_scale, pack.w2_scale, pack.scheme, activation
-        )
+        try:
+            return _run_pack(x, w13, topk_weights, topk_ids, activation)
+        except (ArgumentError, ArgumentTypeError) as error:
+            # In the words of the function that was called.
+            raise type(error)(f"fused_experts:{str(error).partition(':')[2]}") from None
     return torch.ops.tvm_gdn.fused_experts(x, w13, w2, topk_weights, topk_ids, activation)
 
 
@@ -296,7 +307,9 @@ def shared_expert(
     Raises
     ------
     ArgumentError
-        Shapes, dtypes or devices that do not fit.
+        Shapes or an activation that do not fit.
+    ArgumentTypeError
+        A dtype or device that is not allowed.
 
     Notes
     -----

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
-from tvm_gdn.ops.arguments import ITEMSIZE
-from tvm_gdn.spec import Geometry, OpSpec, Output, Scalar, Tensor
+from tvm_gdn.spec import ITEMSIZE, Geometry, OpSpec, Output, Scalar, Tensor
 
 
 def _cost(sizes: Mapping[str, int], geometry: Geometry) -> tuple[int, int]:
@@ -17,6 +17,12 @@ def _cost(sizes: Mapping[str, int], geometry: Geometry) -> tuple[int, int]:
     elements, item = sizes["M"] * sizes["G"] * geometry.axis["D"], ITEMSIZE[geometry.dtype["x"]]
     gate = ITEMSIZE[geometry.dtype["z"]] if "z" in geometry.dtype else 0
     return elements * (2 * item + gate), elements * 12
+
+
+def _check(args: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
+    del args
+    if sizes["D"] == 0:
+        raise ArgumentError("x has D = 0 (its last axis); it must be at least 1")
 
 
 RMS_NORM_GATED = OpSpec(
@@ -48,6 +54,7 @@ RMS_NORM_GATED = OpSpec(
         for dtype in ("bfloat16", "float32")
         for tokens in (1, 32, 512)
     ),
+    check=_check,
     cost=_cost,
     smallest={"D": 16},
 )

@@ -12,7 +12,6 @@ import torch
 
 from tvm_gdn import direct
 from tvm_gdn.autograd import forward_only
-from tvm_gdn.ops import draws
 from tvm_gdn.ops.arguments import (
     A_LOG,
     BETA,
@@ -24,7 +23,6 @@ from tvm_gdn.ops.arguments import (
     KEY,
     L2NORM,
     OUT,
-    OWN_POOL,
     POOL,
     QUERY,
     SCALE,
@@ -38,12 +36,14 @@ from tvm_gdn.ops.arguments import (
     is_one_token_batch,
     tokens_first,
 )
-from tvm_gdn.spec import OpSpec, Output, Scalar, Tensor
+from tvm_gdn.spec import OpSpec
 
 _DECODE = {"T": 1, "H": 16, "HV": 32, "K": 128, "V": 128, "state_dtype": "float32"}
-_POOLED = ("initial_state_source", "initial_state_indices")
-_DECODE_BENCH = tuple(
-    {"B": batch, "S": batch, **_DECODE, "dtype": dtype, "with": _POOLED, "use_qk_l2norm_in_kernel": True}
+#: The tensors of a state pool.
+POOLED = ("initial_state_source", "initial_state_indices")
+#: One token of some sequences of Qwen3-Next.
+DECODE_BENCH = tuple(
+    {"B": batch, "S": batch, **_DECODE, "dtype": dtype, "with": POOLED, "use_qk_l2norm_in_kernel": True}
     for dtype in ("bfloat16", "float32")
     for batch in (1, 8, 32)
 )
@@ -51,11 +51,11 @@ _DECODE_BENCH = tuple(
 
 def _pooled_cases() -> tuple[Mapping[str, Any], ...]:
     """Shapes and options on which the pool operators are held against the reference."""
-    verify = (*_POOLED, "intermediate_states_buffer", "intermediate_state_indices")
+    verify = (*POOLED, "intermediate_states_buffer", "intermediate_state_indices")
     cases: list[dict[str, Any]] = [
-        {"B": 3, "T": 1, "H": 2, "HV": 4, "K": 128, "V": 64, "S": 5, "with": _POOLED, "use_qk_l2norm_in_kernel": True},
-        {"B": 2, "T": 65, "H": 2, "HV": 2, "K": 64, "V": 32, "S": 4, "with": _POOLED},
-        {"B": 4, "T": 1, "H": 1, "HV": 3, "K": 8, "V": 8, "S": 4, "with": _POOLED, "padding": True},
+        {"B": 3, "T": 1, "H": 2, "HV": 4, "K": 128, "V": 64, "S": 5, "with": POOLED, "use_qk_l2norm_in_kernel": True},
+        {"B": 2, "T": 65, "H": 2, "HV": 2, "K": 64, "V": 32, "S": 4, "with": POOLED},
+        {"B": 4, "T": 1, "H": 1, "HV": 3, "K": 8, "V": 8, "S": 4, "with": POOLED, "padding": True},
         {
             "lengths": (5, 0, 63, 1),
             "H": 2,
@@ -63,7 +63,7 @@ def _pooled_cases() -> tuple[Mapping[str, Any], ...]:
             "K": 32,
             "V": 64,
             "S": 9,
-            "with": (*_POOLED, "cu_seqlens"),
+            "with": (*POOLED, "cu_seqlens"),
             "padding": True,
             "index_dtype": "int32",
         },
@@ -98,7 +98,7 @@ def _pooled_cases() -> tuple[Mapping[str, Any], ...]:
             "K": 20,
             "V": 12,
             "S": 2,
-            "with": (*_POOLED, "cu_seqlens", "intermediate_states_buffer"),
+            "with": (*POOLED, "cu_seqlens", "intermediate_states_buffer"),
             "note": "buffer",
         },
         {"B": 2, "T": 3, "H": 1, "HV": 1, "K": 256, "V": 128, "with": ()},
@@ -122,7 +122,7 @@ FUSED_RECURRENT_UPDATE = OpSpec(
     outputs=(OUT,),
     static_axes=("K", "V"),
     cases=_pooled_cases(),
-    bench=_DECODE_BENCH,
+    bench=DECODE_BENCH,
     storage_matters_with="retrieve_parent_token",
     **FAMILY,
 )
@@ -151,54 +151,12 @@ FUSED_SIGMOID_GATING_UPDATE = OpSpec(
     outputs=(OUT,),
     static_axes=("K", "V"),
     cases=_pooled_cases(),
-    bench=_DECODE_BENCH,
+    bench=DECODE_BENCH,
     storage_matters_with="retrieve_parent_token",
     **FAMILY,
 )
 
-PACKED_DECODE = OpSpec(
-    name="packed_decode_gated_delta_rule",
-    summary="one decode step from the packed qkv projection, gates computed inside",
-    algorithm="recurrent",
-    inputs=(
-        Tensor("mixed_qkv", "B R", role="data"),
-        Tensor("a", "B HV", strides="any"),
-        Tensor("b", "B HV", strides="any"),
-        A_LOG,
-        DT_BIAS,
-        OWN_POOL,
-        SLOTS,
-        SCALE,
-        Scalar("use_qk_l2norm_in_kernel", "bool", True),
-        Scalar("softplus_beta", "float", 1.0),
-        Scalar("softplus_threshold", "float", 20.0),
-        V_FIRST,
-    ),
-    outputs=(Output("o", "B 1 HV V", like="data"),),
-    static_axes=("K", "V"),
-    cases=tuple(
-        {**case, "dtype": dtype, "state_dtype": state, "state_v_first": v_first}
-        for case in (
-            {"B": 5, "H": 2, "HV": 4, "K": 128, "V": 64, "S": 7, "with": _POOLED, "padding": True},
-            {
-                "B": 2,
-                "H": 3,
-                "HV": 3,
-                "K": 8,
-                "V": 20,
-                "S": 2,
-                "with": ("initial_state_source",),
-                "use_qk_l2norm_in_kernel": False,
-            },
-        )
-        for dtype, state in (("float32", "float32"), ("bfloat16", "float32"), ("float16", "bfloat16"))
-        for v_first in (False, True)
-    ),
-    bench=tuple({k: v for k, v in case.items() if k != "T"} for case in _DECODE_BENCH),
-    **{**FAMILY, "sizes": draws.packed_sizes},
-)
-
-SPECS = (FUSED_RECURRENT_UPDATE, FUSED_SIGMOID_GATING_UPDATE, PACKED_DECODE)
+SPECS = (FUSED_RECURRENT_UPDATE, FUSED_SIGMOID_GATING_UPDATE)
 
 
 @forward_only
@@ -366,68 +324,3 @@ intermediate_states_buffer, intermediate_state_indices, cache_steps, retrieve_pa
         state_v_first,
     )
     return tokens_first(o) if one_token else o
-
-
-@forward_only
-def packed_decode_gated_delta_rule(
-    mixed_qkv: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    initial_state_source: torch.Tensor,
-    initial_state_indices: torch.Tensor | None = None,
-    scale: float | None = None,
-    use_qk_l2norm_in_kernel: bool = True,
-    softplus_beta: float = 1.0,
-    softplus_threshold: float = 20.0,
-    *,
-    state_v_first: bool = False,
-) -> torch.Tensor:
-    """One decode step from the packed qkv projection, gates computed inside.
-
-    Parameters
-    ----------
-    mixed_qkv : torch.Tensor
-        ``[B, 2*H*K + HV*V]``: per row q heads, k heads, v heads; fp32, bf16 or fp16; rows may be strided.
-    a, b : torch.Tensor
-        ``[B, HV]``, fp32, bf16 or fp16 each, any strides.
-    A_log, dt_bias : torch.Tensor
-        ``[HV]``, fp32, bf16 or fp16 each.
-    initial_state_source : torch.Tensor
-        Pool ``[slots, HV, K, V]``, updated in place; K, V are read from its shape, HV from `A_log`.
-    initial_state_indices, scale, use_qk_l2norm_in_kernel, state_v_first
-        As in `fused_recurrent_gated_delta_rule_update`.
-    softplus_beta, softplus_threshold : float
-        Sharpness of softplus, and where it becomes the identity.
-
-    Returns
-    -------
-    torch.Tensor
-        ``[B, 1, HV, V]``, dtype of `mixed_qkv`.
-
-    Raises
-    ------
-    ArgumentError
-        A shape, stride or slot that is not allowed; nothing has been written then.
-    ArgumentTypeError
-        A dtype or device that is not allowed.
-
-    Notes
-    -----
-    Source: Gated Delta Networks (arXiv:2412.06464), in the packed form of SGLang's decode path.
-    """
-    return direct.call.packed_decode_gated_delta_rule(
-        mixed_qkv,
-        a,
-        b,
-        A_log,
-        dt_bias,
-        initial_state_source,
-        initial_state_indices,
-        scale,
-        use_qk_l2norm_in_kernel,
-        softplus_beta,
-        softplus_threshold,
-        state_v_first,
-    )

@@ -52,6 +52,9 @@ def readable(tensor: torch.Tensor) -> bool:
 
 
 def _check_heads(sizes: Mapping[str, int]) -> None:
+    for axis, name in (("K", "q"), ("V", "v")):
+        if sizes[axis] == 0:
+            raise ArgumentError(f"{'initial_state_source' if 'R' in sizes else name} has {axis} = 0; it must be at least 1")
     if "R" in sizes:
         K, V, HV = sizes["K"], sizes["V"], sizes["HV"]
         rest = sizes["R"] - HV * V

@@ -203,6 +203,8 @@ g : torch.Tensor
     ``[B, T, HV, K]``, log-decay per channel of the key, fp32, bf16 or fp16; the last axis contiguous.""",
     "delta_rule": "",
 }
+_CHUNKED = """; chunks of tokens are computed with matrix products.
+A NaN or an infinity of a token reaches the tokens before it in its chunk too, never another sequence or head"""
 _SOURCES = {
     "gated_delta_rule": "Gated Delta Networks (arXiv:2412.06464)",
     "kda": "Kimi Linear (arXiv:2510.26692)",
@@ -220,7 +222,7 @@ def _documented(function: F) -> F:
     text = _PARAMETERS.format(
         gate=_GATE_TEXT[rule],
         decay="" if rule == "delta_rule" else "S *= exp(g); ",
-        chunked="; chunks of tokens are computed with matrix products" if form == "chunk" else "",
+        chunked=_CHUNKED if form == "chunk" else "",
         source=_SOURCES[rule],
     )
     function.__doc__ = f"{function.__doc__}\n{text}"

@@ -18,7 +18,8 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.conv_step import ConvStep
-from tvm_gdn.ops.tir.integers import quotient
+from tvm_gdn.ops.tir.integers import int64, quotient
+from tvm_gdn.ops.tir.parsing import pick
 from tvm_gdn.spec import Geometry
 
 
@@ -53,17 +54,9 @@ def conv(geometry: Geometry, tiles: Any) -> Any:
     sigmoids = {width: tiles.sigmoid(width) for width in (1, lanes)}
     ahead, windowed = tiles.ahead, tiles.ahead > 0
 
-    def pick(condition: bool, yes: Any, no: Any) -> Any:
-        """A choice made while the function is parsed."""
-        return yes if condition else no
-
     def of_batch(batch: Any, *rest: Any) -> tuple[Any, ...]:
         """Packed sequences have no batch axis."""
         return rest if varlen else (batch, *rest)
-
-    def int64(buffer: Any, *index: Any) -> Any:
-        """Element of an index tensor."""
-        return T.Cast("int64", buffer[index])
 
     def slot_of(n: Any, *indices: Any) -> Any:
         """Slot of a sequence."""

@@ -22,7 +22,7 @@ class ConvStep:
     Parameters
     ----------
     tiles : object
-        The target's `scalars`, `array`, `columns_in`, `columns_out`; `lane_loop` over neighbouring elements if not vectors.
+        The target's `scalars`, `array`, `columns_in`, `columns_out` and `lane_loop`.
     W, L : int
         Taps per channel, inputs per channel in a state.
     state : str
@@ -37,7 +37,7 @@ class ConvStep:
         self, tiles: Any, *, W: int, L: int, state: str, biased: bool, silu: bool, index: Callable[..., tuple[Any, ...]]
     ) -> None:
         self.W, self.L, self.state, self.biased, self.index = W, L, state, biased, index
-        self.loop = getattr(tiles, "lane_loop", T.vectorized)
+        self.loop = tiles.lane_loop
         self.load_taps, self.begin = self._load_taps(tiles), self._begin()
         self.load_state, self.store_state = self._load_state(tiles), self._store_state(tiles)
         self.products, self.head, self.keep = self._products(), self._head(), self._keep()

@@ -12,11 +12,8 @@ so that a step passes over the state twice and writes it once. Source of the mat
 
 What differs between the operators (gates given or computed, separate or packed q/k/v, convolved before or here, pool or separate
 states, verification) is decided here, while the function is parsed, from the geometry. What differs between targets comes from
-`tiles` (see `schedules/cpu.py`): how workers map to threads or blocks, where the state tile lives, and the two matrix-vector
-operations. `tiles.direct` says that a state may be updated in the pool's own memory instead of in a local copy, and
-`tiles.state_first` that a one-token step asks for its state before the token's data. Tiles that have several plans supply
-``plan(heads, tokens, emit)``: it calls ``emit()`` for each, behind the host's choice by the number of sequences times value
-heads, and of a sequence's tokens (-1 where the host does not know it).
+`tiles` (`step_tiles.py` lists it): how workers map to threads or blocks, where the state tile lives, and the two matrix-vector
+operations.
 
 Here stand the arguments, and how sequences and heads become workers. `delta_rule_step.py` has a token's step and the steps of a
 sequence, `delta_rule_states.py` where states are in memory, `delta_rule_conv.py` the convolution ahead of a step,
@@ -32,9 +29,11 @@ from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.delta_rule_checks import check_call
 from tvm_gdn.ops.tir.delta_rule_conv import Convolution, Row, convolved_steps
-from tvm_gdn.ops.tir.delta_rule_form import Arguments, Form, Vectors, Work, int64, pick
+from tvm_gdn.ops.tir.delta_rule_form import Arguments, Form, Vectors, Worker
 from tvm_gdn.ops.tir.delta_rule_states import state_macros
-from tvm_gdn.ops.tir.delta_rule_step import gate_dims, sequence_macro, token_macros
+from tvm_gdn.ops.tir.delta_rule_step import gate_dims, step_macros
+from tvm_gdn.ops.tir.integers import int64
+from tvm_gdn.ops.tir.parsing import pick
 from tvm_gdn.spec import Geometry
 
 
@@ -45,7 +44,7 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     ----------
     geometry : Geometry
         Static axes K and V, dtypes of the tensors present, ``state_v_first`` and ``output_final_state``.
-    tiles : object
+    tiles : StepTiles, ConvolvedStepTiles or ChunkTiles
         The target's tile operations.
     advance : object, optional
         ``advance(...)`` emits code that advances a worker's states over a whole sequence (`chunk.py`); by default they step
@@ -74,7 +73,6 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
     ahead = chunked and advance.ahead
     size, together = (tiles.chunk, tiles.together) if ahead else (1, 1)
     conv = Convolution(form, geometry, tiles) if convolved else None
-    plan = getattr(tiles, "plan", lambda _heads, _tokens, emit: emit())
 
     def workers() -> int:
         """Workers per head, or heads."""
@@ -274,9 +272,9 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         conv_usable: T.let[T.bool] = conv_slot >= 0 and conv_slot < SC and conv_slot != pad_slot_id
                         conv_from: T.let[T.int64] = T.Select(conv_usable, conv_slot, T.int64(0))
 
-                    work = T.meta_var(Work(n, row, first, length, h, hv, slot, buffer_slot))
-                    memory = T.meta_var(state_macros(form, tiles, call, work))
+                    this_worker = T.meta_var(Worker(form, tiles, call, n, row, first, length, h, hv, slot, buffer_slot))
                     if chunked:
+                        memory = T.meta_var(state_macros(this_worker))
                         for i in T.serial(count):
                             memory.load_initial(tiles.state(i), hv + i, j0)
                         advance(
@@ -296,16 +294,15 @@ def delta_rule(geometry: Geometry, tiles: Any, advance: Any = None) -> Any:
                         vectors = T.meta_var(
                             Vectors(x, y, d, dx, u, z, value if convolved else z, m, (gate, rate) if form.fused_gate else ())
                         )
-                        token = T.meta_var(token_macros(form, tiles, call, work, vectors))
-                        over_states = T.meta_var(sequence_macro(form, tiles, call, work, token, memory))
+                        macros = T.meta_var(step_macros(this_worker, vectors))
                         if convolved:
                             line = T.meta_var(
-                                Row(conv_state_flat, conv_weight_flat, conv_usable, conv_from, line_x, line_y, line_v)
+                                Row(per_key, conv_state_flat, conv_weight_flat, conv_usable, conv_from, line_x, line_y, line_v)
                             )
-                            convolved_steps(form, tiles, conv, call, work, line, vectors, token, memory, over_states, per_key)
+                            convolved_steps(this_worker, conv, line, vectors, macros)
                         else:
-                            over_states(hv, j0)
+                            macros.sequence(hv, j0)
 
-        plan(n_seq * HV, pick(varlen, T.int64(-1), TK), over_sequences)
+        tiles.plan(n_seq * HV, pick(varlen, T.int64(-1), TK), over_sequences)
 
     return kernel

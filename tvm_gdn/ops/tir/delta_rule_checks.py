@@ -8,7 +8,9 @@ from tvm.script import tirx as T
 
 from tvm_gdn.ops.rules import NO_STEPS
 from tvm_gdn.ops.tir.conv_step import ConvStep
-from tvm_gdn.ops.tir.delta_rule_form import Arguments, Form, int64, pick
+from tvm_gdn.ops.tir.delta_rule_form import Arguments, Form
+from tvm_gdn.ops.tir.integers import int64
+from tvm_gdn.ops.tir.parsing import pick
 from tvm_gdn.ops.tir.slots import find_shared
 
 #: Slot of padding sequences.

@@ -8,9 +8,9 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.conv_step import ConvStep
-from tvm_gdn.ops.tir.delta_rule_form import Arguments, Form, Vectors, Work, pick
-from tvm_gdn.ops.tir.delta_rule_states import StateMacros
-from tvm_gdn.ops.tir.delta_rule_step import TokenMacros
+from tvm_gdn.ops.tir.delta_rule_form import Form, Vectors, Worker
+from tvm_gdn.ops.tir.delta_rule_step import StepMacros
+from tvm_gdn.ops.tir.parsing import pick
 from tvm_gdn.spec import Geometry
 
 
@@ -38,8 +38,7 @@ class Convolution:
             silu=geometry.attr["activation"] == "silu",
             index=lambda n, c, _token: (n, c),
         )
-        # Neighbouring channels that a thread convolves where all that they need moves as vectors; 0 where vectors are loops.
-        self.strip = getattr(tiles, "strip", 0)
+        self.strip = tiles.strip
         self.silus = {width: tiles.sigmoid(width) for width in (1, tiles.vector, *([self.strip] if self.strip else []))}
 
 
@@ -47,6 +46,8 @@ class Convolution:
 class Row:
     """A worker's row while it is convolved."""
 
+    #: Value heads of its q/k head.
+    value_heads: Any
     #: States and weights as one-dimensional buffers.
     state_flat: Any
     weight_flat: Any
@@ -59,21 +60,15 @@ class Row:
     v: Any
 
 
-def convolution_macros(form: Form, tiles: Any, conv: Convolution, call: Arguments, work: Work, line: Row) -> tuple[Any, Any]:
+def convolution_macros(worker: Worker, conv: Convolution, line: Row) -> tuple[Any, Any]:
     """Macros of one worker: what the row's channels give next, and their state one token on.
 
     Parameters
     ----------
-    form : Form
-        Of the kernel.
-    tiles : object
-        The target's tile operations.
+    worker : Worker
+        The worker.
     conv : Convolution
         Of the geometry.
-    call : Arguments
-        The kernel's arguments.
-    work : Work
-        The worker's.
     line : Row
         The worker's.
 
@@ -84,7 +79,8 @@ def convolution_macros(form: Form, tiles: Any, conv: Convolution, call: Argument
     convolve_strips : macro ``(skipped, c, size)``
         Of `size` value columns from channel c on, and of q and k unless those are skipped; in vectors.
     """
-    K, W, L, strip, step, n, h, heads = form.K, conv.W, conv.L, conv.strip, conv.step, work.n, work.h, call.heads
+    tiles, call = worker.tiles, worker.call
+    K, W, L, strip, step, n, h, heads = worker.form.K, conv.W, conv.L, conv.strip, conv.step, worker.n, worker.h, call.heads
     h0, h1, h2 = call.conv_state.strides
     w0, w1 = call.conv_weight.strides
     conv_state, conv_weight, conv_bias, mixed_qkv = call.conv_state, call.conv_weight, call.conv_bias, call.mixed_qkv
@@ -145,37 +141,28 @@ def convolution_macros(form: Form, tiles: Any, conv: Convolution, call: Argument
     return convolve, convolve_strips
 
 
-def convolved_steps(
-    form: Form, tiles: Any, conv: Convolution, call: Arguments, work: Work, line: Row, vectors: Vectors,
-    token: TokenMacros, memory: StateMacros, over_states: Any, per_key: Any,
-) -> None:  # fmt: skip
+def convolved_steps(worker: Worker, conv: Convolution, line: Row, vectors: Vectors, macros: StepMacros) -> None:
     """Emit the step of all value heads of a worker's q/k head: the row is convolved, then tiles of value columns take turns.
 
     Parameters
     ----------
-    form : Form
-        Of the kernel.
-    tiles : object
-        The target's tile operations.
+    worker : Worker
+        The worker.
     conv : Convolution
         Of the geometry.
-    call : Arguments
-        The kernel's arguments.
-    work : Work
-        The worker's.
     line : Row
         The worker's.
     vectors : Vectors
         The worker's.
-    token, memory, over_states
-        The worker's macros.
-    per_key : PrimExpr
-        Value heads of a q/k head.
+    macros : StepMacros
+        The worker's.
     """
-    K, V, W, L, strip, h, hv, heads = form.K, form.V, conv.W, conv.L, conv.strip, work.h, work.hv, call.heads
+    tiles, call, token, memory, per_key = worker.tiles, worker.call, macros.token, macros.memory, line.value_heads
+    K, V, W, L, strip = worker.form.K, worker.form.V, conv.W, conv.L, conv.strip
+    h, hv, heads = worker.h, worker.hv, call.heads
     h0, h1, h2 = call.conv_state.strides
     w0, w1 = call.conv_weight.strides
-    convolve, convolve_strips = convolution_macros(form, tiles, conv, call, work, line)
+    convolve, convolve_strips = convolution_macros(worker, conv, line)
     # Tiles of value columns that a worker has at the same time.
     beside = tiles.beside
     # A worker's threads show each other what they convolve: states are on their way meanwhile.
@@ -243,7 +230,7 @@ def convolved_steps(
                     if piece + beside < pieces:
                         load_piece(states, piece + beside)
                 else:
-                    over_states(hv + piece // (V // tiles.v_tile), piece % (V // tiles.v_tile) * tiles.v_tile)
+                    macros.sequence(hv + piece // (V // tiles.v_tile), piece % (V // tiles.v_tile) * tiles.v_tile)
             tiles.sync()
 
     all_pieces()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tvm.script import tirx as T
-
 from tvm_gdn.spec import Geometry
 
 
@@ -85,9 +83,16 @@ class Arguments:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
-    """A worker's sequence `n`: `length` tokens from `first` of a row, q/k head `h`, value heads from `hv`, the states' slots."""
+class Worker:
+    """A worker, and what it works on.
 
+    Sequence `n`, `length` tokens from `first` of a row, q/k head `h`, value heads from `hv`, the states' slots.
+    """
+
+    form: Form
+    #: The target's tile operations.
+    tiles: Any
+    call: Arguments
     n: Any
     row: Any
     first: Any
@@ -117,13 +122,3 @@ class Vectors:
     m: Any
     #: Of the gates' formula; none where gates are given.
     gates: tuple[Any, ...]
-
-
-def pick(condition: bool, yes: Any, no: Any) -> Any:
-    """A choice made while the function is parsed."""
-    return yes if condition else no
-
-
-def int64(buffer: Any, *index: Any) -> Any:
-    """Element of an index tensor."""
-    return T.Cast("int64", buffer[index])

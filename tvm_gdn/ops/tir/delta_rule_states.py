@@ -7,7 +7,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.tir.delta_rule_form import Arguments, Form, Work, int64
+from tvm_gdn.ops.tir.delta_rule_form import Form, Worker
+from tvm_gdn.ops.tir.integers import int64
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,29 +27,24 @@ class StateMacros:
 
 def unbranched(form: Form, tiles: Any) -> bool:
     """Whether a state, or zeros, is asked for without a branch, behind which it would be waited for."""
-    return form.packed and not tiles.state_first and bool(getattr(tiles, "fits", False))
+    return form.packed and not tiles.state_first and bool(tiles.fits)
 
 
-def state_macros(form: Form, tiles: Any, call: Arguments, work: Work) -> StateMacros:
+def state_macros(worker: Worker) -> StateMacros:
     """Macros of one worker.
 
     Parameters
     ----------
-    form : Form
-        Of the kernel.
-    tiles : object
-        The target's ``view``, ``load``, ``store``, ``zero``; ``ask_state`` if it has ``fits``.
-    call : Arguments
-        The kernel's arguments.
-    work : Work
-        The worker's.
+    worker : Worker
+        With the target's ``view``, ``load``, ``store``, ``zero``; ``ask_state`` if its ``fits`` is ever true.
 
     Returns
     -------
     StateMacros
     """
+    form, tiles, call = worker.form, worker.tiles, worker.call
     K, V, HV = form.K, form.V, call.o.shape[2]
-    n, slot, buffer_slot = work.n, work.slot, work.buffer_slot
+    n, slot, buffer_slot = worker.n, worker.slot, worker.buffer_slot
     initial_state_source, initial_state, final_state = call.initial_state_source, call.initial_state, call.final_state
     intermediate_states_buffer = call.intermediate_states_buffer
     S, s0, i0 = initial_state_source.shape[0], initial_state_source.strides[0], initial_state.strides[0]

@@ -7,9 +7,10 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from tvm_gdn.ops.tir.delta_rule_form import Arguments, Form, Vectors, Work, pick
-from tvm_gdn.ops.tir.delta_rule_states import StateMacros, unbranched
+from tvm_gdn.ops.tir.delta_rule_form import Form, Vectors, Worker
+from tvm_gdn.ops.tir.delta_rule_states import StateMacros, state_macros, unbranched
 from tvm_gdn.ops.tir.gates import gate_macros
+from tvm_gdn.ops.tir.parsing import pick
 
 NORM_EPS = 1e-6
 
@@ -34,19 +35,13 @@ class TokenMacros:
     apply: Any
 
 
-def token_macros(form: Form, tiles: Any, call: Arguments, work: Work, vectors: Vectors) -> TokenMacros:
+def token_macros(worker: Worker, vectors: Vectors) -> TokenMacros:
     """Macros of one worker.
 
     Parameters
     ----------
-    form : Form
-        Of the kernel.
-    tiles : object
-        The target's tile operations.
-    call : Arguments
-        The kernel's arguments.
-    work : Work
-        The worker's.
+    worker : Worker
+        The worker.
     vectors : Vectors
         The worker's; k, q and v are there already if they are convolved here.
 
@@ -54,8 +49,9 @@ def token_macros(form: Form, tiles: Any, call: Arguments, work: Work, vectors: V
     -------
     TokenMacros
     """
+    form, tiles, call = worker.form, worker.tiles, worker.call
     K, V, packed, convolved, channel_gate = form.K, form.V, form.packed, form.convolved, form.channel_gate
-    n, row, first, h, heads = work.n, work.row, work.first, work.h, call.heads
+    n, row, first, h, heads = worker.n, worker.row, worker.first, worker.h, call.heads
     x, y, d, dx, u, z, m = vectors.x, vectors.y, vectors.d, vectors.dx, vectors.u, vectors.z, vectors.m
     mixed_qkv, g, scale = call.mixed_qkv, call.g, call.scale
     gate, rate = vectors.gates or (None, None)
@@ -65,20 +61,12 @@ def token_macros(form: Form, tiles: Any, call: Arguments, work: Work, vectors: V
         """Element of a gate tensor in fp32."""
         return T.Cast("float32", buffer[gate_dims(form, batch, token, head)])
 
-    def read_qk(*reads: tuple[Any, ...]) -> None:
-        """Read k and q: each on its own, or together where the target asks memory for both before it waits."""
-        if hasattr(tiles, "read_all"):
-            tiles.read_all(*reads)
-        else:
-            for arguments in reads:
-                tiles.read(*arguments)
-
     @T.inline
     def load_qk(t):
         if packed:
-            read_qk((x, mixed_qkv, n, (heads + h) * K), (y, mixed_qkv, n, h * K))
+            tiles.read_all((x, mixed_qkv, n, (heads + h) * K), (y, mixed_qkv, n, h * K))
         else:
-            read_qk((x, call.k, row, first + t, h, T.int64(0)), (y, call.q, row, first + t, h, T.int64(0)))
+            tiles.read_all((x, call.k, row, first + t, h, T.int64(0)), (y, call.q, row, first + t, h, T.int64(0)))
 
     @T.inline
     def normalize_qk():
@@ -163,19 +151,40 @@ def token_macros(form: Form, tiles: Any, call: Arguments, work: Work, vectors: V
     return TokenMacros(normalize_qk, ask, prepare, fetch, apply)
 
 
-def sequence_macro(form: Form, tiles: Any, call: Arguments, work: Work, token: TokenMacros, memory: StateMacros) -> Any:
+@dataclass(frozen=True, eq=False)
+class StepMacros:
+    """A worker's macros on tokens and on states in memory, and ``sequence(hv, j0)`` of both: all steps on a tile of its state."""
+
+    token: TokenMacros
+    memory: StateMacros
+    sequence: Any
+
+
+def step_macros(worker: Worker, vectors: Vectors) -> StepMacros:
+    """Macros of one worker.
+
+    Parameters
+    ----------
+    worker : Worker
+        The worker.
+    vectors : Vectors
+        The worker's.
+
+    Returns
+    -------
+    StepMacros
+    """
+    token, memory = token_macros(worker, vectors), state_macros(worker)
+    return StepMacros(token, memory, sequence_macro(worker, token, memory))
+
+
+def sequence_macro(worker: Worker, token: TokenMacros, memory: StateMacros) -> Any:
     """A sequence's steps on a tile of its state, from the state in memory and back.
 
     Parameters
     ----------
-    form : Form
-        Of the kernel.
-    tiles : object
-        The target's tile operations.
-    call : Arguments
-        The kernel's arguments.
-    work : Work
-        The worker's.
+    worker : Worker
+        The worker.
     token : TokenMacros
         The worker's.
     memory : StateMacros
@@ -185,21 +194,13 @@ def sequence_macro(form: Form, tiles: Any, call: Arguments, work: Work, token: T
     -------
     macro ``(hv, j0)``
     """
-    K, V, n, h, heads, slot, length = form.K, form.V, work.n, work.h, call.heads, work.slot, work.length
+    form, tiles, call = worker.form, worker.tiles, worker.call
+    K, V, n, h, heads, slot, length = form.K, form.V, worker.n, worker.h, call.heads, worker.slot, worker.length
     source = call.initial_state_source
     S, s0 = source.shape[0], source.strides[0]
     # A low-precision state must not be rounded between the tokens of one call, so only one-token calls may use it in place.
     direct_pool = tiles.direct and form.pool and not form.tree and not form.final
     direct_any_length = form.dtype_of("initial_state_source") == "float32"
-    # Without functions that ask and go on, a state that is there early only takes registers from what is computed meanwhile.
-    late = not (tiles.state_first or getattr(tiles, "functions", True))
-
-    def settled(rows: tuple[Any, ...], view: Any, stride: Any, step: Any) -> None:
-        """A step's code, for addresses that are tested before it where the target has it so."""
-        if hasattr(tiles, "settled"):
-            tiles.settled(rows, view, stride, step)
-        else:
-            step()
 
     @T.inline
     def steps(W, hv, j0):
@@ -223,17 +224,17 @@ def sequence_macro(form: Form, tiles: Any, call: Arguments, work: Work, token: T
                 if tiles.state_first:
                     memory.load_initial(local, hv, j0)
                 token.ask(0, hv, j0)
-                if not (tiles.state_first or late):
+                if not (tiles.state_first or tiles.state_last):
                     memory.load_initial(local, hv, j0)
                 token.prepare(0, hv)
-                if late:
+                if tiles.state_last:
                     memory.load_initial(local, hv, j0)
                 if unbranched(form, tiles):
                     tiles.take_state(local)
                 token.apply(local, 0, hv, j0)
                 memory.store_final(local, hv, j0)
 
-            settled(
+            tiles.settled(
                 pick(form.convolved, (), ((call.mixed_qkv, n, (heads + h) * K), (call.mixed_qkv, n, h * K))),
                 tiles.view(source, hv * (K * V), j0), s0, step,
             )  # fmt: skip

@@ -7,6 +7,11 @@ from typing import Any
 from tvm.script import tirx as T
 
 
+def int64(buffer: Any, *index: Any) -> Any:
+    """Element of an index tensor."""
+    return T.Cast("int64", buffer[index])
+
+
 def quotient(number: Any, by: Any, limit: Any) -> Any:
     """Quotient of int64 numbers that are not negative, in 32 bits where they have no more.
 

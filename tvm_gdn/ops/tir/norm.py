@@ -7,6 +7,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from tvm_gdn.ops.tir.integers import quotient
+from tvm_gdn.ops.tir.parsing import pick
 from tvm_gdn.spec import Geometry
 
 
@@ -20,9 +21,7 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
     tiles : object
         The target's loops: `workers` over blocks of `rows_per_worker` rows, `vector` elements at once, `sum` of a vector; which
         pieces of a row a member of a worker has (`turns`, `piece`, `has`), `read` and `write` of one, `total` over all members.
-        With `gate_early` a row's gate is asked for with the row; ``settled(places, further, emit)`` emits ``emit(True)`` for
-        rows that move as vectors and lie evenly, ``emit(False)`` for others; `held` computes a number once where a name would
-        do so at every use; `lane_loop` over neighbouring elements if not vectors.
+        And `PlainTiles`.
 
     Returns
     -------
@@ -35,15 +34,8 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
     full, rest = D // lanes, D % lanes
     sigmoids = {width: tiles.sigmoid(width) for width in (1, lanes)}
 
-    loop = getattr(tiles, "lane_loop", T.vectorized)
-    early = gated and norm_first and getattr(tiles, "gate_early", False)
-    settled = getattr(tiles, "settled", lambda _places, _further, emit: emit(False))
-    held = getattr(tiles, "held", lambda number: number)
+    loop, early = tiles.lane_loop, gated and norm_first and tiles.gate_early
     size = tiles.turns(full) * lanes + tiles.turns(rest)
-
-    def pick(condition: bool, yes: Any, no: Any) -> Any:
-        """A choice made while the function is parsed."""
-        return yes if condition else no
 
     @T.prim_func(s_tir=True)
     def kernel(x_: T.handle, weight_: T.handle, z_: T.handle, o_: T.handle, eps: T.float32):
@@ -130,12 +122,12 @@ def norm(geometry: Geometry, tiles: Any) -> Any:
                 def rows(even):
                     """The worker's rows; `even`: they lie one behind the other, as if there were one group."""
                     for r in T.serial(T.min(T.int64(block), M * G - w * block)):
-                        m: T.let[T.int64] = pick(even, T.int64(0), held(quotient(w * block + r, G, M * G)))
+                        m: T.let[T.int64] = pick(even, T.int64(0), tiles.in_register(quotient(w * block + r, G, M * G)))
                         g: T.let[T.int64] = w * block + r - m * G
                         one_row(m, g)
 
                 if tiles.inside(w, pieces):
-                    settled(
+                    tiles.settled_rows(
                         ((x, (0, 0, 0), x1), (weight, (0,), 0), (o, (0, 0, 0), D), *pick(gated, ((z, (0, 0, 0), z1),), ())),
                         (x0 == G * x1, pick(gated, z0 == G * z1, True)), rows,
                     )  # fmt: skip
