@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tvm_gdn.schedules.gpu_moe_groups import WGMMA, GroupGridTiles
+from tvm_gdn.schedules.gpu_moe_groups import WGMMA
 from tvm_gdn.schedules.gpu_moe_integers import IntegerGridTiles
+from tvm_gdn.schedules.gpu_moe_streams import StreamGridTiles
 from tvm_gdn.schedules.gpu_moe_tiles import ExpertGridTiles, Plan
 
 from tvm_gdn.errors import TargetError
@@ -117,6 +118,13 @@ class ExpertsHopper(ExpertsGpu):
             "columns": (64, 128),
             "stages": (3, 4, 5),
             "full": (96, 128, 160, 192),
+            "short": (0, 2, 5, 10, 24, 32, 48, 64),
+            "short_rows": (32, 64),
+            "short_stages": (4, 5, 6),
+            "once": (False, True),
+            "long_rows": (0, 128, 160),
+            "long_stages": (3, 4),
+            "blocks": (132, 264),
             "partial": cls._partial(geometry),
         }
 
@@ -127,28 +135,37 @@ class ExpertsHopper(ExpertsGpu):
             return super().default(geometry)
         return {
             "most": 0.25, "few_columns": 16, "few_depth": 128, "few_stages": 3, "more": 48, "middle_columns": 64,
-            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "partial": cls._partial(geometry)[0],
+            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "short": 0, "short_rows": 64, "short_stages": 5,
+            "long_rows": 0, "long_stages": 4, "once": False, "blocks": 132, "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 
     @classmethod
     def kind(cls, geometry: Geometry) -> Callable[..., ExpertGridTiles]:
         """Tile operations by what is multiplied."""
-        return GroupGridTiles if cls._grouped(geometry) else super().kind(geometry)
+        return StreamGridTiles if cls._grouped(geometry) else super().kind(geometry)
 
     @classmethod
     def plans(cls, geometry: Geometry, **knobs: Any) -> tuple[Plan, ...]:
         """The plans that knobs stand for."""
         if not cls._grouped(geometry):
             return super().plans(geometry, **knobs)
-        return (
+        found = [
             Plan(
                 16, knobs["few_columns"], knobs["few_depth"], knobs["few_stages"], min(4, knobs["few_columns"] // 8),
                 knobs["most"], knobs["ahead"],
             ),
             Plan(64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], knobs["ahead"], grouped=True),
+        ]  # fmt: skip
+        streamed = {"ahead": knobs["ahead"], "grouped": True, "blocks": knobs["blocks"], "once": knobs["once"]}
+        if knobs["short"]:
+            found.append(Plan(knobs["short_rows"], 128, 64, knobs["short_stages"], 12, knobs["short"], **streamed))
+        if knobs["long_rows"]:
+            return *found, Plan(knobs["long_rows"], 128, 64, knobs["long_stages"], 12, **streamed)
+        return (
+            *found,
             Plan(128, knobs["columns"], 64, knobs["stages"], 8, knobs["full"], knobs["ahead"], grouped=True),
             Plan(128, knobs["columns"], 64, knobs["stages"], 8, 0, knobs["ahead"], grouped=True, lag=1),
-        )  # fmt: skip
+        )
 
 
 @schedule("moe_experts", "musa")
