@@ -135,8 +135,9 @@ class ExpertsHopper(ExpertsGpu):
             return super().default(geometry)
         return {
             "most": 0.25, "few_columns": 16, "few_depth": 128, "few_stages": 3, "more": 48, "middle_columns": 64,
-            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "short": 0, "short_rows": 64, "short_stages": 5,
-            "long_rows": 0, "long_stages": 4, "once": False, "blocks": 132, "partial": cls._partial(geometry)[0],
+            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "short": 0, "short_rows": 64,
+            "short_stages": 5, "long_rows": 0, "long_stages": 4, "once": False, "blocks": 132,
+            "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 
     @classmethod
@@ -158,9 +159,9 @@ class ExpertsHopper(ExpertsGpu):
         ]  # fmt: skip
         streamed = {"ahead": knobs["ahead"], "grouped": True, "blocks": knobs["blocks"], "once": knobs["once"]}
         if knobs["short"]:
-            found.append(Plan(knobs["short_rows"], 128, 64, knobs["short_stages"], 12, knobs["short"], **streamed))
+            found.append(Plan(knobs["short_rows"], 128, 64, knobs["short_stages"], 16, knobs["short"], **streamed))
         if knobs["long_rows"]:
-            return *found, Plan(knobs["long_rows"], 128, 64, knobs["long_stages"], 12, **streamed)
+            return *found, Plan(knobs["long_rows"], 128, 64, knobs["long_stages"], 16, **streamed)
         return (
             *found,
             Plan(128, knobs["columns"], 64, knobs["stages"], 8, knobs["full"], knobs["ahead"], grouped=True),

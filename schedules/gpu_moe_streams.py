@@ -4,9 +4,9 @@ A ring of stages in shared memory runs through all tiles of a block, so that the
 last products of a tile run and its results are written. Two barriers belong to a stage: threads that copy arrive at one with what
 they copied, warps that multiply at the other when they are done with it.
 
-Weights are the left operand, 128 rows of either half, and rows of A the columns of a product: as many as a tile has, rounded up to
-16. A thread has two rows of a column then; it exchanges one of them for the next column of the other with its neighbour, and weights
-lie in shared memory in an order that leaves it with four columns of a row.
+Weights are the left operand, 128 rows of either half, and rows of A the columns of a product: as many as a tile has, rounded up
+to 16. A thread has two rows of a column then; it exchanges one of them for the next column of the other with its neighbour, and
+weights lie in shared memory in an order that leaves it with four columns of a row.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tvm_gdn.schedules.gpu_moe_tiles import Plan
 #: Instruction by dtype of both operands.
 PAIRS = {"bfloat16": "tvm_gdn_wgmma_pair_bf16", "float16": "tvm_gdn_wgmma_pair_f16"}
 #: Threads that multiply, and threads that copy.
-MULTIPLY, COPY = 8 * WARP, 4 * WARP
-#: Rows of a tile up to which all threads have as many registers as each other; with more, registers of those that multiply, and of
-#: those that copy.
-EQUAL, TAKEN, LEFT = 112, 200, 104
+MULTIPLY, COPY = 8 * WARP, 8 * WARP
+#: Rows of a tile up to which all threads have as many registers as each other; with more, registers of those that multiply, and
+#: of those that copy.
+EQUAL, TAKEN, LEFT = 64, 192, 64
 #: Rows of a product of four warps.
 GROUP = 64
 
@@ -37,7 +37,7 @@ def _call(name: str, *args: Expr) -> None:
 
 
 def _column(i: Expr) -> Expr:
-    """The row of weights that lies in the i-th of 16: those of a product are a warp's, of which a thread has two, 8 from each other."""
+    """The row of weights that lies in the i-th: 16 of a product are a warp's, of which a thread has two, 8 from each other."""
     return i // BLOCK * BLOCK + i % 8 // 2 * 4 + i // 8 % 2 * 2 + i % 2
 
 
@@ -104,6 +104,20 @@ class StreamGridTiles(GroupGridTiles):
                 there=lambda i: right.there(_column(i)),
             ),
         )
+        # Two loops and not two ways in one: what either computes before it begins has registers in it alone.
+        fitting = [rows.aligned for rows in operands if rows.aligned is not True]
+        if not fitting or False in fitting:
+            self._pass(plan, steps, operands, not fitting, follow)
+            return
+        with T.If(T.And(*fitting) if len(fitting) == 2 else fitting[0]):
+            with T.Then():
+                self._pass(plan, steps, operands, True, follow)
+            with T.Else():
+                self._pass(plan, steps, operands, False, follow)
+
+    def _pass(self, plan: Plan, steps: int, operands: tuple[Rows, ...], aligned: bool, follow: bool) -> None:
+        """Fill a stage per step, when it is free."""
+        operands = tuple(replace(rows, aligned=aligned) for rows in operands)
         ring = Ring(self.lane, COPY, plan.stages, operands, align=1024, memory=self.memory)
         first = min(plan.stages, steps)
         if follow:
@@ -111,7 +125,6 @@ class StreamGridTiles(GroupGridTiles):
                 with T.serial(first) as step:
                     ring.fetch(step, step, (1,))
                 self.follow()
-        by_element = [T.Not(rows.aligned) for rows in operands if rows.aligned is not True]
         with T.serial(steps) as step:
             at = T.Bind(self.passed[0] + T.Cast("int32", step))
             slot = T.Bind(at % plan.stages)
@@ -122,9 +135,8 @@ class StreamGridTiles(GroupGridTiles):
                     ring.fetch(step, slot, (1,))
             else:
                 ring.fetch(step, slot, (1,))
-            if by_element:
-                with T.If(by_element[0] if len(by_element) == 1 else T.Or(*by_element)), T.Then():
-                    _call("tvm_gdn_wgmma_publish")
+            if not aligned:
+                _call("tvm_gdn_wgmma_publish")
             _call("tvm_gdn_ring_copied", self._barrier(slot))
 
     def _multiply(self, plan: Plan, steps: int, m: Expr, sink: Callable[..., None]) -> None:

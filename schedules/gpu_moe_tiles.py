@@ -95,7 +95,7 @@ class Plan:
     def fits(self) -> bool:
         """Whether warps and fragments come out even."""
         if self.blocks:
-            return self.warps == 12 and self.rows % 16 == 0 < self.rows <= 160 and self.columns == 128 and self.depth == 64
+            return self.warps == 16 and self.rows % 16 == 0 < self.rows <= 160 and self.columns == 128 and self.depth == 64
         if self.grouped:
             return self.rows == 16 * self.warps and self.rows % 64 == 0 and self.columns in (32, 64, 128) and self.depth == 64
         tall, wide, along, across = self.grid
