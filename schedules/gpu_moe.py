@@ -99,10 +99,9 @@ class ExpertsHopper(ExpertsGpu):
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Of plans of 16, 64 and twice 128 rows: rows per expert where they meet, columns and stages.
+        """Of plans of 16, 64, 128 and up to 160 rows: rows per expert where they meet, columns and stages.
 
-        Of many rows memory is the limit up to `full` of them, and the last stage had better be on its way; products are beyond
-        that, and the next is begun before the last is done.
+        Up to `full` rows memory is the limit; beyond that products are, and some warps copy while others multiply.
         """
         if not cls._grouped(geometry):
             return super().knobs(geometry)
@@ -118,13 +117,10 @@ class ExpertsHopper(ExpertsGpu):
             "columns": (64, 128),
             "stages": (3, 4, 5),
             "full": (96, 128, 160, 192),
-            "short": (0, 2, 5, 10, 24, 32, 48, 64),
-            "short_rows": (32, 64),
-            "short_stages": (4, 5, 6),
-            "once": (False, True),
-            "long_rows": (0, 128, 160),
+            "long_rows": (128, 144, 160),
             "long_stages": (3, 4),
-            "blocks": (132, 264),
+            "copying": (4, 8),
+            "blocks": (114, 132),
             "partial": cls._partial(geometry),
         }
 
@@ -135,9 +131,8 @@ class ExpertsHopper(ExpertsGpu):
             return super().default(geometry)
         return {
             "most": 0.25, "few_columns": 16, "few_depth": 128, "few_stages": 3, "more": 48, "middle_columns": 64,
-            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "short": 0, "short_rows": 64,
-            "short_stages": 5, "long_rows": 0, "long_stages": 4, "once": False, "blocks": 132,
-            "partial": cls._partial(geometry)[0],
+            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "long_rows": 160,
+            "long_stages": 4, "copying": 4, "blocks": 132, "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 
     @classmethod
@@ -150,23 +145,18 @@ class ExpertsHopper(ExpertsGpu):
         """The plans that knobs stand for."""
         if not cls._grouped(geometry):
             return super().plans(geometry, **knobs)
-        found = [
+        return (
             Plan(
                 16, knobs["few_columns"], knobs["few_depth"], knobs["few_stages"], min(4, knobs["few_columns"] // 8),
                 knobs["most"], knobs["ahead"],
             ),
             Plan(64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], knobs["ahead"], grouped=True),
-        ]  # fmt: skip
-        streamed = {"ahead": knobs["ahead"], "grouped": True, "blocks": knobs["blocks"], "once": knobs["once"]}
-        if knobs["short"]:
-            found.append(Plan(knobs["short_rows"], 128, 64, knobs["short_stages"], 16, knobs["short"], **streamed))
-        if knobs["long_rows"]:
-            return *found, Plan(knobs["long_rows"], 128, 64, knobs["long_stages"], 16, **streamed)
-        return (
-            *found,
             Plan(128, knobs["columns"], 64, knobs["stages"], 8, knobs["full"], knobs["ahead"], grouped=True),
-            Plan(128, knobs["columns"], 64, knobs["stages"], 8, 0, knobs["ahead"], grouped=True, lag=1),
-        )
+            Plan(
+                knobs["long_rows"], 128, 64, knobs["long_stages"], 8 + knobs["copying"], 0, knobs["ahead"], grouped=True,
+                blocks=knobs["blocks"],
+            ),
+        )  # fmt: skip
 
 
 @schedule("moe_experts", "musa")

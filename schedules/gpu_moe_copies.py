@@ -42,8 +42,6 @@ class Rows:
         Whether the 16-byte pieces of a row, 128 bytes of a stage, change places by the row's number.
     ahead : bool
         Whether the cache is asked for 256 bytes where a piece is: the next stage's are there then.
-    once : bool
-        Whether the cache lets go of it first.
     sparse : bool
         Whether rows that are not there are left as they are.
     """
@@ -58,7 +56,6 @@ class Rows:
     aligned: Expr
     swizzled: bool = False
     ahead: bool = False
-    once: bool = False
     sparse: bool = False
 
     def place(self, i: Expr, k: Expr) -> Expr:
@@ -160,7 +157,7 @@ class Ring:
                 if rows.limit % rows.length:
                     there, at = T.And(there, at < rows.limit), T.Select(at < rows.limit, at, 0)
                 source, to = T.address_of(rows.buffer[rows.index(i, at, step)]), T.address_of(view[base + rows.place(i, k)])
-                copy = "tvm_gdn_copy_ahead" if rows.ahead else "tvm_gdn_copy_once" if rows.once else "tvm_gdn_copy"
+                copy = "tvm_gdn_copy_ahead" if rows.ahead else "tvm_gdn_copy"
                 whole = there is True or (rows.sparse and not rows.limit % rows.length)
                 T.evaluate(T.call_extern("int32", copy, to, source, 1 if whole else T.Cast("int32", there)))
 
@@ -183,15 +180,15 @@ class Ring:
 
     def run(
         self, steps: int, compute: Callable[[Expr, Expr], None], *, publish: Callable[[], None] | None = None,
-        finish: Callable[[int], None] | None = None, lag: int = 0, follow: Callable[[], None] | None = None,
+        finish: Callable[[], None] | None = None, follow: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        """Call ``compute(step, slot)`` for every step, the operands of the next `stages` - 1 - `lag` being under way.
+        """Call ``compute(step, slot)`` for every step, the operands of the next `stages` - 1 being under way.
 
         `publish` is called by every thread before the barrier behind which others use what it copied. With `finish`, `compute`
-        only begins, and ``finish(lag)`` waits for all but the last `lag` of them; the next operands are asked for in between.
-        `follow` is called between the first weights and rows.
+        only begins, and `finish` waits for it; the next operands are asked for in between. `follow` is called between the first
+        weights and rows.
         """
-        ahead = self.stages - 1 - lag
+        ahead = self.stages - 1
         if follow:
             for step in range(min(ahead, steps)):
                 self.fetch(step, step, (1,))
@@ -213,8 +210,6 @@ class Ring:
                 self.fetch(step + ahead, T.Bind((step + ahead) % self.stages))
             T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
             if finish:
-                finish(lag)
+                finish()
             else:
                 compute(number, slot)
-        if finish and lag:
-            finish(0)

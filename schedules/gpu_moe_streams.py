@@ -1,4 +1,4 @@
-"""Tile operations of the experts on Hopper in blocks that go through all tiles: four warps copy while eight multiply.
+"""Tile operations of the experts on Hopper in blocks that go through all tiles: some warps copy while eight multiply.
 
 A ring of stages in shared memory runs through all tiles of a block, so that the next tile's operands are on their way while the
 last products of a tile run and its results are written. Two barriers belong to a stage: threads that copy arrive at one with what
@@ -23,11 +23,10 @@ from tvm_gdn.schedules.gpu_moe_tiles import Plan
 
 #: Instruction by dtype of both operands.
 PAIRS = {"bfloat16": "tvm_gdn_wgmma_pair_bf16", "float16": "tvm_gdn_wgmma_pair_f16"}
-#: Threads that multiply, and threads that copy.
-MULTIPLY, COPY = 8 * WARP, 8 * WARP
-#: Rows of a tile up to which all threads have as many registers as each other; with more, registers of those that multiply, and
-#: of those that copy.
-EQUAL, TAKEN, LEFT = 64, 192, 64
+#: Threads that multiply.
+MULTIPLY = 8 * WARP
+#: Registers of threads that multiply and of those that copy, by the number of warps that copy.
+REGISTERS = {4: (200, 104), 8: (192, 64)}
 #: Rows of a product of four warps.
 GROUP = 64
 
@@ -47,11 +46,12 @@ class StreamGridTiles(GroupGridTiles):
     def parts(self, plan: Plan, work: Callable[[], None]) -> None:
         """Emit the work of threads that multiply, and that of threads that copy."""
         lane = T.Bind(T.Cast("int32", self.lane))
+        taken, left = REGISTERS[plan.warps - MULTIPLY // WARP]
         self.memory = room(self._stage(plan) * plan.stages * SIZES[self.data], self.data, 1024)
         self.barriers = T.alloc_buffer((2 * plan.stages,), "uint64", scope="shared")
         with T.If(lane == 0), T.Then():
             for slot in range(plan.stages):
-                _call("tvm_gdn_ring_open", self._barrier(slot), COPY)
+                _call("tvm_gdn_ring_open", self._barrier(slot), plan.threads - MULTIPLY)
                 _call("tvm_gdn_ring_open", self._barrier(plan.stages + slot), MULTIPLY // WARP)
         self.sync()
         #: Stages that this thread has been through.
@@ -59,13 +59,11 @@ class StreamGridTiles(GroupGridTiles):
         T.buffer_store(self.passed, T.int32(0), [0])
         with T.If(lane < MULTIPLY):
             with T.Then():
-                if plan.rows > EQUAL:
-                    _call(f"tvm_gdn_take_registers<{TAKEN}>")
+                _call(f"tvm_gdn_take_registers<{taken}>")
                 self.lane, self.copying = lane, False
                 work()
             with T.Else():
-                if plan.rows > EQUAL:
-                    _call(f"tvm_gdn_leave_registers<{LEFT}>")
+                _call(f"tvm_gdn_leave_registers<{left}>")
                 self.lane, self.copying = T.Bind(lane - MULTIPLY), True
                 work()
 
@@ -79,7 +77,7 @@ class StreamGridTiles(GroupGridTiles):
             return
         steps = -(-int(A.shape[1]) // plan.depth)
         if self.copying:
-            copier = replace(plan, warps=COPY // WARP)
+            copier = replace(plan, warps=plan.warps - MULTIPLY // WARP)
             self._copy(plan, steps, self._left(copier, A, row_of, m), self._right(copier, W, e, n, shift), follow)
         else:
             self._multiply(plan, steps, m, sink)
@@ -99,7 +97,6 @@ class StreamGridTiles(GroupGridTiles):
                 right,
                 stride=plan.depth,
                 swizzled=True,
-                once=plan.once,
                 index=lambda i, k, step: right.index(_column(i), k, step),
                 there=lambda i: right.there(_column(i)),
             ),
@@ -118,7 +115,7 @@ class StreamGridTiles(GroupGridTiles):
     def _pass(self, plan: Plan, steps: int, operands: tuple[Rows, ...], aligned: bool, follow: bool) -> None:
         """Fill a stage per step, when it is free."""
         operands = tuple(replace(rows, aligned=aligned) for rows in operands)
-        ring = Ring(self.lane, COPY, plan.stages, operands, align=1024, memory=self.memory)
+        ring = Ring(self.lane, plan.threads - MULTIPLY, plan.stages, operands, align=1024, memory=self.memory)
         first = min(plan.stages, steps)
         if follow:
             with T.If(self.passed[0] == 0), T.Then():

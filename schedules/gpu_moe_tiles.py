@@ -49,12 +49,8 @@ class Plan:
         Whether weights are asked for in 256 bytes by the cache.
     grouped : bool
         Whether four warps multiply together: 64 rows, and all columns; a stage has 128 bytes of each.
-    lag : int
-        Such products that are still under way when the next begins: 0 or 1.
     blocks : int
         Blocks that go through all tiles, some threads copying while others multiply (`gpu_moe_streams.py`); 0: a block per tile.
-    once : bool
-        Whether the cache lets go of weights first, of such blocks.
     wave, fragment : int
         Threads of a warp, and columns of its fragments.
     """
@@ -67,9 +63,7 @@ class Plan:
     most: float = 0
     ahead: bool = False
     grouped: bool = False
-    lag: int = 0
     blocks: int = 0
-    once: bool = False
     wave: int = WARP
     fragment: int = 8
 
@@ -95,7 +89,7 @@ class Plan:
     def fits(self) -> bool:
         """Whether warps and fragments come out even."""
         if self.blocks:
-            return self.warps == 16 and self.rows % 16 == 0 < self.rows <= 160 and self.columns == 128 and self.depth == 64
+            return self.warps in (12, 16) and self.rows % 16 == 0 < self.rows <= 160 and self.columns == 128 and self.depth == 64
         if self.grouped:
             return self.rows == 16 * self.warps and self.rows % 64 == 0 and self.columns in (32, 64, 128) and self.depth == 64
         tall, wide, along, across = self.grid

@@ -237,13 +237,6 @@ static __device__ __forceinline__ int tvm_gdn_copy_ahead(void* to, const void* f
   asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" : : "r"(TVM_GDN_SHARED(to)), "l"(from), "r"(inside ? 16 : 0) : "memory");
   return 0;
 }
-// The cache lets go of it first.
-static __device__ __forceinline__ int tvm_gdn_copy_once(void* to, const void* from, int inside) {
-  unsigned long long first;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" : : "r"(TVM_GDN_SHARED(to)), "l"(from), "r"(inside ? 16 : 0), "l"(first) : "memory");
-  return 0;
-}
 static __device__ __forceinline__ int tvm_gdn_copied() {
   asm volatile("cp.async.wait_all;" : : : "memory");
   return 0;
@@ -721,7 +714,6 @@ static __device__ __forceinline__ int tvm_gdn_wgmma_arrived(float (&)[N], int le
 static __device__ __forceinline__ int tvm_gdn_wgmma_publish() { return 0; }
 static __device__ __forceinline__ int tvm_gdn_copy(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
 static __device__ __forceinline__ int tvm_gdn_copy_ahead(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
-static __device__ __forceinline__ int tvm_gdn_copy_once(void* to, const void* from, int inside) { return TVM_GDN_DEFER(to, from, inside); }
 static __device__ __forceinline__ int tvm_gdn_copied() { return TVM_GDN_ARRIVE(0, true); }
 static __device__ __forceinline__ int tvm_gdn_group() { return TVM_GDN_GROUP(); }
 static __device__ __forceinline__ int tvm_gdn_arrived(int left) { return TVM_GDN_ARRIVE(left, false); }
