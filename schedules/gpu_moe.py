@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tvm_gdn.schedules.gpu_moe_groups import WGMMA, GroupGridTiles
+from tvm_gdn.schedules.gpu_moe_groups import WGMMA
 from tvm_gdn.schedules.gpu_moe_integers import IntegerGridTiles
+from tvm_gdn.schedules.gpu_moe_streams import StreamGridTiles
 from tvm_gdn.schedules.gpu_moe_tiles import ExpertGridTiles, Plan
 
 from tvm_gdn.errors import TargetError
@@ -98,10 +99,9 @@ class ExpertsHopper(ExpertsGpu):
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Of plans of 16, 64 and twice 128 rows: rows per expert where they meet, columns and stages.
+        """Of plans of 16, 64, 128 and up to 160 rows: rows per expert where they meet, columns and stages.
 
-        Of many rows memory is the limit up to `full` of them, and the last stage had better be on its way; products are beyond
-        that, and the next is begun before the last is done.
+        Up to `full` rows memory is the limit; beyond that products are, and some warps copy while others multiply.
         """
         if not cls._grouped(geometry):
             return super().knobs(geometry)
@@ -117,6 +117,10 @@ class ExpertsHopper(ExpertsGpu):
             "columns": (64, 128),
             "stages": (3, 4, 5),
             "full": (96, 128, 160, 192),
+            "long_rows": (128, 144, 160),
+            "long_stages": (3, 4),
+            "copying": (4, 8),
+            "blocks": (114, 132),
             "partial": cls._partial(geometry),
         }
 
@@ -127,13 +131,14 @@ class ExpertsHopper(ExpertsGpu):
             return super().default(geometry)
         return {
             "most": 0.25, "few_columns": 16, "few_depth": 128, "few_stages": 3, "more": 48, "middle_columns": 64,
-            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "partial": cls._partial(geometry)[0],
+            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "long_rows": 160,
+            "long_stages": 4, "copying": 4, "blocks": 132, "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 
     @classmethod
     def kind(cls, geometry: Geometry) -> Callable[..., ExpertGridTiles]:
         """Tile operations by what is multiplied."""
-        return GroupGridTiles if cls._grouped(geometry) else super().kind(geometry)
+        return StreamGridTiles if cls._grouped(geometry) else super().kind(geometry)
 
     @classmethod
     def plans(cls, geometry: Geometry, **knobs: Any) -> tuple[Plan, ...]:
@@ -147,7 +152,10 @@ class ExpertsHopper(ExpertsGpu):
             ),
             Plan(64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], knobs["ahead"], grouped=True),
             Plan(128, knobs["columns"], 64, knobs["stages"], 8, knobs["full"], knobs["ahead"], grouped=True),
-            Plan(128, knobs["columns"], 64, knobs["stages"], 8, 0, knobs["ahead"], grouped=True, lag=1),
+            Plan(
+                knobs["long_rows"], 128, 64, knobs["long_stages"], 8 + knobs["copying"], 0, knobs["ahead"], grouped=True,
+                blocks=knobs["blocks"],
+            ),
         )  # fmt: skip
 
 

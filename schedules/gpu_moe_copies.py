@@ -42,6 +42,8 @@ class Rows:
         Whether the 16-byte pieces of a row, 128 bytes of a stage, change places by the row's number.
     ahead : bool
         Whether the cache is asked for 256 bytes where a piece is: the next stage's are there then.
+    sparse : bool
+        Whether rows that are not there are left as they are.
     """
 
     buffer: Any
@@ -54,6 +56,7 @@ class Rows:
     aligned: Expr
     swizzled: bool = False
     ahead: bool = False
+    sparse: bool = False
 
     def place(self, i: Expr, k: Expr) -> Expr:
         """Where element k of row i stands in a stage."""
@@ -68,6 +71,15 @@ class Rows:
         return self.count * self.stride * SIZES[self.buffer.dtype]
 
 
+def room(size: int, dtype: str, align: int) -> tuple[Any, Expr]:
+    """Dynamic shared memory for so many bytes, and how many to skip so that they begin at a multiple."""
+    # TVM 0.27 asks the driver for as many elements of the first view's dtype as the memory has of its own.
+    memory = T.alloc_buffer((ceil_div(size + align - 1, SIZES[dtype]),), dtype, scope="shared.dyn")
+    if align == 1:
+        return memory, 0
+    return memory, T.Bind(T.call_extern("int32", "tvm_gdn_to_multiple", T.address_of(memory[0]), align))
+
+
 class Ring:
     """Stages of several operands.
 
@@ -79,22 +91,22 @@ class Ring:
         What a stage holds, one after the other.
     align : int
         Bytes at whose multiple the memory begins.
+    memory : tuple, optional
+        What `room` gave for it.
     """
 
-    def __init__(self, lane: Expr, threads: int, stages: int, operands: tuple[Rows, ...], align: int = 1) -> None:
+    def __init__(
+        self, lane: Expr, threads: int, stages: int, operands: tuple[Rows, ...], align: int = 1,
+        memory: tuple[Any, Expr] | None = None,
+    ) -> None:  # fmt: skip
         self.lane, self.threads, self.stages, self.operands = lane, threads, stages, operands
         self.stage = sum(rows.size for rows in operands)
         total = self.stage * stages + align - 1
-        # TVM 0.27 asks the driver for as many elements of the first view's dtype as the memory has of its own.
-        dtype = operands[0].buffer.dtype
-        memory = T.alloc_buffer((ceil_div(total, SIZES[dtype]),), dtype, scope="shared.dyn")
         self.views, before = [], 0
-        self.skip: Expr = 0
-        if align > 1:
-            self.skip = T.Bind(T.call_extern("int32", "tvm_gdn_to_multiple", T.address_of(memory[0]), align))
+        whole, self.skip = memory or room(self.stage * stages, operands[0].buffer.dtype, align)
         for rows in operands:
             size = SIZES[rows.buffer.dtype]
-            view = T.decl_buffer((total // size,), rows.buffer.dtype, data=memory.data, scope="shared.dyn")
+            view = T.decl_buffer((total // size,), rows.buffer.dtype, data=whole.data, scope="shared.dyn")
             self.views.append((view, before // size, self.stage // size))
             before += rows.size
 
@@ -146,9 +158,11 @@ class Ring:
                     there, at = T.And(there, at < rows.limit), T.Select(at < rows.limit, at, 0)
                 source, to = T.address_of(rows.buffer[rows.index(i, at, step)]), T.address_of(view[base + rows.place(i, k)])
                 copy = "tvm_gdn_copy_ahead" if rows.ahead else "tvm_gdn_copy"
-                T.evaluate(T.call_extern("int32", copy, to, source, 1 if there is True else T.Cast("int32", there)))
+                whole = there is True or (rows.sparse and not rows.limit % rows.length)
+                T.evaluate(T.call_extern("int32", copy, to, source, 1 if whole else T.Cast("int32", there)))
 
-            when(True if (step + 1) * self.threads <= total else index < total, piece)
+            inside = True if (step + 1) * self.threads <= total else index < total
+            when(T.And(inside, rows.there(i)) if rows.sparse else inside, piece)
 
     def _elements(self, rows: Rows, view: Any, base: Expr, first: Expr) -> None:
         total = rows.count * rows.length
@@ -166,15 +180,15 @@ class Ring:
 
     def run(
         self, steps: int, compute: Callable[[Expr, Expr], None], *, publish: Callable[[], None] | None = None,
-        finish: Callable[[int], None] | None = None, lag: int = 0, follow: Callable[[], None] | None = None,
+        finish: Callable[[], None] | None = None, follow: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        """Call ``compute(step, slot)`` for every step, the operands of the next `stages` - 1 - `lag` being under way.
+        """Call ``compute(step, slot)`` for every step, the operands of the next `stages` - 1 being under way.
 
         `publish` is called by every thread before the barrier behind which others use what it copied. With `finish`, `compute`
-        only begins, and ``finish(lag)`` waits for all but the last `lag` of them; the next operands are asked for in between.
-        `follow` is called between the first weights and rows.
+        only begins, and `finish` waits for it; the next operands are asked for in between. `follow` is called between the first
+        weights and rows.
         """
-        ahead = self.stages - 1 - lag
+        ahead = self.stages - 1
         if follow:
             for step in range(min(ahead, steps)):
                 self.fetch(step, step, (1,))
@@ -196,8 +210,6 @@ class Ring:
                 self.fetch(step + ahead, T.Bind((step + ahead) % self.stages))
             T.evaluate(T.call_extern("int32", "tvm_gdn_group"))
             if finish:
-                finish(lag)
+                finish()
             else:
                 compute(number, slot)
-        if finish and lag:
-            finish(0)

@@ -49,8 +49,8 @@ class GroupGridTiles(ExpertGridTiles):
         ring.run(
             -(-int(A.shape[1]) // plan.depth), begin,
             publish=lambda: T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_publish")),
-            finish=lambda left: T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_arrived", sums.data, left)),
-            lag=plan.lag, follow=self.follow if follow else None,
+            finish=lambda: T.evaluate(T.call_extern("int32", "tvm_gdn_wgmma_arrived", sums.data, 0)),
+            follow=self.follow if follow else None,
         )  # fmt: skip
 
         lane = T.Cast("int32", self.lane)

@@ -49,8 +49,8 @@ class Plan:
         Whether weights are asked for in 256 bytes by the cache.
     grouped : bool
         Whether four warps multiply together: 64 rows, and all columns; a stage has 128 bytes of each.
-    lag : int
-        Such products that are still under way when the next begins: 0 or 1.
+    blocks : int
+        Blocks that go through all tiles, some threads copying while others multiply (`gpu_moe_streams.py`); 0: a block per tile.
     wave, fragment : int
         Threads of a warp, and columns of its fragments.
     """
@@ -63,7 +63,7 @@ class Plan:
     most: float = 0
     ahead: bool = False
     grouped: bool = False
-    lag: int = 0
+    blocks: int = 0
     wave: int = WARP
     fragment: int = 8
 
@@ -71,6 +71,11 @@ class Plan:
     def threads(self) -> int:
         """Threads of a block."""
         return self.warps * self.wave
+
+    @property
+    def step(self) -> int:
+        """Rows to whose multiple a tile's are rounded where an expert's are shared out evenly; other tiles are full."""
+        return BLOCK if self.blocks else self.rows
 
     @property
     def grid(self) -> tuple[int, int, int, int]:
@@ -83,6 +88,8 @@ class Plan:
 
     def fits(self) -> bool:
         """Whether warps and fragments come out even."""
+        if self.blocks:
+            return self.warps in (12, 16) and self.rows % 16 == 0 < self.rows <= 160 and self.columns == 128 and self.depth == 64
         if self.grouped:
             return self.rows == 16 * self.warps and self.rows % 64 == 0 and self.columns in (32, 64, 128) and self.depth == 64
         tall, wide, along, across = self.grid
@@ -126,14 +133,14 @@ class ExpertGridTiles(GridTiles):
         self.unit = MMA.get(self.data) if SCHEMES.get(self.scheme, self.data) == self.data else None
 
     @staticmethod
-    def store_pair(buffer: Any, index: list[Expr], values: list[Expr]) -> None:
-        """Two neighbours from an even column on, at once."""
-        pair = T.alloc_buffer((2,), "float32", scope="local")
-        for i in range(2):
-            T.buffer_store(pair, values[i], [i])
+    def store_some(buffer: Any, index: list[Expr], values: list[Expr]) -> None:
+        """Two or four neighbours from a multiple of their number on, at once."""
+        some = T.alloc_buffer((len(values),), "float32", scope="local")
+        for i, value in enumerate(values):
+            T.buffer_store(some, value, [i])
         *outer, column = index
-        with T.vectorized(2) as i:
-            T.buffer_store(buffer, T.Cast(buffer.dtype, pair[i]), [*outer, column + i])
+        with T.vectorized(len(values)) as i:
+            T.buffer_store(buffer, T.Cast(buffer.dtype, some[i]), [*outer, column + i])
 
     def product(
         self, plan: Plan, A: Any, row_of: Callable[[Expr], Expr], m: Expr, W: Any, e: Expr, n: Expr, shift: int,
@@ -200,13 +207,14 @@ class ExpertGridTiles(GridTiles):
         lanes = 16 // SIZES[A.dtype]
         # Which rows a thread copies does not change from stage to stage: their numbers are read once.
         across = plan.depth // lanes
-        own = T.alloc_buffer((-(-plan.rows * across // plan.threads),), "int64", scope="local")
+        dtype = "int32" if plan.blocks else "int64"
+        own = T.alloc_buffer((-(-plan.rows * across // plan.threads),), dtype, scope="local")
         for step in range(int(own.shape[0])):
             i = (T.Cast("int32", self.lane) + step * plan.threads) // across
-            T.buffer_store(own, row_of(T.min(i, m - 1)), [step])
+            T.buffer_store(own, T.Cast(dtype, row_of(T.min(i, m - 1))), [step])
 
         def index(i: Expr, k: Expr, step: int | None) -> tuple[Expr, ...]:
-            return row_of(T.min(i, m - 1)) if step is None else own[step], k
+            return row_of(T.min(i, m - 1)) if step is None else T.Cast("int64", own[step]), k
 
         limit = int(A.shape[1])
         # Scratch memory of bytes is the kernel's own, in rows of whole steps.

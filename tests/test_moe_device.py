@@ -43,6 +43,13 @@ def run(x, weights, *args, ids):
     return tvm_gdn.fused_experts(x, *args, topk_weights=weights, topk_ids=ids)
 
 
+def shifted(w):
+    """The same tensor at an odd address."""
+    flat = torch.empty(w.numel() + 1, dtype=w.dtype)
+    flat[1:] = w.flatten()
+    return flat[1:].view(w.shape)
+
+
 def check_numbers(dtype, packed, hidden, inner, counts):
     name = NAMES[dtype]
     for tokens in counts:
@@ -67,26 +74,27 @@ def test_numbers(on, target):
 
 @needs_cxx
 def test_products_of_four_warps(tmp_path, monkeypatch):
-    """Hopper's plans of 16, of 64 and of 128 rows from one kernel, the next product begun before the last is done, and not.
+    """Hopper's plans of 16, of 64 and of 128 rows from one kernel, and of up to 160 in blocks that go through all tiles.
 
-    Pairs that are not sorted; put in order by one block, and by many.
+    Pairs that are not sorted; put in order by one block, and by many. An expert's rows in one tile and in several; weights and rows
+    that begin anywhere.
     """
     monkeypatch.setattr(moe_grid_rows, "MOST_ALONE", 100)
     monkeypatch.setattr(moe_grid, "MOST_ALONE", 100)
     spec, shape = geometry(D=104, I=72, ids="int64")
     goal = resolve("emulated:cuda-sm90")
     space, _ = schedule.find_space(spec.algorithm, goal)
-    knobs = {**space.default(shape), "most": 2, "more": 8, "full": 20}
+    knobs = {**space.default(shape), "most": 2, "more": 8, "full": 10, "blocks": 3}
     built = build.compile_kernel(build.Request(spec, shape, knobs), goal, tmp_path)
     pack.write(tmp_path / "pack", goal, [], [built], build.build_launcher(tmp_path, goal))
     stored = pack.read(tmp_path / "pack")
     kernel = load.load_kernel(stored, stored.manifest.kernels[0])
     call = torch_ops.call_function(spec, frozenset(shape.dtype), shape.axis, kernel)
-    for tokens in (3, 17, 40, 70):
+    for tokens in (3, 17, 22, 70, 400):
         x, w13, w2, weights, ids = make(tokens, torch.bfloat16, tokens, hidden=104, inner=72)
         out = call(x, w13, w2, weights, ids)
         assert error(out, loop(x, w13, w2, weights, ids)) < LIMIT[torch.bfloat16]
-        assert torch.equal(out, call(x, w13, w2, weights, ids))
+        assert torch.equal(out, call(x, shifted(w13), shifted(w2), weights, ids))
 
 
 @needs_cxx
@@ -129,12 +137,6 @@ def test_misaligned_and_strided_arguments(on, target):
     whole = run(x, weights, w13, w2, ids=ids)
     wide = torch.randn(33, 211).bfloat16()
     wide[:, 3:107] = x
-
-    def shifted(w):
-        flat = torch.empty(w.numel() + 1, dtype=w.dtype)
-        flat[1:] = w.flatten()
-        return flat[1:].view(w.shape)
-
     moved = run(wide[:, 3:107], weights.t().contiguous().t(), shifted(w13), shifted(w2), ids=ids.t().contiguous().t())
     assert torch.equal(moved, whole)
 

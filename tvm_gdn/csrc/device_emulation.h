@@ -181,6 +181,16 @@ struct Copy {
 struct Arrival {
   unsigned opened, arrived;
 };
+// A barrier of a ring's stage: the number of the phase that is not over, and arrivals that it waits for.
+struct Stage {
+  unsigned short opened, phase;
+  short expected, left;
+};
+struct Staged {
+  Copy copy;
+  Stage* stage;
+  unsigned short phase;
+};
 struct Bulk {
   void* to;
   const void* from;
@@ -205,6 +215,8 @@ struct Block {
   std::function<void()> body;
   std::vector<char> shared;
   std::vector<Bulk> bulks;  // asked for, not waited for
+  std::vector<Staged> staged;  // the same for stages of a ring
+  unsigned drawn;  // whether the next ones are there at once
 };
 static thread_local Block* block;
 
@@ -268,6 +280,26 @@ static inline int bulk_write(void* to, const void* from, int bytes) {
   if (((uintptr_t)to | (uintptr_t)from | (uintptr_t)bytes) & 15) fail("a copy of bytes that are not aligned");
   return memcpy(to, from, (size_t)bytes), 0;
 }
+static inline int open_stage(void* barrier, int count) { return *(Stage*)barrier = {0x6f70, 0, (short)count, (short)count}, 0; }
+static inline int arrive_at(void* barrier) {
+  Stage* stage = (Stage*)barrier;
+  if (stage->opened != 0x6f70) fail("an arrival at a stage that is not open");
+  if (!--stage->left) stage->left = stage->expected, ++stage->phase;
+  return 0;
+}
+// What a thread asked for is there at once, or when a thread waits for it: reading too soon shows, and writing over what is still read.
+static inline int copied(void* barrier) {
+  Fiber& me = block->fibers[block->current];
+  if ((block->drawn = block->drawn * 1664525u + 1013904223u) >> 31) arrive(0, true);
+  for (const Copy& copy : me.copies) block->staged.push_back({copy, (Stage*)barrier, ((Stage*)barrier)->phase});
+  me.copies.clear();
+  return arrive_at(barrier);
+}
+static inline int wait_stage(void* barrier, int parity);
+#define TVM_GDN_RING_OPEN emulation::open_stage
+#define TVM_GDN_RING_ARRIVE emulation::arrive_at
+#define TVM_GDN_RING_COPIED emulation::copied
+#define TVM_GDN_RING_WAIT emulation::wait_stage
 static inline void team_sync();
 static inline int bulk_wait(void* barrier);
 #define TVM_GDN_OPEN emulation::open_arrival
@@ -305,6 +337,20 @@ static inline int bulk_wait(void* barrier) {
   for (const Bulk& bulk : bulks)
     if (bulk.arrival == arrival) memcpy(bulk.to, bulk.from, (size_t)bulk.bytes);
   bulks.erase(std::remove_if(bulks.begin(), bulks.end(), [=](const Bulk& bulk) { return bulk.arrival == arrival; }), bulks.end());
+  return 0;
+}
+static inline int wait_stage(void* barrier, int parity) {
+  Stage* stage = (Stage*)barrier;
+  if (stage->opened != 0x6f70) fail("waiting for a stage that is not open");
+  for (int turn = 0; (stage->phase & 1) == parity; ++turn) {
+    if (turn == 1 << 20) fail("waiting for a stage that nobody fills");
+    pause(RUN);
+  }
+  auto& staged = block->staged;
+  const auto there = [=](const Staged& one) { return one.stage == stage && one.phase != stage->phase; };
+  for (const Staged& one : staged)
+    if (there(one)) one.copy.inside ? memcpy(one.copy.to, one.copy.from, 16) : memset(one.copy.to, 0, 16);
+  staged.erase(std::remove_if(staged.begin(), staged.end(), there), staged.end());
   return 0;
 }
 static inline int lane() { return block->current % EMULATED_WARP; }
@@ -347,6 +393,8 @@ static void run_block(Block& own, int threads, std::mt19937* random) {
     fiber.context.make(fiber.stack.data(), fiber.stack.size(), entry);
   }
   own.bulks.clear();
+  own.staged.clear();
+  own.drawn = random ? (unsigned)(*random)() : 0;
   int alive = threads;
   while (alive) {
     bool progress = false;

@@ -143,6 +143,11 @@ static __device__ __forceinline__ int tvm_gdn_next(int* number) { return atomicA
 #define TVM_GDN_SKIP(barrier) 0
 #define TVM_GDN_WAIT(barrier) 0
 #define TVM_GDN_WRITE(to, from, bytes) (memcpy(to, from, bytes), 0)
+// Of a ring's stage: opening, arriving, arriving with what was copied, waiting.
+#define TVM_GDN_RING_OPEN(barrier, count) 0
+#define TVM_GDN_RING_ARRIVE(barrier) 0
+#define TVM_GDN_RING_COPIED(barrier) 0
+#define TVM_GDN_RING_WAIT(barrier, parity) 0
 #endif
 #if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
 #define TVM_GDN_SHARED(p) ((unsigned)__cvta_generic_to_shared(p))
@@ -340,14 +345,60 @@ static __device__ __forceinline__ int tvm_gdn_wgmma_two(float (&sums)[N], int at
   asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
   return 0;
 }
-template <int N>
-static __device__ __forceinline__ int tvm_gdn_wgmma_arrived(float (&c)[N], int left) {
+// Four warps multiply two tiles of 64 rows, `apart` bytes from each other, of 64 numbers with one of COLUMNS rows; all of them lie as above.
+// The second tile's sums are the second half of a thread's. `fresh`: sums begin at zero.
+#define TVM_GDN_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define TVM_GDN_R24 TVM_GDN_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define TVM_GDN_R40 TVM_GDN_R32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define TVM_GDN_R48 TVM_GDN_R40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define TVM_GDN_R56 TVM_GDN_R48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define TVM_GDN_R72 TVM_GDN_R64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define TVM_GDN_R80 TVM_GDN_R72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define TVM_GDN_R88 TVM_GDN_R80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define TVM_GDN_R96 TVM_GDN_R88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define TVM_GDN_WGMMA_MORE(columns, kind, registers, left, right, go_on, ...)                                                      \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " go_on ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." kind "." kind \
+               " {" registers "}, " left ", " right ", p, 1, 1, 0, 0;\n}\n" : __VA_ARGS__ : "l"(x), "l"(y), "r"(more))
+#define TVM_GDN_WGMMA_PAIRS(name, kind) \
+  template <int COLUMNS, int N> \
+  static __device__ __forceinline__ int name(float (&sums)[N], const void* left, int apart, const void* right, int fresh) { \
+    static_assert(COLUMNS <= N && COLUMNS % 16 == 0, "columns of a product"); \
+    const unsigned long long a = tvm_gdn_swizzled(left), b = tvm_gdn_swizzled(right); \
+    asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); \
+    _Pragma("unroll") for (int n = 0; n < 8; ++n) { \
+      float* c = sums + n % 2 * (N / 2); \
+      const unsigned long long x = a + n % 2 * (apart >> 4) + n / 2 * 2, y = b + n / 2 * 2; \
+      const int more = !fresh || n > 1; \
+      if constexpr (COLUMNS == 16) TVM_GDN_WGMMA_MORE("16", kind, TVM_GDN_R8, "%8", "%9", "%10", TVM_GDN_S8(0)); \
+      else if constexpr (COLUMNS == 32) TVM_GDN_WGMMA_MORE("32", kind, TVM_GDN_R16, "%16", "%17", "%18", TVM_GDN_S8(0), TVM_GDN_S8(8)); \
+      else if constexpr (COLUMNS == 48) TVM_GDN_WGMMA_MORE("48", kind, TVM_GDN_R24, "%24", "%25", "%26", TVM_GDN_S8(0), TVM_GDN_S8(8), TVM_GDN_S8(16)); \
+      else if constexpr (COLUMNS == 64) TVM_GDN_WGMMA_MORE("64", kind, TVM_GDN_R32, "%32", "%33", "%34", TVM_GDN_S32(0)); \
+      else if constexpr (COLUMNS == 80) TVM_GDN_WGMMA_MORE("80", kind, TVM_GDN_R40, "%40", "%41", "%42", TVM_GDN_S32(0), TVM_GDN_S8(32)); \
+      else if constexpr (COLUMNS == 96) TVM_GDN_WGMMA_MORE("96", kind, TVM_GDN_R48, "%48", "%49", "%50", TVM_GDN_S32(0), TVM_GDN_S8(32), TVM_GDN_S8(40)); \
+      else if constexpr (COLUMNS == 112) TVM_GDN_WGMMA_MORE("112", kind, TVM_GDN_R56, "%56", "%57", "%58", TVM_GDN_S32(0), TVM_GDN_S8(32), TVM_GDN_S8(40), TVM_GDN_S8(48)); \
+      else if constexpr (COLUMNS == 128) TVM_GDN_WGMMA_MORE("128", kind, TVM_GDN_R64, "%64", "%65", "%66", TVM_GDN_S32(0), TVM_GDN_S32(32)); \
+      else if constexpr (COLUMNS == 144) TVM_GDN_WGMMA_MORE("144", kind, TVM_GDN_R72, "%72", "%73", "%74", TVM_GDN_S32(0), TVM_GDN_S32(32), TVM_GDN_S8(64)); \
+      else if constexpr (COLUMNS == 160) TVM_GDN_WGMMA_MORE("160", kind, TVM_GDN_R80, "%80", "%81", "%82", TVM_GDN_S32(0), TVM_GDN_S32(32), TVM_GDN_S8(64), TVM_GDN_S8(72)); \
+      else if constexpr (COLUMNS == 176) TVM_GDN_WGMMA_MORE("176", kind, TVM_GDN_R88, "%88", "%89", "%90", TVM_GDN_S32(0), TVM_GDN_S32(32), TVM_GDN_S8(64), TVM_GDN_S8(72), TVM_GDN_S8(80)); \
+      else if constexpr (COLUMNS == 192) TVM_GDN_WGMMA_MORE("192", kind, TVM_GDN_R96, "%96", "%97", "%98", TVM_GDN_S32(0), TVM_GDN_S32(32), TVM_GDN_S32(64)); \
+    } \
+    asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); \
+    return 0; \
+  }
+TVM_GDN_WGMMA_PAIRS(tvm_gdn_wgmma_pair_bf16, "bf16")
+TVM_GDN_WGMMA_PAIRS(tvm_gdn_wgmma_pair_f16, "f16")
+static __device__ __forceinline__ int tvm_gdn_wgmma_left(int left) {
   switch (left) {
     case 0: asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory"); break;
     case 1: asm volatile("wgmma.wait_group.sync.aligned 1;" : : : "memory"); break;
     case 2: asm volatile("wgmma.wait_group.sync.aligned 2;" : : : "memory"); break;
     default: asm volatile("wgmma.wait_group.sync.aligned 3;" : : : "memory");
   }
+  return 0;
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_arrived(float (&c)[N], int left) {
+  tvm_gdn_wgmma_left(left);
   tvm_gdn_wgmma_hold(c);
   return 0;
 }
@@ -398,6 +449,35 @@ static __device__ __forceinline__ int tvm_gdn_bulk_write(void* to, const void* f
   asm volatile(
       "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;"
       : : "l"(to), "r"(TVM_GDN_SHARED(from)), "r"(bytes) : "memory");
+  return 0;
+}
+// A barrier (8 bytes of shared memory) of a ring's stage, used again and again: a phase is over after `count` arrivals, and `wait` returns
+// when the phase of a parity is; of a new barrier the phase before the first one is over. `copied` arrives when all that this thread
+// asked for is there.
+static __device__ __forceinline__ int tvm_gdn_ring_open(void* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" : : "r"(TVM_GDN_SHARED(barrier)), "r"(count) : "memory");
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_ring_arrive(void* barrier) { return tvm_gdn_bulk_skip(barrier); }
+static __device__ __forceinline__ int tvm_gdn_ring_copied(void* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" : : "r"(TVM_GDN_SHARED(barrier)) : "memory");
+  return 0;
+}
+static __device__ __forceinline__ int tvm_gdn_ring_wait(void* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nTRY:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra TRY;\n}"
+      : : "r"(TVM_GDN_SHARED(barrier)), "r"(parity) : "memory");
+  return 0;
+}
+// Four warps take registers that others gave up.
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" : : "n"(N));
+  return 0;
+}
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" : : "n"(N));
   return 0;
 }
 // Two numbers as a pair of bf16 numbers; what these leave of them stays.
@@ -608,6 +688,25 @@ static __device__ __forceinline__ int tvm_gdn_wgmma_two(float (&sums)[N], int at
     return tvm_gdn_wgmma_rows(d, left, right, 32, steps, apart, turned, fresh);
   }));
 }
+template <float (*NUMBER)(unsigned, int), int COLUMNS, int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_pair(float (&sums)[N], const void* left, int apart, const void* right, int fresh) {
+  for (int half = 0; half < 2; ++half) {
+    float own[COLUMNS / 2], *to = sums + half * (N / 2);
+    for (int n = 0; n < COLUMNS / 2; ++n) own[n] = fresh ? 0 : to[n];
+    tvm_gdn_wgmma_products<NUMBER>(own, (const char*)left + half * apart, right);
+    for (int n = 0; n < COLUMNS / 2; ++n) to[n] = own[n];
+  }
+  return 0;
+}
+template <int COLUMNS, int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_pair_bf16(float (&sums)[N], const void* left, int apart, const void* right, int fresh) {
+  return TVM_GDN_LATER(([&sums, left, apart, right, fresh] { return tvm_gdn_wgmma_pair<tvm_gdn_half_of, COLUMNS>(sums, left, apart, right, fresh); }));
+}
+template <int COLUMNS, int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_pair_f16(float (&sums)[N], const void* left, int apart, const void* right, int fresh) {
+  return TVM_GDN_LATER(([&sums, left, apart, right, fresh] { return tvm_gdn_wgmma_pair<tvm_gdn_fp16_of, COLUMNS>(sums, left, apart, right, fresh); }));
+}
+static __device__ __forceinline__ int tvm_gdn_wgmma_left(int left) { return TVM_GDN_FINISH(left); }
 template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_arrived(float (&)[N], int left) {
   return TVM_GDN_FINISH(left);
@@ -622,6 +721,14 @@ static __device__ __forceinline__ int tvm_gdn_bulk_open(void* barrier) { return 
 static __device__ __forceinline__ int tvm_gdn_bulk_read(void* to, const void* from, int bytes, void* barrier) { return TVM_GDN_READ(to, from, bytes, barrier); }
 static __device__ __forceinline__ int tvm_gdn_bulk_skip(void* barrier) { return TVM_GDN_SKIP(barrier); }
 static __device__ __forceinline__ int tvm_gdn_bulk_wait(void* barrier) { return TVM_GDN_WAIT(barrier); }
+static __device__ __forceinline__ int tvm_gdn_ring_open(void* barrier, int count) { return TVM_GDN_RING_OPEN(barrier, count); }
+static __device__ __forceinline__ int tvm_gdn_ring_arrive(void* barrier) { return TVM_GDN_RING_ARRIVE(barrier); }
+static __device__ __forceinline__ int tvm_gdn_ring_copied(void* barrier) { return TVM_GDN_RING_COPIED(barrier); }
+static __device__ __forceinline__ int tvm_gdn_ring_wait(void* barrier, int parity) { return TVM_GDN_RING_WAIT(barrier, parity); }
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_take_registers() { return 0; }
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_leave_registers() { return 0; }
 static __device__ __forceinline__ int tvm_gdn_bulk_publish() { return 0; }
 static __device__ __forceinline__ int tvm_gdn_bulk_write(void* to, const void* from, int bytes) { return TVM_GDN_WRITE(to, from, bytes); }
 static __device__ __forceinline__ unsigned tvm_gdn_bfloat16(float x) {

@@ -22,11 +22,11 @@ those blocks, multiples of `warp`, at most `warp` squared), `warp` and `partial`
 `blocks(count)`, `lanes(threads)`, `enter(lane)`, `follow()` (what earlier kernels wrote is there; only then may the next
 kernel's blocks begin), `sync()`, `before(buffer, lane)` (the sum of buffer[0] up to this thread of a
 warp), `of(buffer, lane)` (buffer[0] of another), `next(buffer, index)` (the number there, which becomes one more),
-`store_pair(buffer, index, values)` (two neighbours from an even column on), and
+`store_some(buffer, index, values)` (two or four neighbours from a multiple of their number on), and
 
 - `product(plan, A, row_of, m, W, e, n, shift, sink, follow=False)`: rows row_of(0) to row_of(m - 1) of A times `plan.columns`
   columns of W[e] and as many others (raw: rows from n on, and those `shift` further on; packed: both halves of groups from n
-  on), given to ``sink(r, c, first, second)``: of row r and columns c and c + 1, the pair of values of either half. With
+  on), given to ``sink(r, c, first, second)``: of row r and two or four columns from c on, the values of either half. With
   `follow` it calls `follow` itself, before it reads A.
 
 Quantized weights: rows of x, and of h, are made int8 by a kernel of their own before either product, which then takes
@@ -169,14 +169,15 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
         if T.And(tokens * top_k <= MOST_SEEN, _is_for(tiles.plans[0], tokens * top_k, E)):
             experts(tiles.plans[:1], Seen(topk_ids, top_k, tokens * top_k, E))
         else:
-            offsets = T.alloc_buffer((E + 1,), "int32")
+            offsets = T.alloc_buffer((E + 2,), "int32")
             order = T.alloc_buffer((tokens * top_k,), "int32")
             place = T.alloc_buffer((tokens * top_k,), "int32")
             owner = T.alloc_buffer((tokens * top_k,), "int32")
             start = T.alloc_buffer((tokens * top_k,), "int32")
             sort(
                 topk_ids, T.Cast("int32", top_k), tokens * top_k, E, _most_tiles(tiles.plans, tokens * top_k, E),
-                _rows_of_tiles(tiles.plans, tokens * top_k, E), offsets, order, place, owner, start,
+                _of_plan(tiles.plans, "rows", tokens * top_k, E), _of_plan(tiles.plans, "step", tokens * top_k, E), offsets,
+                order, place, owner, start,
             )  # fmt: skip
             if tokens * top_k > MOST_ALONE:
                 arrange(tiles, topk_ids, top_k, tokens * top_k, E, offsets, order, place)
@@ -191,12 +192,12 @@ def _is_for(plan: Any, pairs: Any, E: Any) -> Any:
     return pairs * most.denominator <= E * most.numerator
 
 
-def _rows_of_tiles(plans: tuple[Any, ...], pairs: Any, E: Any) -> Any:
-    """Rows of a tile in the plan that is taken."""
+def _of_plan(plans: tuple[Any, ...], name: str, pairs: Any, E: Any) -> Any:
+    """A number of the plan that is taken."""
     *few, last = plans
-    found = T.int32(last.rows)
+    found = T.int32(getattr(last, name))
     for plan in reversed(few):
-        found = T.Select(_is_for(plan, pairs, E), T.int32(plan.rows), found)
+        found = T.Select(_is_for(plan, pairs, E), T.int32(getattr(plan, name)), found)
     return found
 
 
@@ -217,8 +218,8 @@ def gate_up(plan: Any, tiles: Any, sizes: Sizes, x: Any, W: Any, hidden: Any, ro
             column = T.Bind(n * plan.columns + c)
             # Weights beyond the last column are zeros, and so is what is stored in the columns that pad a row.
             with T.If(column < hidden.shape[1]), T.Then():
-                values = [silu_product(T.Bind(gate[i]), up[i], tiles.exp) for i in range(2)]
-                tiles.store_pair(hidden, [T.Cast("int64", rows.place(r)), column], values)
+                values = [silu_product(T.Bind(one), other, tiles.exp) for one, other in zip(gate, up, strict=True)]
+                tiles.store_some(hidden, [T.Cast("int64", rows.place(r)), column], values)
 
         def token(r: Any) -> Any:
             return T.Cast("int64", T.truncdiv(rows.pair(r), T.Cast("int32", routing.top_k)))
@@ -240,7 +241,7 @@ def down(plan: Any, tiles: Any, sizes: Sizes, hidden: Any, W: Any, partial: Any,
             for half, values in enumerate(halves):
                 column = T.Bind(sizes.columns(n, half, c, plan.columns))
                 with T.If(column < partial.shape[1]), T.Then():
-                    tiles.store_pair(partial, [place(r), column], values)
+                    tiles.store_some(partial, [place(r), column], values)
 
         base = n * (plan.columns // 16 if sizes.packed else 2 * plan.columns)
         tiles.product(plan, hidden, place, rows.count, W, rows.expert, base, plan.columns, sink, follow=True, **more)

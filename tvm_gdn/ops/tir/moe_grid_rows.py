@@ -50,6 +50,12 @@ def most_tiles(plan: Any, pairs: Any, E: Any) -> Any:
     return T.min(pairs, pairs // plan.rows + T.min(E, pairs))
 
 
+def even_rows(count: Any, rows: Any, step: Any) -> Any:
+    """Rows of each of an expert's tiles: as few tiles as can be, of about as many rows, a multiple of `step`."""
+    tiles = T.max(T.truncdiv(count + (rows - 1), rows), 1)
+    return T.truncdiv(T.truncdiv(count + (tiles - 1), tiles) + (step - 1), step) * step
+
+
 def _follow_at_last(tiles: Any, followed: bool) -> None:
     """Where there is no tile: blocks that never wait would let the next kernel begin before what this one waits for is done."""
     if not followed:
@@ -75,14 +81,15 @@ class Sorted:
         return self.positions[t * self.top_k + j]
 
     def each(self, plan: Any, tiles: Any, across: int, body: Body, follow: bool = True) -> None:
-        """A block per tile and group of columns: calls ``body(n, rows)`` where there is a tile."""
-        with (
-            tiles.blocks(most_tiles(plan, self.pairs, self.experts) * across) as block,
-            tiles.lanes(plan.threads) as lane,
-        ):
+        """Calls ``body(n, rows)`` where there is a tile: a block per tile and group of columns, or some that go through all."""
+        most = most_tiles(plan, self.pairs, self.experts) * across
+        with tiles.blocks(T.min(most, plan.blocks) if plan.blocks else most) as block, tiles.lanes(plan.threads) as lane:
             tiles.enter(lane)
             if follow:
                 tiles.follow()
+            if plan.blocks:
+                tiles.parts(plan, lambda: self._all(plan, tiles, across, block, body, follow))
+                return
             tile, n = T.Bind(block // across), T.Bind(T.Cast("int32", block % across))
             e = T.Bind(T.Cast("int64", self.owner[tile]))
             with T.If(e >= 0):
@@ -91,6 +98,21 @@ class Sorted:
                     count = T.Bind(T.min(T.int32(plan.rows), self.offsets[e + 1] - first))
                     body(n, Rows(e, count, lambda r: self.order[first + r], lambda r: first + r))
                 _follow_at_last(tiles, follow)
+
+    def _all(self, plan: Any, tiles: Any, across: int, block: Any, body: Body, followed: bool) -> None:
+        """Every so many tiles, from the block's number on."""
+        number = T.Bind(self.offsets[self.experts + 1] * across - T.Cast("int32", block))
+        with T.serial(T.truncdiv(T.max(number, 0) + (plan.blocks - 1), plan.blocks)) as turn:
+            at = T.Bind(T.Cast("int32", turn) * plan.blocks + T.Cast("int32", block))
+            tile = T.Bind(at // across)
+            e, first = T.Bind(T.Cast("int64", self.owner[tile])), T.Bind(self.start[tile])
+            end = T.Bind(self.offsets[e + 1])
+            each = T.Bind(even_rows(end - self.offsets[e], plan.rows, plan.step))
+            count = T.Bind(T.min(each, end - first))
+            body(at % across, Rows(e, count, lambda r: self.order[first + r], lambda r: first + r))
+        if not followed:
+            with T.If(number <= 0), T.Then():
+                tiles.follow()
 
 
 @dataclass(frozen=True)
@@ -144,11 +166,12 @@ class Seen:
 
 
 def sort_macro(tiles: Any) -> Any:
-    """Macro ``sort(ids, k, pairs, E, limit, rows, offsets, order, place, owner, start)``, one block's work.
+    """Macro ``sort(ids, k, pairs, E, limit, rows, step, offsets, order, place, owner, start)``, one block's work.
 
     Afterwards the pairs of expert e are ``order[offsets[e]:offsets[e + 1]]``; ``place[pair]`` is where a pair stands, -1 for
-    padding; tile i of `limit` has rows from ``start[i]`` on, of expert ``owner[i]`` (-1: no tile). With more than `MOST_ALONE`
-    pairs `place` is the place among the expert's own and `order` nothing: `arrange` goes on from there.
+    padding; tile i of `limit` has rows from ``start[i]`` on, of expert ``owner[i]`` (-1: no tile), ``offsets[E + 1]`` is the
+    number of tiles. An expert's tiles have ``even_rows(count, rows, step)`` rows. With more than `MOST_ALONE` pairs `place` is
+    the place among the expert's own and `order` nothing: `arrange` goes on from there.
     """
     S, warp = tiles.sorters, tiles.warp
 
@@ -180,7 +203,7 @@ def sort_macro(tiles: Any) -> Any:
             chosen[b] = T.Select(there, T.Cast("int32", e), T.int32(-1))
 
     @T.inline
-    def sort(ids, k, pairs, E, limit, rows, offsets, order, place, owner, start):
+    def sort(ids, k, pairs, E, limit, rows, step, offsets, order, place, owner, start):
         for _ in tiles.blocks(T.int64(1)):
             for lane in tiles.lanes(S):
                 tiles.enter(lane)
@@ -223,11 +246,12 @@ def sort_macro(tiles: Any) -> Any:
                         offsets[e] = both[0]
                         for tile in T.serial(T.truncdiv(ranks[0] + (rows - 1), rows)):
                             owner[both[1] + tile] = T.Cast("int32", e)
-                            start[both[1] + tile] = both[0] + tile * rows
+                            start[both[1] + tile] = both[0] + tile * even_rows(ranks[0], rows, step)
                         both[0] = both[0] + ranks[0]
                         both[1] = both[1] + T.truncdiv(ranks[0] + (rows - 1), rows)
                 if lane == 0:
                     offsets[E] = totals[0]
+                    offsets[E + 1] = totals[1]
                 for i in T.serial((limit + S - 1) // S):
                     if i * S + lane < limit and i * S + lane >= T.Cast("int64", totals[1]):
                         owner[i * S + lane] = -1
