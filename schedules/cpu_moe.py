@@ -24,6 +24,14 @@ STEP_LINES = 32
 AHEAD = 8
 #: Raw rows of weights that are multiplied at once.
 RAW_ROWS = 4
+#: No instruction, but an array that it is given is in memory then. LLVM would keep results in registers until they are used,
+#: through every height of the micro-kernel, and spill accumulators in its innermost loop instead.
+SETTLE = """
+define void @tvm_gdn_settle(ptr %p) alwaysinline {
+  call void asm sideeffect "", "r,~{memory}"(ptr %p)
+  ret void
+}
+"""
 
 
 def _lanes(vector: Any) -> Any:
@@ -80,7 +88,7 @@ class ExpertTiles(TeamTiles):
         hints: bool = True,
     ) -> None:
         self.weights, self.block, self.columns, self.floor = weights, block, columns, floor
-        self.operand, self.prelude, self.k_step = weights.operand, weights.prelude, weights.k_step
+        self.operand, self.prelude, self.k_step = weights.operand, weights.prelude + SETTLE, weights.k_step
         self.quantized, self.zero = weights.quantized, weights.zero
         self.pad = PAD_BYTES // {"float32": 4, "bfloat16": 2, "int8": 1}[self.operand]
         self.top, self.few, self.raw, self.hints, self.vectors, self.asked = rows, few, raw, hints, vectors, asked
@@ -222,10 +230,11 @@ class ExpertTiles(TeamTiles):
         top, choose = self.top, self._blocks(self._micro(), self.top)
 
         @T.inline
-        def product(A, sums, first, m, W, scale, e, n, steps, shift, sink):
+        def product(A, sums, first, m, W, scale, e, n, steps, shift, after, sink):
             C = local_array(top, 2 * LANES)
             for b in T.serial((m + top - 1) // top):
                 choose(T.min(m - b * top, top), (C, self.words(A), sums, first + b * top, W, scale, e, n, steps))
+                T.evaluate(T.call_extern("void", "tvm_gdn_settle", T.address_of(C[0, 0])))
                 sink(C, b * top, T.min(m - b * top, top))
 
         return product
@@ -235,12 +244,12 @@ class ExpertTiles(TeamTiles):
         few, many = self._along_rows(), self._product()
 
         @T.inline
-        def product(A, sums, first, m, W, scale, e, n, steps, shift, sink):
+        def product(A, sums, first, m, W, scale, e, n, steps, shift, after, sink):
             if m <= self.few:
                 few(A, first, m, W, e, n, steps, shift, sink)
             else:
                 self._lay_out(W, e, n, shift)
-                many(A, sums, first, m, self.panel, scale, 0, 0, steps, shift, sink)
+                many(A, sums, first, m, self.panel, scale, 0, 0, steps, shift, after, sink)
 
         return product
 

@@ -96,7 +96,7 @@ class PortableExpertTiles(Portable, TeamTiles):
                     C[0, half * HALF + c] = acc[0]
 
         @T.inline
-        def product(A, sums, first, m, W, scale, e, n, steps, shift, sink):
+        def product(A, sums, first, m, W, scale, e, n, steps, shift, after, sink):
             C = local_array(1, COLUMNS)
             acc = local_array(1, dtype="int32" if quantized else "float32")
             for r in T.serial(m):

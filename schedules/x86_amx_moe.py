@@ -11,6 +11,18 @@ from tvm_gdn.schedules.moe_weights import LANES, signed_nibbles
 from tvm_gdn.schedules.x86_matrix import ROWS, EmulatedMatrixUnit, MatrixUnit
 
 
+class _Scaled:
+    """What integer sums of a block stand for, element by element: scaled, and without what unsigned weights added to them."""
+
+    def __init__(self, sums: Any, zeros: Any, first: Any, scale: Any, e: Any, n: Any) -> None:
+        self.sums, self.zeros, self.first, self.scale, self.group = sums, zeros, first, scale, (e, n)
+
+    def __getitem__(self, index: tuple[Any, Any]) -> Any:
+        r, c = index
+        total = self.sums[r, c] if self.zeros is None else self.sums[r, c] - self.zeros[self.first + r, 0]
+        return T.Cast("float32", total) * T.Cast("float32", self.scale[(*self.group, 0, c)])
+
+
 class AmxExpertTiles(ExpertTiles):
     """Experts with at most `few` rows run on the micro-kernel of `ExpertTiles`, others on AMX tiles.
 
@@ -47,11 +59,16 @@ class AmxExpertTiles(ExpertTiles):
         few, many, limit = super()._product(), self._many(), self.few
 
         @T.inline
-        def product(A, sums, first, m, W, scale, e, n, steps, shift, sink):
+        def product(A, sums, first, m, W, scale, e, n, steps, shift, after, sink):
             if m <= limit:
-                few(A, sums, first, m, W, scale, e, n, steps, shift, sink)
+                few(A, sums, first, m, W, scale, e, n, steps, shift, after, sink)
             else:
-                many(A, sums, first, m, W, scale, e, n, steps, sink)
+                # Numbers that stay in memory would be read again for every tile.
+                row: T.let[T.int64] = first
+                rows: T.let[T.int64] = m
+                expert: T.let[T.int64] = e
+                group: T.let[T.int64] = n
+                many(A, sums, row, rows, W, scale, expert, group, steps, after, sink)
 
         return product
 
@@ -65,12 +82,23 @@ class AmxExpertTiles(ExpertTiles):
                     at = T.ramp((half * 2 * LANES + line) * LANES, 1, LANES)
                     T.buffer_store(self.panel, signed_nibbles(words, half), [0, 0, s, at])
 
-    def _ask_next(self, W: Any, e: Any, n: Any, s: Any, turn: Any, turns: Any, steps: int) -> None:
+    def _ask_next(self, W: Any, after: Any, s: Any, turn: Any, turns: Any, steps: int) -> None:
         """Pass `turn` of `turns` over a group of weights, at step s: ask memory for its share of the group after it."""
         if self.hints and not self.raw:
             share = (STEP_LINES + turns - 1) // turns
             with T.serial(share) as line:
-                prefetch(W[e, n, steps, ((turn * steps + s) * share + line) * LANES], 2)
+                prefetch(W[after[0], after[1], 0, ((turn * steps + s) * share + line) * LANES], 2)
+
+    def _ask_rows(self, A: Any, first: Any, after: Any, s: Any, steps: int) -> None:
+        """At step s of a block's first product: ask for a share of the 32 rows behind it, line by line as they lie in memory.
+
+        Tiles would meet them row by row, which the CPU's own prefetcher does not see through.
+        """
+        if self.hints and after[2] is not False:
+            lines = 2 * ROWS * int(A.shape[1]) // LANES
+            share = (lines + steps - 1) // steps
+            with T.If(after[2]), T.Then(), T.serial(share) as line:
+                prefetch(A[first + 2 * ROWS, (s * share + line) * LANES], 2)
 
     def _clear(self, height: int) -> None:
         for tile in range(2 * height):
@@ -113,68 +141,49 @@ class AmxExpertTiles(ExpertTiles):
         whole, grouped, groups = self._whole(), self._grouped(), self.groups
 
         @T.inline
-        def product(A, sums, first, m, W, scale, e, n, steps, sink):
+        def product(A, sums, first, m, W, scale, e, n, steps, after, sink):
             if groups(scale, steps) > 0:
-                grouped(A, first, m, W, scale, e, n, steps, groups(scale, steps), sink)
+                grouped(A, first, m, W, scale, e, n, steps, groups(scale, steps), after, sink)
             else:
-                whole(A, sums, first, m, W, scale, e, n, steps, sink)
+                whole(A, sums, first, m, W, scale, e, n, steps, after, sink)
 
         return product
 
     def _whole(self) -> Any:
         """Blocks of 32 rows, two by two tiles, or of the last 16, one by two."""
         weights, widened = self.weights, self.widened
-        fetch, ask_next, clear, multiply, store = self._fetch, self._ask_next, self._clear, self._multiply, self._store
+        fetch, ask_next, ask_rows = self._fetch, self._ask_next, self._ask_rows
+        clear, multiply, store = self._clear, self._multiply, self._store
 
         @T.inline
-        def block(C, A, first, b, blocks, W, e, n, steps, height):
+        def block(C, A, first, b, blocks, W, e, n, steps, after, height):
             """C = rows times weights."""
             clear(height)
             for s in T.serial(steps):
                 if b == 0:
                     fetch(W, e, n, s)
                 if blocks > 1:
-                    ask_next(W, e, n, s, b, blocks, steps)
+                    ask_next(W, after, s, b, blocks, steps)
+                    ask_rows(A, first, after, s, steps)
                 if widened:
                     multiply(A, first, self.panel, 0, 0, s, height)
                 else:
                     multiply(A, first, W, e, n, s, height)
             store(C, height)
 
-        @T.inline
-        def scaled(Y, C, sums, first, scale, e, n, height):
-            """Y = what C stands for; the nibbles were made signed when they were widened."""
-            for r in T.serial(height * ROWS):
-                for c in T.unroll(2):
-                    if widened:
-                        Y[r, T.ramp(c * LANES, 1, LANES)] = T.Cast("float32x16", C[r, T.ramp(c * LANES, 1, LANES)]) * T.Cast(
-                            "float32x16", scale[e, n, 0, T.ramp(c * LANES, 1, LANES)]
-                        )
-                    else:
-                        Y[r, T.ramp(c * LANES, 1, LANES)] = T.Cast(
-                            "float32x16", C[r, T.ramp(c * LANES, 1, LANES)] - T.broadcast(sums[first + r, 0], LANES)
-                        ) * T.Cast("float32x16", scale[e, n, 0, T.ramp(c * LANES, 1, LANES)])
+        def result(C, sums, first, scale, e, n):
+            return _Scaled(C, None if widened else sums, first, scale, e, n) if weights.quantized else C
 
         @T.inline
-        def rows(C, Y, A, sums, first, b, blocks, W, scale, e, n, steps, height):
-            block(C, A, first, b, blocks, W, e, n, steps, height)
-            if weights.quantized:
-                scaled(Y, C, sums, first, scale, e, n, height)
-
-        @T.inline
-        def product(A, sums, first, m, W, scale, e, n, steps, sink):
+        def product(A, sums, first, m, W, scale, e, n, steps, after, sink):
             C = local_array(2 * ROWS, 2 * LANES, dtype=weights.sum)
-            Y = local_array(2 * ROWS, 2 * LANES)
-            blocks = (m + 2 * ROWS - 1) // (2 * ROWS)
+            blocks: T.let[T.int64] = (m + 2 * ROWS - 1) // (2 * ROWS)
             for b in T.serial(blocks):
                 if m - b * (2 * ROWS) > ROWS:
-                    rows(C, Y, self.words(A), sums, first + b * (2 * ROWS), b, blocks, W, scale, e, n, steps, 2)
+                    block(C, self.words(A), first + b * (2 * ROWS), b, blocks, W, e, n, steps, after, 2)
                 else:
-                    rows(C, Y, self.words(A), sums, first + b * (2 * ROWS), b, blocks, W, scale, e, n, steps, 1)
-                if weights.quantized:
-                    sink(Y, b * (2 * ROWS), T.min(m - b * (2 * ROWS), 2 * ROWS))
-                else:
-                    sink(C, b * (2 * ROWS), T.min(m - b * (2 * ROWS), 2 * ROWS))
+                    block(C, self.words(A), first + b * (2 * ROWS), b, blocks, W, e, n, steps, after, 1)
+                sink(result(C, sums, first + b * (2 * ROWS), scale, e, n), b * (2 * ROWS), T.min(m - b * (2 * ROWS), 2 * ROWS))
 
         return product
 
@@ -198,10 +207,10 @@ class AmxExpertTiles(ExpertTiles):
                     )
 
         @T.inline
-        def product(A, first, m, W, scale, e, n, steps, groups, sink):
+        def product(A, first, m, W, scale, e, n, steps, groups, after, sink):
             C = local_array(2 * groups, ROWS, LANES, dtype="int32")
             Y = local_array(ROWS, 2 * LANES)
-            blocks = (m + ROWS - 1) // ROWS
+            blocks: T.let[T.int64] = (m + ROWS - 1) // ROWS
             for s in T.serial(steps):
                 fetch(W, e, n, s)
             for b in T.serial(blocks):
@@ -211,7 +220,7 @@ class AmxExpertTiles(ExpertTiles):
                         acc[r, T.ramp(0, 1, LANES)] = T.broadcast(T.float32(0), LANES)
                     group_sums(C, self.words(A), first + b * ROWS, 0, y, groups)
                     for s in T.serial(steps - 1):
-                        ask_next(W, e, n, s, b * 2 + y, blocks * 2, steps)
+                        ask_next(W, after, s, b * 2 + y, blocks * 2, steps)
                         group_sums(C, self.words(A), first + b * ROWS, s + 1, y, groups)
                         add_scaled(acc, C, scale, e, n, s, y, groups)
                     add_scaled(acc, C, scale, e, n, steps - 1, y, groups)

@@ -117,8 +117,8 @@ class ExpertsAmx(ExpertsX86):
 
     @classmethod
     def _staged_bytes(cls, geometry: Geometry) -> int:
-        """Half of it for packed bf16, whose rows are read once for 32 columns; raw weights are laid out anew for every block."""
-        return STAGED_BYTES // 2 if geometry.attr.get("scheme") == "bf16" else STAGED_BYTES
+        """Half of it where tiles read rows once for 32 columns; raw weights are laid out anew for every block."""
+        return STAGED_BYTES // 2 if cls._has_tiles(geometry) and not _is_raw(geometry) else STAGED_BYTES
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 import tvm_gdn
-from tvm_gdn import dispatch, reference, reference_moe
+from tvm_gdn import cases, check, dispatch, reference, reference_moe
 from tvm_gdn.errors import ArgumentError, TvmGdnError
+from tvm_gdn.ops import OPS
 from tvm_gdn.packed_experts import pack_experts
-from tvm_gdn.target import named
+from tvm_gdn.target import named, resolve
 
 E, INNER, D, K = 7, 40, 100, 3
 LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 5e-3}
@@ -174,6 +177,41 @@ def test_threads_and_order_do_not_matter():
     assert all(torch.equal(outs[0], out) for out in outs[1:])
     flipped = tvm_gdn.fused_experts(x, w13, w2, weights.flip(1), ids.flip(1))
     assert torch.equal(outs[0], flipped)
+
+
+def test_blocks_of_an_expert_share_a_workers_memory_of_h():
+    """Quantized: experts of two blocks after one of a single row, of which a worker has all columns or, with more threads, some."""
+    x, w13, w2, weights, _ = make(621, torch.bfloat16, 3, experts=5)
+    ids = torch.repeat_interleave(torch.tensor([0, 1, 3, 4]), torch.tensor([1, 270, 17, 333]))[:, None]
+    pack = pack_experts(w13, w2, "int8")
+    before = torch.get_num_threads()
+    outs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs.append(tvm_gdn.fused_experts(x, pack, topk_weights=weights[:, :1], topk_ids=ids))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(outs[0], out) for out in outs[1:])
+    assert error(outs[0], loop(x, *pack.unpack(), weights[:, :1], ids)) < 0.025
+
+
+def test_no_memory_is_taken_row_by_row():
+    """TVMScript makes memory from the heap of a name that is assigned: of a row's name, ten times what summing up the row takes."""
+    from tvm_gdn import build
+
+    op, case = next(kernel for kernel in KERNELS if kernel[0] == "fused_experts_quantized")
+    geometry = check.geometry_of(OPS[op], cases.draw(OPS[op], case))
+    traced = build.scheduled(build.Request(OPS[op], geometry, None), resolve("x86-avx2"))
+    text = next(part.script() for part in traced if hasattr(part, "script"))
+    loops: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        depth = len(line) - len(line.lstrip())
+        loops = [loop for loop in loops if loop[0] < depth]
+        if line.lstrip().startswith("for "):
+            loops.append((depth, line.split()[1]))
+        if re.match(r" +\w+: T\.\w+ = ", line):
+            assert not any(name.startswith(("r", "t")) for _, name in loops), line
 
 
 def test_output_of_one_group_of_columns():

@@ -39,10 +39,11 @@ _FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CLIPS = tuple(1.12 - 0.06 * i for i in range(10))
 #: Times that the best of them is refined.
 _REFINED = 2
-#: Elements that are quantized at once: few enough for a cache, many enough for few calls (threads that make many wait in turn).
-_CHUNK = 1 << 18
 #: Groups of 32 rows that are laid out at once: what that takes beside the weights stays far below one expert.
 _GROUPS = 4
+#: Elements of 4-bit weights that are quantized at once, a hundred calls: threads that make many short ones wait for the
+#: interpreter's lock most of the time.
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -143,47 +144,41 @@ def _quantize(w: torch.Tensor, scheme: str, group: int) -> tuple[torch.Tensor, t
         scale = rows.abs().amax(-1, keepdim=True) / 127
         return ((rows / scale.where(scale > 0, 1)).round() + 128).to(torch.uint8).view(w.shape), scale.squeeze(-1)
     stored_as = torch.bfloat16 if group else torch.float32
-    codes = torch.empty(w.shape, dtype=torch.uint8)
-    scale = torch.empty(rows.shape[:2], dtype=stored_as)
-    count = max(1, _CHUNK // w.shape[1])
-    for start in range(0, w.shape[0], count):
-        part = slice(start, start + count)
-        factor = _best_scale(rows[part], stored_as)
-        codes[part] = _rounded(rows[part], factor).add_(8).to(torch.uint8).view(codes[part].shape)
-        scale[part] = factor.squeeze(-1).to(stored_as)
-    return codes, scale
+    scratch = torch.empty_like(rows), torch.empty_like(rows)
+    scale = _best_scale(rows, stored_as, scratch)
+    codes = _rounded(rows, scale, scratch[0]).add_(8).to(torch.uint8).view(w.shape)
+    return codes, scale.squeeze(-1).to(stored_as)
 
 
-def _best_scale(rows: torch.Tensor, stored_as: torch.dtype) -> torch.Tensor:
-    """Scales ``[R, S, 1]`` of 4-bit integers for rows ``[R, S, group]``.
+def _best_scale(rows: torch.Tensor, stored_as: torch.dtype, scratch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Scales ``[R, S, 1]`` of 4-bit integers for rows ``[R, S, group]``; `scratch` is like them.
 
     The range is -8 to 7: the largest element gets the -8, by a negative scale if it is positive. A smaller scale clips a few
     large elements and serves the others better: the candidate of the least square error wins. The integers that it leads to have
     a best scale of their own, ``<row, q> / <q, q>``; two such steps come within 0.3 % of the error of the best scale there is.
     """
     largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
-    # All at once: threads that make many short calls wait for the interpreter's lock.
     candidates = (torch.tensor(_CLIPS).view(-1, 1, 1, 1) * (largest / -8)).to(stored_as).float()
-    errors = torch.stack([_square_error(rows, candidate) for candidate in candidates])
+    errors = torch.stack([_square_error(rows, candidate, scratch[0]) for candidate in candidates])
     best, which = errors.min(0, keepdim=True)
     best, scale = best[0], candidates.gather(0, which)[0]
     for _ in range(_REFINED):
-        q = _rounded(rows, scale)
-        candidate = (rows * q).sum(-1, keepdim=True) / q.square_().sum(-1, keepdim=True).clamp_(min=1)
-        candidate = candidate.to(stored_as).float()
-        error = _square_error(rows, candidate)
+        q = _rounded(rows, scale, scratch[0])
+        product = torch.mul(rows, q, out=scratch[1]).sum(-1, keepdim=True)
+        candidate = (product / q.square_().sum(-1, keepdim=True).clamp_(min=1)).to(stored_as).float()
+        error = _square_error(rows, candidate, scratch[0])
         better = error < best
         best, scale = error.where(better, best), candidate.where(better, scale)
     return scale
 
 
-def _square_error(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return _rounded(rows, scale).mul_(scale).sub_(rows).square_().sum(-1, keepdim=True)
+def _square_error(rows: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return _rounded(rows, scale, out).mul_(scale).sub_(rows).square_().sum(-1, keepdim=True)
 
 
-def _rounded(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """4-bit integers nearest to rows in steps of the scale, as fp32."""
-    return (rows * (1 / scale.where(scale != 0, 1))).round_().clamp_(-8, 7)
+def _rounded(rows: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """4-bit integers nearest to rows in steps of the scale, as fp32, in `out`."""
+    return torch.mul(rows, 1 / scale.where(scale != 0, 1), out=out).round_().clamp_(-8, 7)
 
 
 def _words(elements: torch.Tensor, scheme: str) -> torch.Tensor:
@@ -327,10 +322,10 @@ def _destination(source: torch.Tensor, shape: tuple[int, ...], name: str, in_pla
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Threads that are started meanwhile run torch's operations alone: teams of their own would share the same cores."""
+def _torch_threads(count: int) -> Iterator[None]:
+    """Meanwhile torch's operations run on `count` threads."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -354,8 +349,9 @@ def _pack(
             (partial(_gate_up_rows, gate, up), words13, scale13, _ceil(hidden, STEP[scheme])),
             (partial(_down_rows, w2[expert]), words2, scale2, _ceil(inner, STEP[scheme])),
         ):
-            for start in range(0, words.shape[1], _GROUPS):
-                stop = min(start + _GROUPS, words.shape[1])
+            together = max(_GROUPS, _PIECE // (32 * padded)) if ZERO.get(scheme) == 8 and not in_place else _GROUPS
+            for start in range(0, words.shape[1], together):
+                stop = min(start + together, words.shape[1])
                 part, factors = _pack_rows(rows(start, stop, padded), scheme, group)
                 words[expert, start:stop] = part
                 if scale is not None and factors is not None:
@@ -363,10 +359,12 @@ def _pack(
 
     bar: Callable[..., Any] = lambda it: tqdm(it, total=experts, desc=f"pack {scheme}", disable=None if progress else True)  # noqa: E731
     if in_place or jobs == 1:
-        for expert in bar(range(experts)):
-            pack_one(expert)
+        with _torch_threads(jobs):
+            for expert in bar(range(experts)):
+                pack_one(expert)
     else:
-        with _one_thread_each(), ThreadPoolExecutor(jobs) as pool:
+        # Teams of their own would share the same cores.
+        with _torch_threads(1), ThreadPoolExecutor(jobs) as pool:
             for _ in bar(pool.map(pack_one, range(experts))):
                 pass
     return PackedExperts(words13, words2, scale13, scale2, scheme, group, hidden, inner)

@@ -17,9 +17,10 @@ weights), `block` (rows staged at once), `columns` (summed up at once) and `floo
 
 - `team()`, `share(count)`: the workers, and which of `count` pieces are a worker's own;
 - `rows(count, columns)`: memory for staged rows; `begin(steps)`, `end()`: around a worker's products;
-- `product(A, sums, first, m, W, scale, e, n, steps, shift, sink)`: rows first to first + m of A times the 32 columns of group n
-  of W[e] (packed: group n; raw: rows n * 16 to n * 16 + 16, and those `shift` further on), given to ``sink(C, r, rows)`` in
-  blocks, C[i, 0:32] being row r + i. Rows after the last one, up to `SLACK`, may be read.
+- `product(A, sums, first, m, W, scale, e, n, steps, shift, after, sink)`: rows first to first + m of A times the 32 columns of
+  group n of W[e] (packed: group n; raw: rows n * 16 to n * 16 + 16, and those `shift` further on), given to ``sink(C, r, rows)``
+  in blocks, C[i, 0:32] being row r + i. Rows after the last one, up to `SLACK`, may be read. `after`: the expert and the group
+  whose weights come next, and whether A is new to the worker and continues after row first + m: what memory can be asked for.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
         cursor = T.alloc_buffer((E + 1,), "int64")
         active = T.alloc_buffer((E + 1,), "int64")  # experts that have rows; their number at the end
         cost = T.alloc_buffer((E + 1,), "int64")  # cumulated over them
-        order = T.alloc_buffer((tokens * top_k,), "int64")  # pairs by expert; then their tokens
+        order = T.alloc_buffer((tokens * top_k,), "int64")  # tokens of the pairs by expert
         shares = T.alloc_buffer((tokens * top_k,), "float32")  # their weights
         hidden = T.alloc_buffer((tokens * top_k + SLACK, IP + tiles.pad), staged)
         if quantized:
@@ -136,12 +137,12 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                     active[E] = active[E] + T.int64(1)
 
         @T.inline
-        def split_pairs():
-            """Tokens and weights of the sorted pairs: a division per pair here, none per pair and column later."""
-            for i in T.serial(offsets[E]):
-                pair = order[i]
-                shares[i] = T.Cast("float32", topk_weights[pair // top_k, pair % top_k])
-                order[i] = pair // top_k
+        def place(at, t, j):
+            """What is known of a sorted pair, and that its row of h is not quantized yet: scales are never negative."""
+            order[at] = t
+            shares[at] = T.Cast("float32", topk_weights[t, j])
+            if quantized:
+                hidden_scale[at] = T.float32(-1)
 
         @T.inline
         def convert(dst, r, src, row, used, padded):
@@ -155,16 +156,16 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                 dst[r, used + c] = T.Cast(dst.dtype, 0)
 
         @T.inline
-        def quantize(dst, scale, sums, r, src, used, padded, groups):
-            """Row r of src in steps of its largest element / 127, and `zero` times the sum of every group of the result."""
+        def quantize(dst, scale, sums, r, src, row, used, padded, groups):
+            """Row r of dst = `row` of src in steps of its largest element / 127, and `zero` times the sums of its groups."""
             part, count, number = tiles.integers(LANES), tiles.integers(1), tiles.scalars(1)
             for lane in T.vectorized(LANES):
                 part[lane] = 0
             for c in T.serial(used // LANES):
                 for lane in T.vectorized(LANES):
-                    part[lane] = T.max(part[lane], magnitude(T.Cast("float32", src[r, c * LANES + lane])))
+                    part[lane] = T.max(part[lane], magnitude(T.Cast("float32", src[row, c * LANES + lane])))
             for c in T.serial(used % LANES):
-                part[0] = T.max(part[0], magnitude(T.Cast("float32", src[r, used // LANES * LANES + c])))
+                part[0] = T.max(part[0], magnitude(T.Cast("float32", src[row, used // LANES * LANES + c])))
             count[0] = part[0]
             for lane in T.serial(LANES - 1):
                 count[0] = T.max(count[0], part[lane + 1])
@@ -172,9 +173,9 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
             scale[r] = step_of(count[0])
             for c in T.serial(used // LANES):
                 for lane in T.vectorized(LANES):
-                    dst[r, c * LANES + lane] = to_int8(T.Cast("float32", src[r, c * LANES + lane]) * number[0])
+                    dst[r, c * LANES + lane] = to_int8(T.Cast("float32", src[row, c * LANES + lane]) * number[0])
             for c in T.serial(used % LANES):
-                dst[r, used // LANES * LANES + c] = to_int8(T.Cast("float32", src[r, used // LANES * LANES + c]) * number[0])
+                dst[r, used // LANES * LANES + c] = to_int8(T.Cast("float32", src[row, used // LANES * LANES + c]) * number[0])
             for c in T.serial(padded - used):
                 dst[r, used + c] = T.int8(0)
             for g in T.serial(groups):
@@ -189,8 +190,8 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                 sums[r, g] = count[0] * tiles.zero
 
         @T.inline
-        def hidden_columns(pair0, n, C, r0, rows, scale):
-            """Elements of h of a block of pairs; C has 16 columns of W1 x and then as many of W3 x."""
+        def hidden_columns(first, n, C, r0, rows, scale):
+            """Elements of h of a block of pairs, from row `first` on; C has 16 columns of W1 x and then as many of W3 x."""
             gate, up = tiles.scalars(LANES), tiles.scalars(LANES)
             for r in T.serial(rows):
                 for lane in T.vectorized(LANES):
@@ -206,18 +207,18 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                     gate[lane] = silu_product(gate[lane], up[lane], tiles.exp)
                 if inner % LANES == 0:
                     for lane in T.vectorized(LANES):
-                        hidden[pair0 + r0 + r, n * LANES + lane] = T.Cast(staged, gate[lane])
+                        hidden[first + r0 + r, n * LANES + lane] = T.Cast(staged, gate[lane])
                 else:
                     for lane in T.serial(LANES):
                         if n * LANES + lane < inner:
-                            hidden[pair0 + r0 + r, n * LANES + lane] = T.Cast(staged, gate[lane])
+                            hidden[first + r0 + r, n * LANES + lane] = T.Cast(staged, gate[lane])
 
         @T.inline
         def add_columns(total, pair0, n, C, r0, rows):
             """total[t, 32 columns of group n] += topk_weights * C."""
             weight = tiles.scalars(1)
             for r in T.serial(rows):
-                t = order[pair0 + r0 + r]
+                t: T.let[T.int64] = order[pair0 + r0 + r]
                 weight[0] = shares[pair0 + r0 + r]
                 if quantized:
                     weight[0] = weight[0] * hidden_scale[pair0 + r0 + r]
@@ -239,13 +240,12 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                         for c in T.serial(D % LANES):
                             out[t, D - D % LANES + c] = T.Cast(out.dtype, total[t, D - D % LANES - n0 * 32 + c])
 
-        sort(topk_ids, tokens, top_k, E, offsets, cursor, order)
-        split_pairs()
+        sort(topk_ids, tokens, top_k, E, offsets, cursor, place)
         costs()
         with T.attr(0, "pragma_import_llvm", tiles.prelude):
             if quantized:
                 for t in tiles.workers(tokens):
-                    quantize(tokens_q, tokens_scale, tokens_sums, t, x, D, DP, S13)
+                    quantize(tokens_q, tokens_scale, tokens_sums, t, x, t, D, DP, S13)
 
             with tiles.team():
                 parts = tiles.share(PARTS)
@@ -254,6 +254,8 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                 if quantized:
                     sums = T.alloc_buffer((block + SLACK, S13), "int32")
                     scale = T.alloc_buffer((block,), "float32")
+                    home = T.alloc_buffer((1,), "int64")
+                    home[0] = T.int64(-1)
                 for a in T.serial(active[E]):
                     e = active[a]
                     each: T.let[T.int64] = (cost[a + 1] - cost[a]) // G
@@ -263,8 +265,12 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                         for b in T.serial((offsets[e + 1] - offsets[e] + block - 1) // block):
                             pair0 = offsets[e] + b * block
                             m = T.min(T.int64(block), offsets[e + 1] - pair0)
+                            if quantized:
+                                if home[0] < 0:
+                                    if g1 - g0 == G:
+                                        home[0] = pair0
                             for r in T.serial(m):
-                                t = order[pair0 + r]
+                                t: T.let[T.int64] = order[pair0 + r]
                                 if quantized:
                                     convert(A, r, tokens_q, t, DP, DP)
                                     scale[r] = tokens_scale[t]
@@ -272,24 +278,42 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                                         sums[r, g] = tokens_sums[t, g]
                                 else:
                                     convert(A, r, x, t, D, DP)
+                            # Rows of h that are one worker's whole are quantized at once: it keeps them where the first ones
+                            # were, in its cache.
+                            first: T.let[T.int64] = T.Select(g1 - g0 == G, home[0], pair0) if quantized else pair0
                             for g in T.serial(g1 - g0):
 
                                 @T.inline
                                 def gate_up(C, r0, rows):
                                     if quantized:
-                                        hidden_columns(pair0, g0 + g, C, r0, rows, scale)
+                                        hidden_columns(first, g0 + g, C, r0, rows, scale)
                                     else:
                                         hidden_columns(pair0, g0 + g, C, r0, rows, None)
 
+                                # Next come this block's next group, the expert's next block, the next expert.
+                                same: T.let[T.bool] = T.Or(g + 1 < g1 - g0, pair0 + m < offsets[e + 1])
+                                group: T.let[T.int64] = T.Select(g + 1 < g1 - g0, g0 + g + 1, T.Select(same, g0, T.int64(0)))
+                                after: T.let[T.int64] = T.Select(same, e, active[a + 1])
                                 if quantized:
-                                    tiles.product(A, sums, T.int64(0), m, w13, w13_scale, e, g0 + g, KD, inner, gate_up)
+                                    tiles.product(
+                                        A, sums, T.int64(0), m, w13, w13_scale, e, g0 + g, KD, inner,
+                                        (after, group, False), gate_up,
+                                    )  # fmt: skip
                                 else:
-                                    tiles.product(A, None, T.int64(0), m, w13, None, e, g0 + g, KD, inner, gate_up)
+                                    tiles.product(
+                                        A, None, T.int64(0), m, w13, None, e, g0 + g, KD, inner,
+                                        (after, group, False), gate_up,
+                                    )  # fmt: skip
+                            if quantized:
+                                if g1 - g0 == G:
+                                    for r in T.serial(m):
+                                        quantize(hidden_q, hidden_scale, hidden_sums, pair0 + r, hidden, first + r, IP, IP, S2)
                 tiles.end()
 
             if quantized:
                 for i in tiles.workers(offsets[E]):
-                    quantize(hidden_q, hidden_scale, hidden_sums, i, hidden, IP, IP, S2)
+                    if hidden_scale[i] < T.float32(0):
+                        quantize(hidden_q, hidden_scale, hidden_sums, i, hidden, i, IP, IP, S2)
             elif inner < IP:
                 for i in tiles.workers(offsets[E]):
                     for c in T.serial(IP - inner):
@@ -310,19 +334,27 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                                     total[t, c * LANES + lane] = T.float32(0)
                         for a in T.serial(active[E]):
                             e = active[a]
+                            m2 = offsets[e + 1] - offsets[e]
                             for n in T.serial(n1 - n0):
 
                                 @T.inline
                                 def down(C, r0, rows):
                                     add_columns(total, offsets[e], n, C, r0, rows)
 
-                                m2 = offsets[e + 1] - offsets[e]
                                 # Raw weights: 32 columns are rows n * 32 to n * 32 + 32, two runs of 16.
                                 n2 = n0 + n if packed else (n0 + n) * 2
+                                # Next come this expert's next group, the next expert's first one.
+                                group: T.let[T.int64] = T.Select(n0 + n + 1 < n1, n0 + n + 1, n0)
+                                after: T.let[T.int64] = T.Select(n0 + n + 1 < n1, e, active[a + 1])
                                 if quantized:
-                                    tiles.product(hidden_q, hidden_sums, offsets[e], m2, w2, w2_scale, e, n2, KI, 16, down)
+                                    tiles.product(
+                                        hidden_q, hidden_sums, offsets[e], m2, w2, w2_scale, e, n2, KI, 16,
+                                        (after, group, n == 0), down,
+                                    )  # fmt: skip
                                 else:
-                                    tiles.product(hidden, None, offsets[e], m2, w2, None, e, n2, KI, 16, down)
+                                    tiles.product(
+                                        hidden, None, offsets[e], m2, w2, None, e, n2, KI, 16, (after, group, n == 0), down
+                                    )
                         write(total, n0, n1)
                     tiles.end()
 

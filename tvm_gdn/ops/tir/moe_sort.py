@@ -13,13 +13,14 @@ from tvm_gdn.spec import Geometry
 def sort_macro() -> Any:
     """Macro of a stable counting sort.
 
-    ``sort(ids, tokens, top_k, E, offsets, cursor, order)``: pair ``t * top_k + j`` goes to expert ``ids[t, j]``; an id outside
-    [0, E) is padding and goes nowhere. Afterwards the pairs of expert e are ``order[offsets[e]:offsets[e + 1]]``, ascending;
-    `cursor` ([E]) is scratch. Serial: 8 pairs take some 20 ns, their experts' products a thousand times longer.
+    ``sort(ids, tokens, top_k, E, offsets, cursor, place)``: pair (t, j) goes to expert ``ids[t, j]``; an id outside [0, E) is
+    padding and goes nowhere. ``place(at, t, j)`` notes that it is the sorted pair number `at`; those of expert e are numbers
+    ``offsets[e]`` to ``offsets[e + 1]``, in the order of (t, j). `cursor` ([E]) is scratch. Serial: 8 pairs take some 20 ns,
+    their experts' products a thousand times longer.
     """
 
     @T.inline
-    def sort(ids, tokens, top_k, E, offsets, cursor, order):
+    def sort(ids, tokens, top_k, E, offsets, cursor, place):
         for e in T.serial(E + 1):
             offsets[e] = T.Cast(offsets.dtype, 0)
         for t in T.serial(tokens):
@@ -32,7 +33,7 @@ def sort_macro() -> Any:
         for t in T.serial(tokens):
             for j in T.serial(top_k):
                 if ids[t, j] >= 0 and T.Cast("int64", ids[t, j]) < E:
-                    order[T.Cast("int64", cursor[T.Cast("int64", ids[t, j])])] = T.Cast(order.dtype, t * top_k + j)
+                    place(T.Cast("int64", cursor[T.Cast("int64", ids[t, j])]), t, j)
                     cursor[T.Cast("int64", ids[t, j])] = cursor[T.Cast("int64", ids[t, j])] + T.Cast(offsets.dtype, 1)
 
     return sort
@@ -66,12 +67,16 @@ def moe_sort(geometry: Geometry, tiles: Any) -> Any:
         order = T.match_buffer(order_, (tokens, top_k), "int32", align=4)
         flat = T.decl_buffer((tokens * top_k,), "int32", data=order.data)
 
+        @T.inline
+        def place(at, t, j):
+            flat[at] = T.Cast("int32", t * top_k + j)
+
         assert E > 0, ("ValueError", ["num_experts: none"])
         tiles.alone()
         for i in T.serial(tokens * top_k):
             flat[i] = -1
         # The counts serve as the sort's cursors and are made from the offsets afterwards.
-        sort(topk_ids, tokens, top_k, E, offsets, counts, flat)
+        sort(topk_ids, tokens, top_k, E, offsets, counts, place)
         for e in T.serial(E):
             counts[e] = offsets[e + 1] - offsets[e]
 
