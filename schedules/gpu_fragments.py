@@ -157,6 +157,12 @@ class FragmentTiles(WarpTiles):
     #: Whether products read nothing but what was written for them.
     whole = False
 
+    #: Whether a thread keeps what it multiplies with next itself.
+    held_right = False
+
+    #: Chunks whose data is there or arrives at a time.
+    stages = 2
+
     def __init__(
         self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0, together: int = 1
     ) -> None:
