@@ -247,6 +247,7 @@ class HeadsAhead:
                 proceed("o")
 
         count = T.Bind((work.length + C - 1) // C)
+        tiles.clear(*(both[name] for name in kept_names if both[name].cols == C))
         # One team makes R and U of a chunk, another its output; the last one brings the next chunks. The state is the first one's
         # where that keeps it for its products, else it is shared out.
         for team in tiles.teams:
