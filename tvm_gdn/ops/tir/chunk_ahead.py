@@ -140,8 +140,20 @@ class HeadsAhead:
         for name, dtype in zip(kept_names, (*_summands(data), data, "float32"), strict=True):
             both[name] = tiles.tile(stages * C, FACTORS if name == "factors" else C, dtype=dtype)
 
-        def half(name: str, c: Expr) -> Tile:
-            return tiles.block(both[name], T.Cast("int32", c % stages) * C, 0, C, both[name].cols)
+        # The places of the chunk that is computed and of the next one to come. A remainder by three has twenty instructions.
+        turns = tiles.integers(2)
+        for number in range(2 if stages > 2 else 0):
+            T.buffer_store(turns, T.int64(0), [number])
+
+        def turn(number: int, c: Expr) -> Expr:
+            return T.Cast("int32", c % 2 if stages == 2 else turns[number])
+
+        def turned(number: int) -> None:
+            if stages > 2:
+                T.buffer_store(turns, T.Select(turns[number] == stages - 1, T.int64(0), turns[number] + 1), [number])
+
+        def part(name: str, place: Expr) -> Tile:
+            return tiles.block(both[name], place * C, 0, C, both[name].cols)
 
         # Places in tensors go on from chunk to chunk: as sums in memory they are no expressions that every chunk computes again.
         tensors = {
@@ -170,26 +182,28 @@ class HeadsAhead:
 
         def fetch(c: Expr) -> None:
             with T.If(c < count), T.Then():
-                m, own = T.min(T.int64(C), work.length - c * C), places[len(names)]
+                m, own, place = T.min(T.int64(C), work.length - c * C), places[len(names)], turn(1, c)
                 for number, name in enumerate(("k", "q", "v")):
-                    tiles.load(half(name, c), rows_of(name), rows=m, pieces=whole[number] != 0)
+                    tiles.load(part(name, place), rows_of(name), rows=m, pieces=whole[number] != 0)
                     proceed(name)
                 for name, buffer in zip(kept_names, kept, strict=True):
                     cols = both[name].cols
                     window = tiles.window(buffer, own * (C * cols), C, cols, (cols, 1))
-                    tiles.load(half(name, c), window, lower=cols == C, pieces=True)
+                    tiles.load(part(name, place), window, lower=cols == C, pieces=True)
                 T.buffer_store(places, own + heads, [len(names)])
+                turned(1)
             tiles.asked()
 
         def advance(c: Expr, lead: bool, rest: bool, bring: bool) -> None:
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
-            factors = [tiles.block(both["factors"], T.Cast("int32", c % stages) * C, number, C, 1) for number in range(4)]
-            end = tiles.block(both["factors"], T.Cast("int32", c % stages) * C, 4, 1, 1)
+            here = turn(0, c)
+            factors = [tiles.block(both["factors"], here * C, number, C, 1) for number in range(4)]
+            end = tiles.block(both["factors"], here * C, 4, 1, 1)
             k_start, q_start, k_end, beta = factors
-            k, q, P = half("k", c), half("q", c), half("P", c)
+            k, q, P = part("k", here), part("q", here), part("P", here)
             k_left, k_t_left = tiles.operand(k, "left"), tiles.operand(k, "left", transpose=True)
             q_left, P_left = tiles.operand(q, "left"), tiles.operand(P, "left")
-            inverse_left = [tiles.operand(half(name, c), "left") for name in summands]
+            inverse_left = [tiles.operand(part(name, here), "left") for name in summands]
 
             def update() -> None:
                 tiles.mma(S, k_t_left, U_end_right, start=lambda _i, _j, s, d: s * d, sources=(end,))
@@ -204,17 +218,13 @@ class HeadsAhead:
             if lead:
                 tiles.mma(
                     self.R, k_left, S_right, finish=lambda _i, _j, x, v, b, d: b * v - d * x,
-                    sources=(half("v", c), beta, k_start),
+                    sources=(part("v", here), beta, k_start),
                 )  # fmt: skip
             # All wait for the product above, nobody for this: it begins behind it.
             if bring and tiles.deferred:
                 fetch(c + (stages - 1))
-            if tiles.held_right and (lead or rest):
-                if lead:
-                    tiles.pack(S_shown)
-                tiles.sync(loads=False)
-            if rest:
-                tiles.mma(self.out, q_left, S_shown, coarse=True)
+            if rest and not tiles.held_right:
+                tiles.mma(self.out, q_left, S_right, coarse=True)
             if lead:
                 tiles.pack(self.R_right)
                 tiles.sync(loads=False, team=True)
@@ -222,6 +232,12 @@ class HeadsAhead:
                 for summand in inverse_left[1:]:
                     tiles.mma(U, summand, self.R_right, lower="left", start=keep, coarse=True)
             # What needs no U stands between the product and the first that reads it.
+            if tiles.held_right and (lead or rest):
+                if lead:
+                    tiles.pack(S_shown)
+                tiles.sync(loads=False)
+                if rest:
+                    tiles.mma(self.out, q_left, S_shown, coarse=True)
             if rest:
                 tiles.map(self.out, lambda _i, _j, x, d: x * d, self.out, q_start)
             if lead:
@@ -245,6 +261,7 @@ class HeadsAhead:
             if rest:
                 tiles.store(rows_of("o"), self.out, rows=m)
                 proceed("o")
+            turned(0)
 
         count = T.Bind((work.length + C - 1) // C)
         tiles.clear(*(both[name] for name in kept_names if both[name].cols == C))
