@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
+from tvm_gdn.schedules.gpu import move
 from tvm_gdn.schedules.gpu_chunk_groups import COLUMNS, GROUP, ROWS, WIDE, GroupChunkTiles, Pending
 from tvm_gdn.schedules.gpu_fragments import ITEMSIZE, Fragments, Operand, Packed, Storage, Tile, ceil_div, when
 
@@ -98,16 +99,16 @@ class ColumnChunkTiles(GroupChunkTiles):
         storage.offset = self._allocate_rows(storage.size)
 
     def _narrow(self, storage: Storage) -> bool:
-        """Rows of 32 or 64 bytes."""
-        return self.states and storage.cols * ITEMSIZE[storage.dtype] in {32, 64}
+        """Rows of 64 bytes."""
+        return self.states and storage.cols * ITEMSIZE[storage.dtype] == 64
 
     def _index(self, tile: Tile, i: Expr, j: Expr) -> Expr:
         storage = tile.storage
         if not self._narrow(storage):
             return super()._index(tile, i, j)
         i, j = tile.row + (0 if tile.rows == 1 else i), tile.col + (0 if tile.cols == 1 else j)
-        lanes, size = 16 // ITEMSIZE[storage.dtype], storage.cols * ITEMSIZE[storage.dtype]
-        piece = T.bitwise_xor(j // lanes, i // (128 // size) % 2 if size == 32 else i // 2 % 4)
+        lanes = 16 // ITEMSIZE[storage.dtype]
+        piece = T.bitwise_xor(j // lanes, i // 2 % 4)
         return storage.offset // ITEMSIZE[storage.dtype] + i * storage.cols + piece * lanes + j % lanes
 
     def _padded_columns(self, dst: Tile) -> int:
@@ -122,6 +123,18 @@ class ColumnChunkTiles(GroupChunkTiles):
 
     def _count(self, tile: Fragments) -> int:
         return tile.rows // 4 if isinstance(tile, Columns) else super()._count(tile)
+
+    def _gathered(self, dst: Any, source: Any) -> Fragments:
+        """Numbers of two neighbouring rows at once, where they are neighbours."""
+        if not isinstance(dst, Columns) or not isinstance(source, Tile) or not source.turned:
+            return super()._gathered(dst, source)
+        values = self._registers("float32", self._count(dst))
+        self._place(source.storage)
+        i, _ = self._first(T.Cast("int32", self.lane))
+        for slot in range(0, self._count(dst), 2):
+            place = self.views["float32"][self._index(source, slot // 2 * 8 + i, 0)]
+            move(T.address_of(values[slot]), T.address_of(place), 8)
+        return Fragments(values, dst.rows, dst.cols)
 
     def _over(self, dst: Any, body: Any, rows: Expr | None = None, *, cut: bool = False) -> None:
         if not isinstance(dst, Columns):

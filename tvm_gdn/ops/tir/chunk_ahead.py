@@ -76,8 +76,8 @@ class HeadsAhead:
             else:
                 tiles.scan(head.G, self._rows(work.g, work, start, work.hv + number, 1), m, turn=number)
 
-        def window(number: int, buffer: Any, cols: int) -> Any:
-            return tiles.window(buffer, (unit + number) * (C * cols), C, cols, (cols, 1))
+        def window(number: int, buffer: Any, rows: int = C) -> Any:
+            return tiles.window(buffer, (unit + number) * (rows * C), rows, C, (C, 1))
 
         self._load_keys(work, start, m)
         each(fetch)
@@ -92,7 +92,7 @@ class HeadsAhead:
 
         def triangles_of(number: int) -> tuple[tuple[Any, ...], tuple[Tile, ...]]:
             G, beta, A = heads[number].G, heads[number].beta, heads[number].A
-            return (A, window(number, P_kept, C)), (G, tiles.turn(G), n, tiles.turn(n), r, beta)
+            return (A, window(number, P_kept)), (G, tiles.turn(G), n, tiles.turn(n), r, beta)
 
         def finish(i: Expr, j: Expr, decay: Expr, kk: Expr, qk: Expr, *values: Expr) -> tuple[Expr, Expr]:
             _a, _b, f, _h, s, w = values
@@ -106,7 +106,7 @@ class HeadsAhead:
         def keep_factors(number: int, head: _Head) -> None:
             tiles.fill(
                 window(number, factors_kept, FACTORS), head.beta, n, r, head.G, tiles.block(head.G, C - 1, 0, 1, 1),
-                row=lambda w, f, s, a, e: (w * f * exp(a), s * exp(a), f * exp(e - a), w, exp(e), zero, zero, zero),
+                column=lambda w, f, s, a, e: (w * f * exp(a), s * exp(a), f * exp(e - a), w, exp(e)),
                 turn=number,
             )  # fmt: skip
 
@@ -117,7 +117,7 @@ class HeadsAhead:
         tiles.sync()
         each(
             lambda number, _: tiles.keep(
-                tuple(window(number, buffer, C) for buffer in summands), tiles.block(self.inverse, C * number, 0, C, C)
+                tuple(window(number, buffer) for buffer in summands), tiles.block(self.inverse, C * number, 0, C, C)
             )
         )
 
@@ -138,7 +138,7 @@ class HeadsAhead:
         summands = [f"inverse{number}" for number in range(len(_summands(data)))]
         kept_names = (*summands, "P", "factors")
         for name, dtype in zip(kept_names, (*_summands(data), data, "float32"), strict=True):
-            both[name] = tiles.tile(stages * C, FACTORS if name == "factors" else C, dtype=dtype)
+            both[name] = tiles.tile(stages * (FACTORS if name == "factors" else C), C, dtype=dtype)
 
         # The places of the chunk that is computed and of the next one to come. A remainder by three has twenty instructions.
         turns = tiles.integers(2)
@@ -153,7 +153,8 @@ class HeadsAhead:
                 T.buffer_store(turns, T.Select(turns[number] == stages - 1, T.int64(0), turns[number] + 1), [number])
 
         def part(name: str, place: Expr) -> Tile:
-            return tiles.block(both[name], place * C, 0, C, both[name].cols)
+            rows = both[name].rows // stages
+            return tiles.block(both[name], place * rows, 0, rows, both[name].cols)
 
         # Places in tensors go on from chunk to chunk: as sums in memory they are no expressions that every chunk computes again.
         tensors = {
@@ -187,9 +188,9 @@ class HeadsAhead:
                     tiles.load(part(name, place), rows_of(name), rows=m, pieces=whole[number] != 0)
                     proceed(name)
                 for name, buffer in zip(kept_names, kept, strict=True):
-                    cols = both[name].cols
-                    window = tiles.window(buffer, own * (C * cols), C, cols, (cols, 1))
-                    tiles.load(part(name, place), window, lower=cols == C, pieces=True)
+                    to = part(name, place)
+                    window = tiles.window(buffer, own * (to.rows * C), to.rows, C, (C, 1))
+                    tiles.load(to, window, lower=name != "factors", pieces=True)
                 T.buffer_store(places, own + heads, [len(names)])
                 turned(1)
             tiles.asked()
@@ -197,8 +198,8 @@ class HeadsAhead:
         def advance(c: Expr, lead: bool, rest: bool, bring: bool) -> None:
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
             here = turn(0, c)
-            factors = [tiles.block(both["factors"], here * C, number, C, 1) for number in range(4)]
-            end = tiles.block(both["factors"], here * C, 4, 1, 1)
+            factors = [tiles.turn(tiles.block(both["factors"], here * FACTORS + number, 0, 1, C)) for number in range(4)]
+            end = tiles.block(both["factors"], here * FACTORS + 4, 0, 1, 1)
             k_start, q_start, k_end, beta = factors
             k, q, P = part("k", here), part("q", here), part("P", here)
             k_left, k_t_left = tiles.operand(k, "left"), tiles.operand(k, "left", transpose=True)
@@ -264,7 +265,7 @@ class HeadsAhead:
             turned(0)
 
         count = T.Bind((work.length + C - 1) // C)
-        tiles.clear(*(both[name] for name in kept_names if both[name].cols == C))
+        tiles.clear(*(both[name] for name in (*summands, "P")))
         # One team makes R and U of a chunk, another its output; the last one brings the next chunks. The state is the first one's
         # where that keeps it for its products, else it is shared out.
         for team in tiles.teams:
