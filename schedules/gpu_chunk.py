@@ -113,7 +113,8 @@ class ChunkHopper(ChunkGpu):
         found = super().knobs(geometry)
         fits = geometry.dtype["v"] == "bfloat16" and geometry.axis["K"] % WIDE == 0 and not geometry.attr.get("channel_gate")
         fits = fits and all(value in found[name] for name, value in cls.grouped.items())
-        groups = tuple(number for number, there in ((3, geometry.axis["K"] <= 2 * WIDE), (2, geometry.axis["K"] % (2 * WIDE) == 0), (1, True)) if there)
+        K = geometry.axis["K"]
+        groups = (*((3,) if K <= 2 * WIDE else ()), *((2,) if K % (2 * WIDE) == 0 else ()), 1)
         if fits:
             found["warps"] = (*found["warps"], 4 * max(groups))
         return {**found, "groups": (*groups, 0) if fits else (0,)}

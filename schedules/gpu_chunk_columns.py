@@ -2,10 +2,10 @@
 
 As in `gpu_chunk_groups.py` four warps multiply together (wgmma), but the state, R and U stand the other way round: their columns
 are the rows of a *left* operand, which may come from registers. Of a warp's 16 rows the first eight are the high parts of eight
-columns, the others what these leave. So a thread has, of the sums of one product, both that make an element, and the elements that
-it needs as operand of the next: between the products of a chunk is no shared memory and no barrier.
+columns, the others what these leave. So a thread has both sums that make an element, and the elements that it needs as operand of
+the next product: on the way from one to the next is no shared memory and no barrier.
 
-Three groups of four warps: the first has the state and makes R and U of a chunk, the second the output, from a state and a U that
+Three groups of four warps: the first has the state and makes R and U of a chunk; the second the output, from a state and a U that
 are shown to it in shared memory (their high parts); the third brings the chunks' data.
 """
 
@@ -50,7 +50,7 @@ class ColumnChunkTiles(GroupChunkTiles):
 
     def enter(self, lane: Expr) -> None:
         """Nothing was written, and nothing is zero."""
-        self.blank: list[Storage] = []
+        self.blank: set[int] = set()
         super().enter(lane)
         self.written = self.written and not self.states
 
@@ -77,9 +77,9 @@ class ColumnChunkTiles(GroupChunkTiles):
 
     def clear(self, *tiles: Tile) -> None:
         """Zero in tiles of which `load` with `lower` leaves what is above the diagonal as it is."""
-        self.blank = [tile.storage for tile in tiles]
-        for storage in self.blank:
+        for storage in (tile.storage for tile in tiles):
             self._place(storage)
+            self.blank.add(id(storage))
             pieces = storage.size // 16
             with T.serial(ceil_div(pieces, self.threads)) as step:
                 index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
@@ -88,7 +88,7 @@ class ColumnChunkTiles(GroupChunkTiles):
         self.sync()
 
     def _copy_name(self, dst: Tile, lower: bool) -> str:
-        return "tvm_gdn_copy_rows_below" if lower and dst.storage in self.blank else super()._copy_name(dst, lower)
+        return "tvm_gdn_copy_rows_below" if lower and id(dst.storage) in self.blank else super()._copy_name(dst, lower)
 
     def _place(self, storage: Storage) -> None:
         """Rows that share 128 bytes change pieces, so that neither copies nor reads of a column meet in a bank."""

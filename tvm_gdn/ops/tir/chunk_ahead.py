@@ -145,10 +145,10 @@ class HeadsAhead:
         for number in range(2 if stages > 2 else 0):
             T.buffer_store(turns, T.int64(0), [number])
 
-        def turn(number: int, c: Expr) -> Expr:
+        def stage_of(number: int, c: Expr) -> Expr:
             return T.Cast("int32", c % 2 if stages == 2 else turns[number])
 
-        def turned(number: int) -> None:
+        def next_stage(number: int) -> None:
             if stages > 2:
                 T.buffer_store(turns, T.Select(turns[number] == stages - 1, T.int64(0), turns[number] + 1), [number])
 
@@ -183,7 +183,7 @@ class HeadsAhead:
 
         def fetch(c: Expr) -> None:
             with T.If(c < count), T.Then():
-                m, own, place = T.min(T.int64(C), work.length - c * C), places[len(names)], turn(1, c)
+                m, own, place = T.min(T.int64(C), work.length - c * C), places[len(names)], stage_of(1, c)
                 for number, name in enumerate(("k", "q", "v")):
                     tiles.load(part(name, place), rows_of(name), rows=m, pieces=whole[number] != 0)
                     proceed(name)
@@ -192,12 +192,12 @@ class HeadsAhead:
                     window = tiles.window(buffer, own * (to.rows * C), to.rows, C, (C, 1))
                     tiles.load(to, window, lower=name != "factors", pieces=True)
                 T.buffer_store(places, own + heads, [len(names)])
-                turned(1)
+                next_stage(1)
             tiles.asked()
 
         def advance(c: Expr, lead: bool, rest: bool, bring: bool) -> None:
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
-            here = turn(0, c)
+            here = stage_of(0, c)
             factors = [tiles.turn(tiles.block(both["factors"], here * FACTORS + number, 0, 1, C)) for number in range(4)]
             end = tiles.block(both["factors"], here * FACTORS + 4, 0, 1, 1)
             k_start, q_start, k_end, beta = factors
@@ -262,7 +262,7 @@ class HeadsAhead:
             if rest:
                 tiles.store(rows_of("o"), self.out, rows=m)
                 proceed("o")
-            turned(0)
+            next_stage(0)
 
         count = T.Bind((work.length + C - 1) // C)
         tiles.clear(*(both[name] for name in (*summands, "P")))
