@@ -44,9 +44,10 @@ class ColumnChunkTiles(GroupChunkTiles):
     held_right, stages = True, 3
 
     def _numbers(self, lane: Expr) -> list[Expr]:
-        """Where this thread's first pair goes in what is shown; the others are where some bits are different."""
-        i, j = self._first(T.Cast("int32", lane) % GROUP)
-        return [j * WIDE + j % 8 * 8 + i]
+        """Where this thread's first pair goes in what is shown; the others are where some bits are different. Its number."""
+        own = T.Cast("int32", lane) % GROUP
+        i, j = self._first(own)
+        return [j * WIDE + j % 8 * 8 + i, own]
 
     def enter(self, lane: Expr) -> None:
         """Nothing was written, and nothing is zero."""
@@ -58,6 +59,10 @@ class ColumnChunkTiles(GroupChunkTiles):
     def _first(lane: Expr) -> tuple[Expr, Expr]:
         """Row of a thread's first number, and the column of all of them."""
         return lane % 4 * 2, lane // 4
+
+    def _own_first(self) -> tuple[Expr, Expr]:
+        """The same of this thread; in the first group's loop its number is not asked for again, which would be waited for."""
+        return self._first(self.places[1] if self.threads == GROUP else T.Cast("int32", self.lane))
 
     def sync(self, *, loads: bool = True, warp: bool = False, team: bool = False) -> None:
         """Nobody of a team reads what others have; who brings data comes only where it is waited for."""
@@ -130,7 +135,7 @@ class ColumnChunkTiles(GroupChunkTiles):
             return super()._gathered(dst, source)
         values = self._registers("float32", self._count(dst))
         self._place(source.storage)
-        i, _ = self._first(T.Cast("int32", self.lane))
+        i, _ = self._own_first()
         for slot in range(0, self._count(dst), 2):
             place = self.views["float32"][self._index(source, slot // 2 * 8 + i, 0)]
             move(T.address_of(values[slot]), T.address_of(place), 8)
@@ -144,7 +149,7 @@ class ColumnChunkTiles(GroupChunkTiles):
         when(True if self.threads == GROUP else self.lane < GROUP, lambda: self._each(range(self._count(dst)), body))
 
     def _each(self, slots: range, body: Any) -> None:
-        i, j = self._first(T.Cast("int32", self.lane))
+        i, j = self._own_first()
         for slot in slots:
             body(slot // 2 * 8 + i + slot % 2, j, slot)
 
@@ -198,16 +203,24 @@ class ColumnChunkTiles(GroupChunkTiles):
         if packed.coarse and packed.offset < 0:
             packed.plane = COLUMNS * WIDE * 2
             packed.offset = self._allocate_rows(tile.rows // WIDE * packed.plane)
+        # What was split already is there.
+        held = tile.packed if tile.packed is not None and tile.packed.version == tile.version else None
         for slots in self._settled(tile):
             for slot in slots[::2]:
                 number, pair = slot // 2, (tile.buffer[slot], tile.buffer[slot + 1])
+                at = number // 2 * 4 + number % 2 * 2
                 if not packed.coarse:
-                    at = number // 2 * 4 + number % 2 * 2
                     T.evaluate(T.call_extern("int32", "tvm_gdn_split_pair", packed.registers.data, at, 1, 2, *pair))
                     continue
                 self.written = True
                 place = packed.offset // 2 + number // 8 * COLUMNS * WIDE + T.bitwise_xor(self.places[0], number % 8 * 8)
-                T.evaluate(T.call_extern("int32", "tvm_gdn_split", T.address_of(self.views["bfloat16"][place]), 0, 1, *pair))
+                address = T.address_of(self.views["bfloat16"][place])
+                if held is None:
+                    T.evaluate(T.call_extern("int32", "tvm_gdn_split", address, 0, 1, *pair))
+                else:
+                    move(address, T.address_of(held.registers[at]), 4)
+        if not packed.coarse:
+            tile.packed, packed.version = packed, tile.version
 
     @staticmethod
     def _one(sums: Any, at: int, left: Expr, right: Expr, steps: int, apart: int, packed: Packed, fresh: bool) -> tuple[Any, ...]:
