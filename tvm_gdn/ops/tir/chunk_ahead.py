@@ -177,15 +177,15 @@ class HeadsAhead:
             number, step = names.index(name), tensors[name][0].strides[1]
             T.buffer_store(places, places[number] + C * step, [number])
 
-        whole = tiles.integers(3)
-        for number, name in enumerate(("k", "q", "v")):
-            T.buffer_store(whole, T.Cast("int64", tiles.pieces(rows_of(name))), [number])
+        whole = tiles.integers(1)
+        pieces = [tiles.pieces(rows_of(name)) for name in ("k", "q", "v")]
+        T.buffer_store(whole, T.Cast("int64", T.And(pieces[0], T.And(pieces[1], pieces[2]))), [0])
 
         def fetch(c: Expr) -> None:
             with T.If(c < count), T.Then():
                 m, own, place = T.min(T.int64(C), work.length - c * C), places[len(names)], stage_of(1, c)
-                for number, name in enumerate(("k", "q", "v")):
-                    tiles.load(part(name, place), rows_of(name), rows=m, pieces=whole[number] != 0)
+                for name in ("k", "q", "v"):
+                    tiles.load(part(name, place), rows_of(name), rows=m, pieces=whole[0] != 0)
                     proceed(name)
                 for name, buffer in zip(kept_names, kept, strict=True):
                     to = part(name, place)
