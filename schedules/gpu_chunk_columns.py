@@ -2,10 +2,10 @@
 
 As in `gpu_chunk_groups.py` four warps multiply together (wgmma), but the state, R and U stand the other way round: their columns
 are the rows of a *left* operand, which may come from registers. Of a warp's 16 rows the first eight are the high parts of eight
-columns, the others what these leave. So a thread has both sums that make an element, and the elements that it needs as operand of
-the next product: on the way from one to the next is no shared memory and no barrier.
+columns, the others what these leave. So a thread has, of the sums of one product, both that make an element, and the elements that
+it needs as operand of the next: between the products of a chunk is no shared memory and no barrier.
 
-Three groups of four warps: the first has the state and makes R and U of a chunk; the second the output, from a state and a U that
+Three groups of four warps: the first has the state and makes R and U of a chunk, the second the output, from a state and a U that
 are shown to it in shared memory (their high parts); the third brings the chunks' data.
 """
 
@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu import move
 from tvm_gdn.schedules.gpu_chunk_groups import COLUMNS, GROUP, ROWS, WIDE, GroupChunkTiles, Pending
 from tvm_gdn.schedules.gpu_fragments import ITEMSIZE, Fragments, Operand, Packed, Storage, Tile, ceil_div, when
 
-from tvm_gdn.ops.tir.tiles import Expr, keep
+from tvm_gdn.ops.tir.tiles import ElementFunction, Expr, keep
 
 
 @dataclass
@@ -41,17 +40,16 @@ class Held(Packed):
 class ColumnChunkTiles(GroupChunkTiles):
     """Tile operations of one geometry; parameters as `FragmentTiles` has them."""
 
-    held_right, stages = True, 3
+    held_right, stages = True, 2
 
     def _numbers(self, lane: Expr) -> list[Expr]:
-        """Where this thread's first pair goes in what is shown; the others are where some bits are different. Its number."""
-        own = T.Cast("int32", lane) % GROUP
-        i, j = self._first(own)
-        return [j * WIDE + j % 8 * 8 + i, own]
+        """Where this thread's first pair goes in what is shown; the others are where some bits are different."""
+        i, j = self._first(T.Cast("int32", lane) % GROUP)
+        return [j * WIDE + j % 8 * 8 + i]
 
     def enter(self, lane: Expr) -> None:
         """Nothing was written, and nothing is zero."""
-        self.blank: set[int] = set()
+        self.blank: list[Storage] = []
         super().enter(lane)
         self.written = self.written and not self.states
 
@@ -59,10 +57,6 @@ class ColumnChunkTiles(GroupChunkTiles):
     def _first(lane: Expr) -> tuple[Expr, Expr]:
         """Row of a thread's first number, and the column of all of them."""
         return lane % 4 * 2, lane // 4
-
-    def _own_first(self) -> tuple[Expr, Expr]:
-        """The same of this thread; in the first group's loop its number is not asked for again, which would be waited for."""
-        return self._first(self.places[1] if self.threads == GROUP else T.Cast("int32", self.lane))
 
     def sync(self, *, loads: bool = True, warp: bool = False, team: bool = False) -> None:
         """Nobody of a team reads what others have; who brings data comes only where it is waited for."""
@@ -82,9 +76,9 @@ class ColumnChunkTiles(GroupChunkTiles):
 
     def clear(self, *tiles: Tile) -> None:
         """Zero in tiles of which `load` with `lower` leaves what is above the diagonal as it is."""
-        for storage in (tile.storage for tile in tiles):
+        self.blank = [tile.storage for tile in tiles]
+        for storage in self.blank:
             self._place(storage)
-            self.blank.add(id(storage))
             pieces = storage.size // 16
             with T.serial(ceil_div(pieces, self.threads)) as step:
                 index = T.Bind(T.Cast("int32", step * self.threads + self.lane))
@@ -93,7 +87,7 @@ class ColumnChunkTiles(GroupChunkTiles):
         self.sync()
 
     def _copy_name(self, dst: Tile, lower: bool) -> str:
-        return "tvm_gdn_copy_rows_below" if lower and id(dst.storage) in self.blank else super()._copy_name(dst, lower)
+        return "tvm_gdn_copy_rows_below" if lower and dst.storage in self.blank else super()._copy_name(dst, lower)
 
     def _place(self, storage: Storage) -> None:
         """Rows that share 128 bytes change pieces, so that neither copies nor reads of a column meet in a bank."""
@@ -104,16 +98,16 @@ class ColumnChunkTiles(GroupChunkTiles):
         storage.offset = self._allocate_rows(storage.size)
 
     def _narrow(self, storage: Storage) -> bool:
-        """Rows of 64 bytes."""
-        return self.states and storage.cols * ITEMSIZE[storage.dtype] == 64
+        """Rows of 32 or 64 bytes."""
+        return self.states and storage.cols * ITEMSIZE[storage.dtype] in {32, 64}
 
     def _index(self, tile: Tile, i: Expr, j: Expr) -> Expr:
         storage = tile.storage
         if not self._narrow(storage):
             return super()._index(tile, i, j)
         i, j = tile.row + (0 if tile.rows == 1 else i), tile.col + (0 if tile.cols == 1 else j)
-        lanes = 16 // ITEMSIZE[storage.dtype]
-        piece = T.bitwise_xor(j // lanes, i // 2 % 4)
+        lanes, size = 16 // ITEMSIZE[storage.dtype], storage.cols * ITEMSIZE[storage.dtype]
+        piece = T.bitwise_xor(j // lanes, i // (128 // size) % 2 if size == 32 else i // 2 % 4)
         return storage.offset // ITEMSIZE[storage.dtype] + i * storage.cols + piece * lanes + j % lanes
 
     def _padded_columns(self, dst: Tile) -> int:
@@ -129,18 +123,6 @@ class ColumnChunkTiles(GroupChunkTiles):
     def _count(self, tile: Fragments) -> int:
         return tile.rows // 4 if isinstance(tile, Columns) else super()._count(tile)
 
-    def _gathered(self, dst: Any, source: Any) -> Fragments:
-        """Numbers of two neighbouring rows at once, where they are neighbours."""
-        if not isinstance(dst, Columns) or not isinstance(source, Tile) or not source.turned:
-            return super()._gathered(dst, source)
-        values = self._registers("float32", self._count(dst))
-        self._place(source.storage)
-        i, _ = self._own_first()
-        for slot in range(0, self._count(dst), 2):
-            place = self.views["float32"][self._index(source, slot // 2 * 8 + i, 0)]
-            move(T.address_of(values[slot]), T.address_of(place), 8)
-        return Fragments(values, dst.rows, dst.cols)
-
     def _over(self, dst: Any, body: Any, rows: Expr | None = None, *, cut: bool = False) -> None:
         if not isinstance(dst, Columns):
             super()._over(dst, body, rows, cut=cut)
@@ -149,7 +131,7 @@ class ColumnChunkTiles(GroupChunkTiles):
         when(True if self.threads == GROUP else self.lane < GROUP, lambda: self._each(range(self._count(dst)), body))
 
     def _each(self, slots: range, body: Any) -> None:
-        i, j = self._own_first()
+        i, j = self._first(T.Cast("int32", self.lane))
         for slot in slots:
             body(slot // 2 * 8 + i + slot % 2, j, slot)
 
@@ -203,42 +185,44 @@ class ColumnChunkTiles(GroupChunkTiles):
         if packed.coarse and packed.offset < 0:
             packed.plane = COLUMNS * WIDE * 2
             packed.offset = self._allocate_rows(tile.rows // WIDE * packed.plane)
-        # What was split already is there.
-        held = tile.packed if tile.packed is not None and tile.packed.version == tile.version else None
         for slots in self._settled(tile):
             for slot in slots[::2]:
                 number, pair = slot // 2, (tile.buffer[slot], tile.buffer[slot + 1])
-                at = number // 2 * 4 + number % 2 * 2
                 if not packed.coarse:
+                    at = number // 2 * 4 + number % 2 * 2
                     T.evaluate(T.call_extern("int32", "tvm_gdn_split_pair", packed.registers.data, at, 1, 2, *pair))
                     continue
                 self.written = True
                 place = packed.offset // 2 + number // 8 * COLUMNS * WIDE + T.bitwise_xor(self.places[0], number % 8 * 8)
-                address = T.address_of(self.views["bfloat16"][place])
-                if held is None:
-                    T.evaluate(T.call_extern("int32", "tvm_gdn_split", address, 0, 1, *pair))
-                else:
-                    move(address, T.address_of(held.registers[at]), 4)
-        if not packed.coarse:
-            tile.packed, packed.version = packed, tile.version
+                T.evaluate(T.call_extern("int32", "tvm_gdn_split", T.address_of(self.views["bfloat16"][place]), 0, 1, *pair))
 
     @staticmethod
     def _one(sums: Any, at: int, left: Expr, right: Expr, steps: int, apart: int, packed: Packed, fresh: bool) -> tuple[Any, ...]:
         return "tvm_gdn_wgmma_shown", sums, at, left, right, steps, apart, packed.plane, int(fresh)
 
-    def mma(self, dst: Any, a: Operand, b: Operand, **options: Any) -> None:
+    def mma(
+        self,
+        dst: Any,
+        a: Operand,
+        b: Operand,
+        *,
+        start: ElementFunction | None = None,
+        finish: ElementFunction | None = None,
+        sources: tuple[Any, ...] = (),
+        coarse: bool = False,
+        **bounds: Any,
+    ) -> None:
         """Begin a product; it is whole, whatever its bounds, and of both parts."""
         if not isinstance(dst, Columns):
-            super().mma(dst, a, b, **options)
+            super().mma(dst, a, b, start=start, finish=finish, sources=sources, coarse=coarse, **bounds)
             return
-        start, finish, sources = options.get("start"), options.get("finish"), options.get("sources", ())
         pending = self.pending.get(id(dst))
         more = pending is not None
         assert not more or (start is keep and pending.finish is None), "a result that is begun before the one before it was read"
         storage, half = a.tile.storage, self.views["bfloat16"]
         apart = storage.rows * WIDE * 2
         # Columns of a tile, its rows, or its rows left of the diagonal.
-        kind = 1 if a.transposed else 2 if options.get("lower") == "left" else 0
+        kind = 1 if a.transposed else 2 if bounds.get("lower") == "left" else 0
         for number in range(dst.rows // ROWS):
             # The rows of a left operand that is no tile's turned columns are one product's.
             first = storage.offset // 2 + a.tile.row * WIDE + number * storage.rows * WIDE

@@ -202,20 +202,22 @@ class TriangleTiles(ElementTiles):
             wanted = wanted if pieces % self.threads == 0 else T.And(index < pieces, wanted)
             when(wanted, lambda places=places: T.evaluate(T.call_extern("int32", "tvm_gdn_sum_of", *places)))
 
-    def fill(self, window: Window, *sources: Tile, column: Callable[..., tuple[Expr, ...]], turn: int = 0) -> None:
-        """Columns of a window of the kernel's own memory: ``column(*values)`` of sources ``(n, 1)`` or ``(1, 1)``, a thread each.
+    def fill(self, window: Window, *sources: Tile, row: Callable[..., tuple[Expr, ...]], turn: int = 0) -> None:
+        """Rows of a window of the kernel's own memory: ``row(*values)`` of sources ``(n, 1)`` or ``(1, 1)``, a thread per row.
 
         The last threads begin, which have less to do before; `turn` as in `squares`.
         """
-        shift = (turn + 1) * window.cols
-        with T.serial(ceil_div(window.cols, self.threads)) as step:
-            j = T.Bind(T.Cast("int32", step * self.threads + (self.lane + shift) % self.threads))
+        numbers, shift = self.scalars(window.cols), (turn + 1) * window.rows
+        with T.serial(ceil_div(window.rows, self.threads)) as step:
+            i = T.Bind(T.Cast("int32", step * self.threads + (self.lane + shift) % self.threads))
 
             def whole() -> None:
-                for at, value in enumerate(column(*(self._get(source, j, 0) for source in sources))):
-                    T.buffer_store(window.buffer, value, [at, j])
+                for at, value in enumerate(row(*(self._get(source, i, 0) for source in sources))):
+                    T.buffer_store(numbers, value, [at])
+                for at in range(0, window.cols, 4):
+                    move(T.address_of(window.buffer[i, at]), T.address_of(numbers[at]), 16)
 
-            when(True if window.cols % self.threads == 0 else j < window.cols, whole)
+            when(True if window.rows % self.threads == 0 else i < window.rows, whole)
 
     # What products share.
     def _in_turn(self, count: Expr, body: Callable[[Expr], None], first: int = 0) -> None:

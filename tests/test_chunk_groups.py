@@ -129,7 +129,7 @@ def test_operands_lie_either_way_round(tmp_path, monkeypatch, turned):
 @pytest.mark.parametrize(
     ("change", "groups"),
     [
-        ({}, 3), ({"K": 192}, 1), ({"K": 64, "V": 96}, 3), ({"K": 96}, 0), ({"V": 16}, 0), ({"K": 256}, 0), ({"dtype": "float16"}, 0),
+        ({}, 3), ({"K": 192}, 1), ({"K": 64, "V": 96}, 1), ({"K": 96}, 0), ({"V": 16}, 0), ({"K": 256}, 0), ({"dtype": "float16"}, 0),
         ({"dtype": "float32"}, 0),
     ],
 )  # fmt: skip

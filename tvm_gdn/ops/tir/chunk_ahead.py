@@ -76,8 +76,8 @@ class HeadsAhead:
             else:
                 tiles.scan(head.G, self._rows(work.g, work, start, work.hv + number, 1), m, turn=number)
 
-        def window(number: int, buffer: Any, rows: int = C) -> Any:
-            return tiles.window(buffer, (unit + number) * (rows * C), rows, C, (C, 1))
+        def window(number: int, buffer: Any, cols: int) -> Any:
+            return tiles.window(buffer, (unit + number) * (C * cols), C, cols, (cols, 1))
 
         self._load_keys(work, start, m)
         each(fetch)
@@ -92,7 +92,7 @@ class HeadsAhead:
 
         def triangles_of(number: int) -> tuple[tuple[Any, ...], tuple[Tile, ...]]:
             G, beta, A = heads[number].G, heads[number].beta, heads[number].A
-            return (A, window(number, P_kept)), (G, tiles.turn(G), n, tiles.turn(n), r, beta)
+            return (A, window(number, P_kept, C)), (G, tiles.turn(G), n, tiles.turn(n), r, beta)
 
         def finish(i: Expr, j: Expr, decay: Expr, kk: Expr, qk: Expr, *values: Expr) -> tuple[Expr, Expr]:
             _a, _b, f, _h, s, w = values
@@ -106,7 +106,7 @@ class HeadsAhead:
         def keep_factors(number: int, head: _Head) -> None:
             tiles.fill(
                 window(number, factors_kept, FACTORS), head.beta, n, r, head.G, tiles.block(head.G, C - 1, 0, 1, 1),
-                column=lambda w, f, s, a, e: (w * f * exp(a), s * exp(a), f * exp(e - a), w, exp(e)),
+                row=lambda w, f, s, a, e: (w * f * exp(a), s * exp(a), f * exp(e - a), w, exp(e), zero, zero, zero),
                 turn=number,
             )  # fmt: skip
 
@@ -117,7 +117,7 @@ class HeadsAhead:
         tiles.sync()
         each(
             lambda number, _: tiles.keep(
-                tuple(window(number, buffer) for buffer in summands), tiles.block(self.inverse, C * number, 0, C, C)
+                tuple(window(number, buffer, C) for buffer in summands), tiles.block(self.inverse, C * number, 0, C, C)
             )
         )
 
@@ -138,23 +138,10 @@ class HeadsAhead:
         summands = [f"inverse{number}" for number in range(len(_summands(data)))]
         kept_names = (*summands, "P", "factors")
         for name, dtype in zip(kept_names, (*_summands(data), data, "float32"), strict=True):
-            both[name] = tiles.tile(stages * (FACTORS if name == "factors" else C), C, dtype=dtype)
+            both[name] = tiles.tile(stages * C, FACTORS if name == "factors" else C, dtype=dtype)
 
-        # The places of the chunk that is computed and of the next one to come. A remainder by three has twenty instructions.
-        turns = tiles.integers(2)
-        for number in range(2 if stages > 2 else 0):
-            T.buffer_store(turns, T.int64(0), [number])
-
-        def stage_of(number: int, c: Expr) -> Expr:
-            return T.Cast("int32", c % 2 if stages == 2 else turns[number])
-
-        def next_stage(number: int) -> None:
-            if stages > 2:
-                T.buffer_store(turns, T.Select(turns[number] == stages - 1, T.int64(0), turns[number] + 1), [number])
-
-        def part(name: str, place: Expr) -> Tile:
-            rows = both[name].rows // stages
-            return tiles.block(both[name], place * rows, 0, rows, both[name].cols)
+        def half(name: str, c: Expr) -> Tile:
+            return tiles.block(both[name], T.Cast("int32", c % stages) * C, 0, C, both[name].cols)
 
         # Places in tensors go on from chunk to chunk: as sums in memory they are no expressions that every chunk computes again.
         tensors = {
@@ -177,34 +164,32 @@ class HeadsAhead:
             number, step = names.index(name), tensors[name][0].strides[1]
             T.buffer_store(places, places[number] + C * step, [number])
 
-        whole = tiles.integers(1)
-        pieces = [tiles.pieces(rows_of(name)) for name in ("k", "q", "v")]
-        T.buffer_store(whole, T.Cast("int64", T.And(pieces[0], T.And(pieces[1], pieces[2]))), [0])
+        whole = tiles.integers(3)
+        for number, name in enumerate(("k", "q", "v")):
+            T.buffer_store(whole, T.Cast("int64", tiles.pieces(rows_of(name))), [number])
 
         def fetch(c: Expr) -> None:
             with T.If(c < count), T.Then():
-                m, own, place = T.min(T.int64(C), work.length - c * C), places[len(names)], stage_of(1, c)
-                for name in ("k", "q", "v"):
-                    tiles.load(part(name, place), rows_of(name), rows=m, pieces=whole[0] != 0)
+                m, own = T.min(T.int64(C), work.length - c * C), places[len(names)]
+                for number, name in enumerate(("k", "q", "v")):
+                    tiles.load(half(name, c), rows_of(name), rows=m, pieces=whole[number] != 0)
                     proceed(name)
                 for name, buffer in zip(kept_names, kept, strict=True):
-                    to = part(name, place)
-                    window = tiles.window(buffer, own * (to.rows * C), to.rows, C, (C, 1))
-                    tiles.load(to, window, lower=name != "factors", pieces=True)
+                    cols = both[name].cols
+                    window = tiles.window(buffer, own * (C * cols), C, cols, (cols, 1))
+                    tiles.load(half(name, c), window, lower=cols == C, pieces=True)
                 T.buffer_store(places, own + heads, [len(names)])
-                next_stage(1)
             tiles.asked()
 
         def advance(c: Expr, lead: bool, rest: bool, bring: bool) -> None:
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
-            here = stage_of(0, c)
-            factors = [tiles.turn(tiles.block(both["factors"], here * FACTORS + number, 0, 1, C)) for number in range(4)]
-            end = tiles.block(both["factors"], here * FACTORS + 4, 0, 1, 1)
+            factors = [tiles.block(both["factors"], T.Cast("int32", c % stages) * C, number, C, 1) for number in range(4)]
+            end = tiles.block(both["factors"], T.Cast("int32", c % stages) * C, 4, 1, 1)
             k_start, q_start, k_end, beta = factors
-            k, q, P = part("k", here), part("q", here), part("P", here)
+            k, q, P = half("k", c), half("q", c), half("P", c)
             k_left, k_t_left = tiles.operand(k, "left"), tiles.operand(k, "left", transpose=True)
             q_left, P_left = tiles.operand(q, "left"), tiles.operand(P, "left")
-            inverse_left = [tiles.operand(part(name, here), "left") for name in summands]
+            inverse_left = [tiles.operand(half(name, c), "left") for name in summands]
 
             def update() -> None:
                 tiles.mma(S, k_t_left, U_end_right, start=lambda _i, _j, s, d: s * d, sources=(end,))
@@ -219,13 +204,17 @@ class HeadsAhead:
             if lead:
                 tiles.mma(
                     self.R, k_left, S_right, finish=lambda _i, _j, x, v, b, d: b * v - d * x,
-                    sources=(part("v", here), beta, k_start),
+                    sources=(half("v", c), beta, k_start),
                 )  # fmt: skip
             # All wait for the product above, nobody for this: it begins behind it.
             if bring and tiles.deferred:
                 fetch(c + (stages - 1))
-            if rest and not tiles.held_right:
-                tiles.mma(self.out, q_left, S_right, coarse=True)
+            if tiles.held_right and (lead or rest):
+                if lead:
+                    tiles.pack(S_shown)
+                tiles.sync(loads=False)
+            if rest:
+                tiles.mma(self.out, q_left, S_shown, coarse=True)
             if lead:
                 tiles.pack(self.R_right)
                 tiles.sync(loads=False, team=True)
@@ -233,12 +222,6 @@ class HeadsAhead:
                 for summand in inverse_left[1:]:
                     tiles.mma(U, summand, self.R_right, lower="left", start=keep, coarse=True)
             # What needs no U stands between the product and the first that reads it.
-            if tiles.held_right and (lead or rest):
-                if lead:
-                    tiles.pack(S_shown)
-                tiles.sync(loads=False)
-                if rest:
-                    tiles.mma(self.out, q_left, S_shown, coarse=True)
             if rest:
                 tiles.map(self.out, lambda _i, _j, x, d: x * d, self.out, q_start)
             if lead:
@@ -262,10 +245,9 @@ class HeadsAhead:
             if rest:
                 tiles.store(rows_of("o"), self.out, rows=m)
                 proceed("o")
-            next_stage(0)
 
         count = T.Bind((work.length + C - 1) // C)
-        tiles.clear(*(both[name] for name in (*summands, "P")))
+        tiles.clear(*(both[name] for name in kept_names if both[name].cols == C))
         # One team makes R and U of a chunk, another its output; the last one brings the next chunks. The state is the first one's
         # where that keeps it for its products, else it is shared out.
         for team in tiles.teams:
