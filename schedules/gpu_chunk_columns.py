@@ -2,10 +2,10 @@
 
 As in `gpu_chunk_groups.py` four warps multiply together (wgmma), but the state, R and U stand the other way round: their columns
 are the rows of a *left* operand, which may come from registers. Of a warp's 16 rows the first eight are the high parts of eight
-columns, the others what these leave. So a thread has, of the sums of one product, both that make an element, and the elements that
-it needs as operand of the next: between the products of a chunk is no shared memory and no barrier.
+columns, the others what these leave. So a thread has both sums that make an element, and the elements that it needs as operand of
+the next product: on the way from one to the next is no shared memory and no barrier.
 
-Three groups of four warps: the first has the state and makes R and U of a chunk, the second the output, from a state and a U that
+Three groups of four warps: the first has the state and makes R and U of a chunk; the second the output, from a state and a U that
 are shown to it in shared memory (their high parts); the third brings the chunks' data.
 """
 
