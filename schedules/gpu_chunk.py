@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from tvm_gdn.schedules.gpu_chunk_columns import ColumnChunkTiles
 from tvm_gdn.schedules.gpu_chunk_groups import COLUMNS, ROWS, WIDE, GroupChunkTiles
 from tvm_gdn.schedules.gpu_fragments import WARP
 from tvm_gdn.schedules.gpu_products import GpuChunkTiles
@@ -18,7 +19,7 @@ from tvm_gdn.spec import Geometry
 def sized(geometry: Geometry, *, groups: int = 0, **options: Any) -> GpuChunkTiles:
     """Tile operations with an arena of the size that the algorithm turns out to use."""
     K, V, data = geometry.axis["K"], geometry.axis["V"], geometry.dtype["v"]
-    kind = GroupChunkTiles if groups else GpuChunkTiles
+    kind = (GpuChunkTiles, GroupChunkTiles, GroupChunkTiles, ColumnChunkTiles)[groups]
     tiles = kind(K, V, data=data, v_first=bool(geometry.attr.get("state_v_first")), **options)
     chunk_rule(geometry, tiles)
     tiles.arenas = tiles.bytes
@@ -105,12 +106,18 @@ class ChunkHopper(ChunkGpu):
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """As everywhere, and how many groups of four warps multiply together; 0: every warp on its own."""
+        """As everywhere, and how many groups of four warps there are that multiply together; 0: every warp on its own.
+
+        Two share out the state. Of three one has it, one makes the output, and one brings data.
+        """
         found = super().knobs(geometry)
         fits = geometry.dtype["v"] == "bfloat16" and geometry.axis["K"] % WIDE == 0 and not geometry.attr.get("channel_gate")
         fits = fits and all(value in found[name] for name, value in cls.grouped.items())
-        # Two share out the state.
-        groups = (2, 1) if geometry.axis["K"] % (2 * WIDE) == 0 else (1,)
+        K = geometry.axis["K"]
+        # With K = 64 three have run, and were not timed.
+        groups = {WIDE: (1, 3), 2 * WIDE: (3, 2, 1)}.get(K, (2, 1) if K % (2 * WIDE) == 0 else (1,))
+        if fits:
+            found["warps"] = tuple(sorted({*found["warps"], *(4 * number for number in groups)}))
         return {**found, "groups": (*groups, 0) if fits else (0,)}
 
     @classmethod

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.gpu_fragments import WARP, Fragments, Operand, Storage, Tile, padded
+from tvm_gdn.schedules.gpu_fragments import WARP, Fragments, Operand, Packed, Storage, Tile, padded
 from tvm_gdn.schedules.gpu_products import GpuChunkTiles
 
 from tvm_gdn.ops.tir.tiles import ElementFunction, Expr, keep
@@ -66,13 +66,17 @@ class GroupChunkTiles(GpuChunkTiles):
         self.begun, self.own, self.written = 0, T.Cast("int32", lane) // GROUP, True
         super().enter(lane)
         if self.states:
-            self.places = T.alloc_buffer((COLUMNS // 8 + 1,), "int32", scope="local")
-            (i, j), *_ = self._elements(T.Cast("int32", lane) % GROUP // WARP, 0)
-            pieces = [T.bitwise_xor(number, i % 8) for number in range(COLUMNS // 8)]
-            # The other half of a row is where the highest bit of a piece's number is the other.
-            numbers = [*(i * WIDE + piece * 8 + j for piece in pieces), COLUMNS - pieces[0] // 4 * WIDE]
+            numbers = self._numbers(lane)
+            self.places = T.alloc_buffer((len(numbers),), "int32", scope="local")
             for slot, number in enumerate(numbers):
                 T.buffer_store(self.places, T.call_extern("int32", "tvm_gdn_once", number), [slot])
+
+    def _numbers(self, lane: Expr) -> list[Expr]:
+        """Where this thread's numbers go in a right operand."""
+        (i, j), *_ = self._elements(T.Cast("int32", lane) % GROUP // WARP, 0)
+        pieces = [T.bitwise_xor(number, i % 8) for number in range(COLUMNS // 8)]
+        # The other half of a row is where the highest bit of a piece's number is the other.
+        return [*(i * WIDE + piece * 8 + j for piece in pieces), COLUMNS - pieces[0] // 4 * WIDE]
 
     def leave(self) -> None:
         """Every product's result has been read."""
@@ -127,7 +131,7 @@ class GroupChunkTiles(GpuChunkTiles):
         arrived = loads and self.copying
         if arrived:
             self.copying = False
-            T.evaluate(T.call_extern("int32", "tvm_gdn_arrived", 0))
+            T.evaluate(T.call_extern("int32", "tvm_gdn_arrived", self.stages - 2))
         # A fence waits for all that this thread has under way in memory, its stores of the output too.
         if arrived or self.written:
             self.written = False
@@ -242,6 +246,12 @@ class GroupChunkTiles(GpuChunkTiles):
         """First row of this group's product `number` of those that make a tile."""
         return number * ROWS if tile.rows == ROWS or len(self.teams) == 1 else (number * len(self.teams) + self.own) * ROWS
 
+    @staticmethod
+    def _one(sums: Any, at: int, left: Expr, right: Expr, steps: int, apart: int, packed: Packed, fresh: bool) -> tuple[Any, ...]:
+        """The call that begins a product with one part of a right operand."""
+        del packed
+        return "tvm_gdn_wgmma_one", sums, at, left, right, steps, apart, int(fresh)
+
     def mma(
         self,
         dst: Any,
@@ -283,7 +293,7 @@ class GroupChunkTiles(GpuChunkTiles):
             place = first * storage.rows if a.transposed else first * WIDE
             operands = T.address_of(half[storage.offset // 2 + a.tile.row * WIDE + place]), right
             if rest is None:
-                call = ("tvm_gdn_wgmma_one", own.data, at, *operands, steps, apart, int(fresh))
+                call = self._one(own.data, at, *operands, steps, apart, b.packed, fresh)
             else:
                 call = ("tvm_gdn_wgmma_two", own.data, at, rest.data, at, *operands, steps, apart, int(a.transposed), int(fresh))
             T.evaluate(T.call_extern("int32", *call))

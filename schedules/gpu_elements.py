@@ -132,14 +132,20 @@ class ElementTiles(FragmentTiles):
         def copy(name: str) -> None:
             T.evaluate(T.call_extern("int32", name, to, source, apart, stride, dst.rows // rows, rows, *bounds))
 
+        name = self._copy_name(dst, lower)
         if pieces is True:
-            copy("tvm_gdn_copy_rows")
+            copy(name)
             return
         with T.If(pieces):
             with T.Then():
-                copy("tvm_gdn_copy_rows")
+                copy(name)
             with T.Else():
                 copy("tvm_gdn_copy_elements")
+
+    def _copy_name(self, dst: Tile, lower: bool) -> str:
+        """The function that copies rows."""
+        del dst, lower
+        return "tvm_gdn_copy_rows"
 
     @staticmethod
     def pieces(src: Window) -> Expr:

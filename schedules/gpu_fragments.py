@@ -157,6 +157,12 @@ class FragmentTiles(WarpTiles):
     #: Whether products read nothing but what was written for them.
     whole = False
 
+    #: Whether a thread keeps what it multiplies with next itself.
+    held_right = False
+
+    #: Chunks whose data is there or arrives at a time.
+    stages = 2
+
     def __init__(
         self, K: int, V: int, *, v_tile: int, chunk: int, warps: int, data: str, v_first: bool, ahead: int = 0, together: int = 1
     ) -> None:
@@ -184,7 +190,7 @@ class FragmentTiles(WarpTiles):
         self.free: list[tuple[int, int]] = []
         self.used[states] = 0
         size = max(self.arenas[states] - (self.align[states] - 16), 16)
-        clear_piece = self._arena(size)
+        self._clear_piece = self._arena(size)
         if not states:
             # Loads and products write all that is read.
             return
@@ -195,7 +201,7 @@ class FragmentTiles(WarpTiles):
         with T.serial(ceil_div(size // 16, self.threads)) as step:
             index = T.Bind(T.Cast("int32", step * self.threads + lane))
 
-            when(index < size // 16, lambda: clear_piece(index))
+            when(index < size // 16, lambda: self._clear_piece(index))
         self.sync()
 
     def _arena(self, size: int) -> Callable[[Expr], None]:
@@ -250,6 +256,9 @@ class FragmentTiles(WarpTiles):
         """What only that group of threads does; there is one."""
         del number
         return contextlib.nullcontext()
+
+    def clear(self, *tiles: Tile) -> None:
+        """Zero above the diagonal of tiles of which `load` only brings the rest: it brings zeros too."""
 
     def asked(self) -> None:
         """All copies that the next barrier waits for have been asked for: nothing to do."""

@@ -65,8 +65,12 @@ FORMS: dict[str, list[tuple[dict[str, Any], dict[str, Any] | None]]] = {
         ({**_DECODE, "B": 520, "HV": 1, "K": 64, "S": 523, "state_dtype": "float32"}, None),
         ({**_DECODE, "B": 130, "HV": 2, "K": 128, "S": 131, "state_dtype": "bfloat16", "state_v_first": True}, None),
     ],
-    # Products of four warps together, in one group and in two.
-    "chunk_gated_delta_rule": [(_CHUNK, {"groups": 1, "warps": 4}), ({**_CHUNK, "K": 128}, {"groups": 2, "warps": 8})],
+    # Products of four warps together, in one group, in two and in three.
+    "chunk_gated_delta_rule": [
+        (_CHUNK, {"groups": 1, "warps": 4}),
+        ({**_CHUNK, "K": 128}, {"groups": 2, "warps": 8}),
+        ({**_CHUNK, "K": 128, "T": 200}, {"groups": 3, "warps": 12}),
+    ],
     "chunk_kda": [({**_CHUNK, "HV": 1}, None)],
     # Tiles of few rows without a sort, 128 rows, the next product begun early, and the order made by many blocks.
     "fused_experts": [

@@ -145,8 +145,8 @@ __asm__(
 
 namespace emulation {
 enum State { RUN, BARRIER, WARP, DONE };
-// Threads of the groups that may have barriers of their own.
-enum { TEAM = 128 };
+// Threads of the groups that may have barriers of their own, and of two of them.
+enum { TEAM = 128, PAIR = 2 * TEAM };
 
 struct Context {
 #if defined(__x86_64__)
@@ -301,6 +301,7 @@ static inline int wait_stage(void* barrier, int parity);
 #define TVM_GDN_RING_COPIED emulation::copied
 #define TVM_GDN_RING_WAIT emulation::wait_stage
 static inline void team_sync();
+static inline void pair_sync();
 static inline int bulk_wait(void* barrier);
 #define TVM_GDN_OPEN emulation::open_arrival
 #define TVM_GDN_READ emulation::bulk_read
@@ -308,6 +309,7 @@ static inline int bulk_wait(void* barrier);
 #define TVM_GDN_WAIT emulation::bulk_wait
 #define TVM_GDN_WRITE emulation::bulk_write
 #define TVM_GDN_TEAM_SYNC emulation::team_sync
+#define TVM_GDN_PAIR_SYNC emulation::pair_sync
 static inline void* dynamic_shared() { return block->shared.data(); }
 
 static void entry() {
@@ -326,6 +328,7 @@ static inline void pause(State state, int width = EMULATED_WARP) {
 }
 // Threads of a group of four warps, whatever the width of a warp.
 static inline void team_sync() { pause(WARP, TEAM); }
+static inline void pair_sync() { pause(WARP, PAIR); }
 static inline int bulk_wait(void* barrier) {
   Arrival* arrival = (Arrival*)barrier;
   if (arrival->opened != OPENED) fail("waiting for a barrier that is not open");
@@ -408,7 +411,7 @@ static void run_block(Block& own, int threads, std::mt19937* random) {
       own.main.change(fiber.context);
       alive -= fiber.state == DONE;
     }
-    for (int width = 32; width <= TEAM; width *= 2)
+    for (int width = 32; width <= PAIR; width *= 2)
       for (int first = 0; first < threads; first += width) {
         int end = std::min(threads, first + width), waiting = 0, left = 0;
         for (int n = first; n < end; ++n)

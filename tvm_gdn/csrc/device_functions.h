@@ -105,6 +105,19 @@ static __device__ __forceinline__ int tvm_gdn_block_sync(int threads) {
   return 0;
 }
 
+// The first 256 threads of a block: two groups of four warps.
+#ifndef TVM_GDN_PAIR_SYNC
+#define TVM_GDN_PAIR_SYNC() __syncthreads()
+#endif
+static __device__ __forceinline__ int tvm_gdn_pair_sync() {
+#if defined(__CUDACC__) && !defined(TVM_GDN_NO_PTX)
+  asm volatile("bar.sync 5, 256;" : : : "memory");
+#else
+  TVM_GDN_PAIR_SYNC();
+#endif
+  return 0;
+}
+
 // Four warps, the `number`-th of such groups.
 #ifndef TVM_GDN_TEAM_SYNC
 #define TVM_GDN_TEAM_SYNC() __syncthreads()
@@ -316,6 +329,10 @@ static __device__ __forceinline__ int tvm_gdn_wgmma_publish() {
 #define TVM_GDN_WGMMA_ROWS(columns, sums, a, b, go_on, turned, ...)                                                                \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " go_on ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns                         \
                "k16.f32.bf16.bf16 {" sums "}, " a ", " b ", p, 1, 1, " turned ", 1;\n}\n" : __VA_ARGS__ : "l"(x), "l"(y), "r"(more))
+#define TVM_GDN_WGMMA_HELD(columns, sums, left, right, go_on, turned, ...)                                                          \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " go_on ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns                         \
+               "k16.f32.bf16.bf16 {" sums "}, {" left "}, " right ", p, 1, 1, " turned ";\n}\n"                                    \
+               : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(y), "r"(more))
 template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_one(float (&sums)[N], int at, const void* left, const void* right, int steps, int apart, int fresh) {
   const unsigned long long a = tvm_gdn_swizzled(left), b = tvm_gdn_swizzled(right);
@@ -387,6 +404,47 @@ static __device__ __forceinline__ int tvm_gdn_wgmma_two(float (&sums)[N], int at
   }
 TVM_GDN_WGMMA_PAIRS(tvm_gdn_wgmma_pair_bf16, "bf16")
 TVM_GDN_WGMMA_PAIRS(tvm_gdn_wgmma_pair_f16, "f16")
+// Both tiles' rows are the depth's other way round: 64 rows of the left one times 32 of the right one, whose first 64 numbers of every
+// row lie `apart_right` bytes before the next 64.
+template <int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_shown(float (&sums)[N], int at, const void* left, const void* right, int steps, int apart, int apart_right, int fresh) {
+  const unsigned long long a = tvm_gdn_swizzled(left), b = tvm_gdn_swizzled(right);
+  float* c = sums + at;
+  asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+#pragma unroll
+  for (int k = 0; k < steps; ++k) {
+    const unsigned long long x = a + 2 * (k % 4) + (apart >> 4) * (k / 4), y = b + 2 * (k % 4) + (apart_right >> 4) * (k / 4);
+    const int more = !fresh || k > 0;
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" TVM_GDN_R16
+                 "}, %16, %17, p, 1, 1, 0, 0;\n}\n" : TVM_GDN_S16(c) : "l"(x), "l"(y), "r"(more));
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+  return 0;
+}
+// The left operand in registers, four to a step of 16 numbers, as fragments of mma.m16n8k16 are: 64 rows of it times 64 of the right
+// tile, as above. `kind` 1: times 64 columns of a tile with `steps` times 16 rows; 2: the right tile, 64 x 64, has zeros above the
+// diagonal, and of its first 32 rows the first 32 numbers are read.
+template <int N, int M>
+static __device__ __forceinline__ int tvm_gdn_wgmma_held(float (&sums)[N], int at, const unsigned (&left)[M], const void* right, int steps, int apart, int kind, int fresh) {
+  const unsigned long long b = tvm_gdn_swizzled(right);
+  asm volatile("wgmma.fence.sync.aligned;" : : : "memory");
+#pragma unroll
+  for (int k = 0; k < steps; ++k) {
+    const unsigned* a = left + 4 * k;
+    unsigned long long y = b + (kind == 1 ? 128 * k : 2 * (k % 4) + (apart >> 4) * (k / 4));
+    const int more = !fresh || k > 0;
+    float *c = sums + at, *d = c + 16;
+    if (kind == 1) TVM_GDN_WGMMA_HELD("64", TVM_GDN_R32, "%32, %33, %34, %35", "%36", "%37", "1", TVM_GDN_S16(c), TVM_GDN_S16(d));
+    else if (kind == 0) TVM_GDN_WGMMA_HELD("64", TVM_GDN_R32, "%32, %33, %34, %35", "%36", "%37", "0", TVM_GDN_S16(c), TVM_GDN_S16(d));
+    else {
+      if (k < 2) TVM_GDN_WGMMA_HELD("32", TVM_GDN_R16, "%16, %17, %18, %19", "%20", "%21", "0", TVM_GDN_S16(c));
+      y += 256;
+      TVM_GDN_WGMMA_HELD("32", TVM_GDN_R16, "%16, %17, %18, %19", "%20", "%21", "0", TVM_GDN_S16(d));
+    }
+  }
+  asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory");
+  return 0;
+}
 static __device__ __forceinline__ int tvm_gdn_wgmma_left(int left) {
   switch (left) {
     case 0: asm volatile("wgmma.wait_group.sync.aligned 0;" : : : "memory"); break;
@@ -708,6 +766,47 @@ static __device__ __forceinline__ int tvm_gdn_wgmma_pair_f16(float (&sums)[N], c
 }
 static __device__ __forceinline__ int tvm_gdn_wgmma_left(int left) { return TVM_GDN_FINISH(left); }
 template <int N>
+static __device__ __forceinline__ int tvm_gdn_wgmma_shown(float (&sums)[N], int at, const void* left, const void* right, int steps, int apart, int apart_right, int fresh) {
+  TVM_GDN_INSIDE(N, at, 16);
+  float* c = sums + at;
+  const int lane = threadIdx.x & 31, above = (int)(threadIdx.x >> 5 & 3) * 16 + lane / 4;
+  return TVM_GDN_LATER(([=] {
+    for (int n = 0; n < 16; ++n) {
+      const int row = above + n % 4 / 2 * 8, column = n / 4 * 8 + lane % 4 * 2 + n % 2;
+      if (fresh) c[n] = 0;
+      if (((unsigned long long)left | (unsigned long long)right) & 1023) c[n] /= 0.f;
+      for (int k = 0; k < steps * 16; ++k)
+        c[n] += tvm_gdn_swizzled_number((const char*)left + k / 64 * apart, row, k % 64) * tvm_gdn_swizzled_number((const char*)right + k / 64 * apart_right, column, k % 64);
+    }
+    return 0;
+  }));
+}
+template <int N, int M>
+static __device__ __forceinline__ int tvm_gdn_wgmma_held(float (&sums)[N], int at, const unsigned (&left)[M], const void* right, int steps, int apart, int kind, int fresh) {
+  TVM_GDN_INSIDE(N, at, 32);
+  TVM_GDN_INSIDE(M, 0, 4 * steps);
+  float* c = sums + at;
+  const int lane = threadIdx.x & 31;
+  // Four threads have the rows lane / 4 and lane / 4 + 8 of a warp's fragment.
+  struct {
+    unsigned words[M][4];
+  } rows;
+  for (int n = 0; n < M; ++n)
+    for (int quad = 0; quad < 4; ++quad) rows.words[n][quad] = __shfl_sync(0xffffffffu, left[n], lane / 4 * 4 + quad, 32);
+  return TVM_GDN_LATER(([=] {
+    for (int n = 0; n < 32; ++n) {
+      const int column = n / 4 * 8 + lane % 4 * 2 + n % 2;
+      if (fresh) c[n] = 0;
+      if ((unsigned long long)right & 1023) c[n] /= 0.f;
+      for (int k = 0; k < (kind == 2 && column < 32 ? 32 : steps * 16); ++k) {
+        const float x = tvm_gdn_half_of(rows.words[k / 16 * 4 + k % 16 / 8 * 2 + n % 4 / 2][k % 8 / 2], k % 2);
+        c[n] += x * (kind == 1 ? tvm_gdn_swizzled_number(right, k, column) : tvm_gdn_swizzled_number((const char*)right + k / 64 * apart, column, k % 64));
+      }
+    }
+    return 0;
+  }));
+}
+template <int N>
 static __device__ __forceinline__ int tvm_gdn_wgmma_arrived(float (&)[N], int left) {
   return TVM_GDN_FINISH(left);
 }
@@ -830,6 +929,13 @@ static __device__ __forceinline__ int tvm_gdn_rounded_eight(void* to, const floa
 static __device__ __forceinline__ int tvm_gdn_copy_rows(void* to, const void* from, int apart, long long stride, int count, int rows, int first, int end) {
 #pragma unroll
   for (int n = 0; n < count; ++n) tvm_gdn_copy((char*)to + n * apart, (const char*)from + n * stride, n * rows >= first && n * rows < end);
+  return 0;
+}
+// The same, where what stands before the first row stays as it is: zeros cost more of shared memory's time than copies.
+static __device__ __forceinline__ int tvm_gdn_copy_rows_below(void* to, const void* from, int apart, long long stride, int count, int rows, int first, int end) {
+#pragma unroll
+  for (int n = 0; n < count; ++n)
+    if (n * rows >= first) tvm_gdn_copy((char*)to + n * apart, (const char*)from + n * stride, n * rows < end);
   return 0;
 }
 // The same where memory is not aligned: at once, element by element. A loop, so that the code that is not meant to run is short.

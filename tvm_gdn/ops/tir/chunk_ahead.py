@@ -127,18 +127,21 @@ class HeadsAhead:
         S, U, U_end = tiles.state(T.int64(0)), tiles.tile(C, VT, "register"), tiles.tile(C, VT, "register")
         S_right, U_end_right = tiles.operand(S, "right"), tiles.operand(U_end, "right")
         U_right = tiles.operand(U, "right", coarse=True)
-        # Two of each: one is read while the next chunk arrives in the other.
+        # For those who do not have it.
+        S_shown = tiles.operand(S, "right", coarse=True)
+        # Two of each or more: one is read while the next chunks arrive in the others.
+        stages = tiles.stages
         both = {
-            "k": tiles.tile(2 * C, self.K, dtype=data), "q": tiles.tile(2 * C, self.K, dtype=data),
-            "v": tiles.tile(2 * C, VT, dtype=data),
+            "k": tiles.tile(stages * C, self.K, dtype=data), "q": tiles.tile(stages * C, self.K, dtype=data),
+            "v": tiles.tile(stages * C, VT, dtype=data),
         }  # fmt: skip
         summands = [f"inverse{number}" for number in range(len(_summands(data)))]
         kept_names = (*summands, "P", "factors")
         for name, dtype in zip(kept_names, (*_summands(data), data, "float32"), strict=True):
-            both[name] = tiles.tile(2 * C, FACTORS if name == "factors" else C, dtype=dtype)
+            both[name] = tiles.tile(stages * C, FACTORS if name == "factors" else C, dtype=dtype)
 
         def half(name: str, c: Expr) -> Tile:
-            return tiles.block(both[name], T.Cast("int32", c % 2) * C, 0, C, both[name].cols)
+            return tiles.block(both[name], T.Cast("int32", c % stages) * C, 0, C, both[name].cols)
 
         # Places in tensors go on from chunk to chunk: as sums in memory they are no expressions that every chunk computes again.
         tensors = {
@@ -166,34 +169,34 @@ class HeadsAhead:
             T.buffer_store(whole, T.Cast("int64", tiles.pieces(rows_of(name))), [number])
 
         def fetch(c: Expr) -> None:
-            m, own = T.min(T.int64(C), work.length - c * C), places[len(names)]
-            for number, name in enumerate(("k", "q", "v")):
-                tiles.load(half(name, c), rows_of(name), rows=m, pieces=whole[number] != 0)
-                proceed(name)
-            for name, buffer in zip(kept_names, kept, strict=True):
-                cols = both[name].cols
-                window = tiles.window(buffer, own * (C * cols), C, cols, (cols, 1))
-                tiles.load(half(name, c), window, lower=cols == C, pieces=True)
-            T.buffer_store(places, own + heads, [len(names)])
+            with T.If(c < count), T.Then():
+                m, own = T.min(T.int64(C), work.length - c * C), places[len(names)]
+                for number, name in enumerate(("k", "q", "v")):
+                    tiles.load(half(name, c), rows_of(name), rows=m, pieces=whole[number] != 0)
+                    proceed(name)
+                for name, buffer in zip(kept_names, kept, strict=True):
+                    cols = both[name].cols
+                    window = tiles.window(buffer, own * (C * cols), C, cols, (cols, 1))
+                    tiles.load(half(name, c), window, lower=cols == C, pieces=True)
+                T.buffer_store(places, own + heads, [len(names)])
             tiles.asked()
 
-        def advance(c: Expr, lead: bool, rest: bool) -> None:
+        def advance(c: Expr, lead: bool, rest: bool, bring: bool) -> None:
             m = T.Bind(T.min(T.int64(C), work.length - c * C))
-            factors = [tiles.block(both["factors"], T.Cast("int32", c % 2) * C, number, C, 1) for number in range(4)]
-            end = tiles.block(both["factors"], T.Cast("int32", c % 2) * C, 4, 1, 1)
+            factors = [tiles.block(both["factors"], T.Cast("int32", c % stages) * C, number, C, 1) for number in range(4)]
+            end = tiles.block(both["factors"], T.Cast("int32", c % stages) * C, 4, 1, 1)
             k_start, q_start, k_end, beta = factors
             k, q, P = half("k", c), half("q", c), half("P", c)
             k_left, k_t_left = tiles.operand(k, "left"), tiles.operand(k, "left", transpose=True)
             q_left, P_left = tiles.operand(q, "left"), tiles.operand(P, "left")
             inverse_left = [tiles.operand(half(name, c), "left") for name in summands]
 
-            def fetch_next() -> None:
-                with T.If(c + 1 < count), T.Then():
-                    fetch(c + 1)
+            def update() -> None:
+                tiles.mma(S, k_t_left, U_end_right, start=lambda _i, _j, s, d: s * d, sources=(end,))
 
             tiles.sync()
-            if not tiles.deferred:
-                fetch_next()
+            if bring and not tiles.deferred:
+                fetch(c + (stages - 1))
             for operand in (*inverse_left, k_left, q_left, P_left, k_t_left):
                 tiles.pack(operand)
             if data != "bfloat16":
@@ -203,11 +206,15 @@ class HeadsAhead:
                     self.R, k_left, S_right, finish=lambda _i, _j, x, v, b, d: b * v - d * x,
                     sources=(half("v", c), beta, k_start),
                 )  # fmt: skip
+            # All wait for the product above, nobody for this: it begins behind it.
+            if bring and tiles.deferred:
+                fetch(c + (stages - 1))
+            if tiles.held_right and (lead or rest):
+                if lead:
+                    tiles.pack(S_shown)
+                tiles.sync(loads=False)
             if rest:
-                # All wait for the product above, nobody for this one: it begins behind it.
-                if tiles.deferred:
-                    fetch_next()
-                tiles.mma(self.out, q_left, S_right, coarse=True)
+                tiles.mma(self.out, q_left, S_shown, coarse=True)
             if lead:
                 tiles.pack(self.R_right)
                 tiles.sync(loads=False, team=True)
@@ -219,25 +226,37 @@ class HeadsAhead:
                 tiles.map(self.out, lambda _i, _j, x, d: x * d, self.out, q_start)
             if lead:
                 tiles.map(U_end, lambda _i, _j, u, w: u * w, U, k_end)
-                tiles.pack(U_right)
-                tiles.pack(U_end_right)
-            tiles.sync(loads=False)
-            tiles.mma(S, k_t_left, U_end_right, start=lambda _i, _j, s, d: s * d, sources=(end,))
+                if tiles.held_right:
+                    # The product that all wait for first.
+                    tiles.pack(U_end_right)
+                    update()
+                    tiles.pack(U_right)
+                else:
+                    tiles.pack(U_right)
+                    tiles.pack(U_end_right)
+            if lead or rest:
+                tiles.sync(loads=False)
+            if not tiles.held_right:
+                update()
             if rest:
                 tiles.mma(self.out, P_left, U_right, lower="left", start=keep, coarse=True)
-            tiles.pack(S_right)
+            if lead or not tiles.held_right:
+                tiles.pack(S_right)
             if rest:
                 tiles.store(rows_of("o"), self.out, rows=m)
                 proceed("o")
 
         count = T.Bind((work.length + C - 1) // C)
-        # One team makes R and U of a chunk, another its output, and brings the next chunk; the state is all teams' work.
+        tiles.clear(*(both[name] for name in kept_names if both[name].cols == C))
+        # One team makes R and U of a chunk, another its output; the last one brings the next chunks. The state is the first one's
+        # where that keeps it for its products, else it is shared out.
         for team in tiles.teams:
-            lead, rest = team == tiles.teams[0], team == tiles.teams[-1]
+            lead, rest, bring = team == tiles.teams[0], team == tiles.teams[:2][-1], team == tiles.teams[-1]
             with tiles.team(team):
-                if rest:
-                    with T.If(count > 0), T.Then():
-                        fetch(T.int64(0))
-                tiles.pack(S_right)
+                if bring:
+                    for number in range(stages - 1):
+                        fetch(T.int64(number))
+                if lead or not tiles.held_right:
+                    tiles.pack(S_right)
                 with T.serial(count) as c:
-                    advance(c, lead, rest)
+                    advance(c, lead, rest, bring)

@@ -80,6 +80,11 @@ class ChunkTiles(Protocol):
         Whether products go on behind the call that begins them, until their result is read or packed.
     teams : tuple of int
         Groups of threads that may do different things at the same time, each under `team`.
+    held_right : bool
+        Whether the first of them has the state, and keeps right operands of its next products itself: others see those that are
+        packed as `coarse` ones.
+    stages : int
+        Chunks whose data is there or arrives at a time.
     host_checks : bool
         Whether the host part of a kernel can read tensors, and so checks slots and sequence bounds.
     """
@@ -93,6 +98,8 @@ class ChunkTiles(Protocol):
     shift: Expr
     deferred: bool
     teams: tuple[int, ...]
+    held_right: bool
+    stages: int
     host_checks: bool
 
     def outputs(self, *tensors: tuple[Any, Expr]) -> None:
