@@ -66,8 +66,8 @@ class AmxExpertTiles(ExpertTiles):
                 # Numbers that stay in memory would be read again for every tile.
                 row: T.let[T.int64] = first
                 rows: T.let[T.int64] = m
-                expert: T.let[T.int64] = e
-                group: T.let[T.int64] = n
+                expert: T.let[T.int64] = T.Cast("int64", e)
+                group: T.let[T.int64] = T.Cast("int64", n)
                 many(A, sums, row, rows, W, scale, expert, group, steps, after, sink)
 
         return product
