@@ -19,7 +19,7 @@ from tvm.script import tirx as T
 from tvm_gdn.schedules.gpu_chunk_groups import COLUMNS, GROUP, ROWS, WIDE, GroupChunkTiles, Pending
 from tvm_gdn.schedules.gpu_fragments import ITEMSIZE, Fragments, Operand, Packed, Storage, Tile, ceil_div, when
 
-from tvm_gdn.ops.tir.tiles import ElementFunction, Expr, keep
+from tvm_gdn.ops.tir.tiles import Expr, keep
 
 
 @dataclass
@@ -200,29 +200,19 @@ class ColumnChunkTiles(GroupChunkTiles):
     def _one(sums: Any, at: int, left: Expr, right: Expr, steps: int, apart: int, packed: Packed, fresh: bool) -> tuple[Any, ...]:
         return "tvm_gdn_wgmma_shown", sums, at, left, right, steps, apart, packed.plane, int(fresh)
 
-    def mma(
-        self,
-        dst: Any,
-        a: Operand,
-        b: Operand,
-        *,
-        start: ElementFunction | None = None,
-        finish: ElementFunction | None = None,
-        sources: tuple[Any, ...] = (),
-        coarse: bool = False,
-        **bounds: Any,
-    ) -> None:
+    def mma(self, dst: Any, a: Operand, b: Operand, **options: Any) -> None:
         """Begin a product; it is whole, whatever its bounds, and of both parts."""
         if not isinstance(dst, Columns):
-            super().mma(dst, a, b, start=start, finish=finish, sources=sources, coarse=coarse, **bounds)
+            super().mma(dst, a, b, **options)
             return
+        start, finish, sources = options.get("start"), options.get("finish"), options.get("sources", ())
         pending = self.pending.get(id(dst))
         more = pending is not None
         assert not more or (start is keep and pending.finish is None), "a result that is begun before the one before it was read"
         storage, half = a.tile.storage, self.views["bfloat16"]
         apart = storage.rows * WIDE * 2
         # Columns of a tile, its rows, or its rows left of the diagonal.
-        kind = 1 if a.transposed else 2 if bounds.get("lower") == "left" else 0
+        kind = 1 if a.transposed else 2 if options.get("lower") == "left" else 0
         for number in range(dst.rows // ROWS):
             # The rows of a left operand that is no tile's turned columns are one product's.
             first = storage.offset // 2 + a.tile.row * WIDE + number * storage.rows * WIDE
