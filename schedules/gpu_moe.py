@@ -131,7 +131,7 @@ class ExpertsHopper(ExpertsGpu):
             return super().default(geometry)
         return {
             "most": 0.25, "few_columns": 16, "few_depth": 128, "few_stages": 3, "more": 48, "middle_columns": 64,
-            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "long_rows": 160,
+            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "long_rows": 144,
             "long_stages": 4, "copying": 4, "blocks": 132, "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 

@@ -26,7 +26,7 @@ PAIRS = {"bfloat16": "tvm_gdn_wgmma_pair_bf16", "float16": "tvm_gdn_wgmma_pair_f
 #: Threads that multiply.
 MULTIPLY = 8 * WARP
 #: Registers of threads that multiply and of those that copy, by the number of warps that copy.
-REGISTERS = {4: (200, 104), 8: (192, 64)}
+REGISTERS = {4: (192, 120), 8: (192, 64)}
 #: Rows of a product of four warps.
 GROUP = 64
 

@@ -74,7 +74,7 @@ def test_numbers(on, target):
 
 @needs_cxx
 def test_products_of_four_warps(tmp_path, monkeypatch):
-    """Hopper's plans of 16, of 64 and of 128 rows from one kernel, and of up to 160 in blocks that go through all tiles.
+    """Hopper's plans of 16, of 64 and of 128 rows from one kernel, and of up to 144 in blocks that go through all tiles.
 
     Pairs that are not sorted; put in order by one block, and by many. An expert's rows in one tile and in several; weights and rows
     that begin anywhere.
