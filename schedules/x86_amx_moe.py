@@ -89,17 +89,6 @@ class AmxExpertTiles(ExpertTiles):
             with T.serial(share) as line:
                 prefetch(W[after[0], after[1], 0, ((turn * steps + s) * share + line) * LANES], 2)
 
-    def _ask_rows(self, A: Any, first: Any, after: Any, s: Any, steps: int) -> None:
-        """At step s of a block's first product: ask for a share of the 32 rows behind it, line by line as they lie in memory.
-
-        Tiles would meet them row by row, which the CPU's own prefetcher does not see through.
-        """
-        if self.hints and after[2] is not False:
-            lines = 2 * ROWS * int(A.shape[1]) // LANES
-            share = (lines + steps - 1) // steps
-            with T.If(after[2]), T.Then(), T.serial(share) as line:
-                prefetch(A[first + 2 * ROWS, (s * share + line) * LANES], 2)
-
     def _clear(self, height: int) -> None:
         for tile in range(2 * height):
             self.unit.clear(tile)
@@ -152,7 +141,7 @@ class AmxExpertTiles(ExpertTiles):
     def _whole(self) -> Any:
         """Blocks of 32 rows, two by two tiles, or of the last 16, one by two."""
         weights, widened = self.weights, self.widened
-        fetch, ask_next, ask_rows = self._fetch, self._ask_next, self._ask_rows
+        fetch, ask_next = self._fetch, self._ask_next
         clear, multiply, store = self._clear, self._multiply, self._store
 
         @T.inline
@@ -164,7 +153,6 @@ class AmxExpertTiles(ExpertTiles):
                     fetch(W, e, n, s)
                 if blocks > 1:
                     ask_next(W, after, s, b, blocks, steps)
-                    ask_rows(A, first, after, s, steps)
                 if widened:
                     multiply(A, first, self.panel, 0, 0, s, height)
                 else:

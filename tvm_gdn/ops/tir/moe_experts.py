@@ -20,7 +20,7 @@ weights), `block` (rows staged at once), `columns` (summed up at once) and `floo
 - `product(A, sums, first, m, W, scale, e, n, steps, shift, after, sink)`: rows first to first + m of A times the 32 columns of
   group n of W[e] (packed: group n; raw: rows n * 16 to n * 16 + 16, and those `shift` further on), given to ``sink(C, r, rows)``
   in blocks, C[i, 0:32] being row r + i. Rows after the last one, up to `SLACK`, may be read. `after`: the expert and the group
-  whose weights come next, and whether A is new to the worker and continues after row first + m: what memory can be asked for.
+  whose weights come next: what memory can be asked for.
 """
 
 from __future__ import annotations
@@ -297,12 +297,12 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                                 if quantized:
                                     tiles.product(
                                         A, sums, T.int64(0), m, w13, w13_scale, e, g0 + g, KD, inner,
-                                        (after, group, False), gate_up,
+                                        (after, group), gate_up,
                                     )  # fmt: skip
                                 else:
                                     tiles.product(
                                         A, None, T.int64(0), m, w13, None, e, g0 + g, KD, inner,
-                                        (after, group, False), gate_up,
+                                        (after, group), gate_up,
                                     )  # fmt: skip
                             if quantized:
                                 if g1 - g0 == G:
@@ -349,12 +349,10 @@ def moe_experts(geometry: Geometry, tiles: Any) -> Any:
                                 if quantized:
                                     tiles.product(
                                         hidden_q, hidden_sums, offsets[e], m2, w2, w2_scale, e, n2, KI, 16,
-                                        (after, group, n == 0), down,
+                                        (after, group), down,
                                     )  # fmt: skip
                                 else:
-                                    tiles.product(
-                                        hidden, None, offsets[e], m2, w2, None, e, n2, KI, 16, (after, group, n == 0), down
-                                    )
+                                    tiles.product(hidden, None, offsets[e], m2, w2, None, e, n2, KI, 16, (after, group), down)
                         write(total, n0, n1)
                     tiles.end()
 
