@@ -99,9 +99,9 @@ class ExpertsHopper(ExpertsGpu):
 
     @classmethod
     def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
-        """Of plans of 16, 64, 128 and up to 160 rows: rows per expert where they meet, columns and stages.
+        """Of plans of 16, 64 and up to 160 rows: rows per expert where they meet, columns and stages.
 
-        Up to `full` rows memory is the limit; beyond that products are, and some warps copy while others multiply.
+        With more than `more` rows of an expert some warps copy while others multiply.
         """
         if not cls._grouped(geometry):
             return super().knobs(geometry)
@@ -114,9 +114,6 @@ class ExpertsHopper(ExpertsGpu):
             "more": (0, 24, 32, 48, 64, 80, 96, 128, 192, 1 << 20),
             "middle_columns": (32, 64, 128),
             "middle_stages": (3, 4, 5, 6),
-            "columns": (64, 128),
-            "stages": (3, 4, 5),
-            "full": (96, 128, 160, 192),
             "long_rows": (128, 144, 160),
             "long_stages": (3, 4),
             "copying": (4, 8),
@@ -131,8 +128,8 @@ class ExpertsHopper(ExpertsGpu):
             return super().default(geometry)
         return {
             "most": 0.25, "few_columns": 16, "few_depth": 128, "few_stages": 3, "more": 48, "middle_columns": 64,
-            "middle_stages": 4, "columns": 128, "stages": 4, "full": 160, "ahead": False, "long_rows": 144,
-            "long_stages": 4, "copying": 4, "blocks": 132, "partial": cls._partial(geometry)[0],
+            "middle_stages": 4, "ahead": False, "long_rows": 144, "long_stages": 4, "copying": 4, "blocks": 132,
+            "partial": cls._partial(geometry)[0],
         }  # fmt: skip
 
     @classmethod
@@ -151,7 +148,6 @@ class ExpertsHopper(ExpertsGpu):
                 knobs["most"], knobs["ahead"],
             ),
             Plan(64, knobs["middle_columns"], 64, knobs["middle_stages"], 4, knobs["more"], knobs["ahead"], grouped=True),
-            Plan(128, knobs["columns"], 64, knobs["stages"], 8, knobs["full"], knobs["ahead"], grouped=True),
             Plan(
                 knobs["long_rows"], 128, 64, knobs["long_stages"], 8 + knobs["copying"], 0, knobs["ahead"], grouped=True,
                 blocks=knobs["blocks"],

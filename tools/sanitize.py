@@ -72,7 +72,7 @@ FORMS: dict[str, list[tuple[dict[str, Any], dict[str, Any] | None]]] = {
         ({**_CHUNK, "K": 128, "T": 200}, {"groups": 3, "warps": 12}),
     ],
     "chunk_kda": [({**_CHUNK, "HV": 1}, None)],
-    # Tiles of few rows without a sort, 128 rows, the next product begun early, and the order made by many blocks.
+    # Tiles of few rows without a sort, blocks that go through all tiles of more, and the order made by many blocks.
     "fused_experts": [
         ({**_EXPERTS, "T": 2}, None),
         ({**_EXPERTS, "T": 120, "E": 3, "D": 128}, None),
