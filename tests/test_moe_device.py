@@ -213,10 +213,10 @@ def test_blocks_fit(target, case):
 @pytest.mark.parametrize(
     ("target", "case", "pointers"),
     [
-        ("cuda-sm80", {}, (4, 4, 4, 6, 4, 7, 7, 6, 6, 4)),
-        ("cuda-sm90", {}, (4, 4, 4, 6, 4, 7, 7, 7, 6, 6, 6, 4)),
-        ("cuda-sm80", {"scheme": "int8", "scale_dtype": "float32"}, (4, 7, 4, 7, 4, 6, 4, 4, 10, 10, 4, 9, 9, 4)),
-        ("cuda-sm90", {"scheme": "int8", "scale_dtype": "float32"}, (4, 7, 4, 7, 4, 6, 4, 4, 10, 10, 4, 9, 9, 4)),
+        ("cuda-sm80", {}, (4, 4, 4, 1, 3, 3, 4, 6, 7, 7, 6, 6, 4)),
+        ("cuda-sm90", {}, (4, 4, 4, 1, 3, 3, 4, 6, 7, 7, 7, 6, 6, 6, 4)),
+        ("cuda-sm80", {"scheme": "int8", "scale_dtype": "float32"}, (4, 7, 4, 7, 4, 1, 3, 3, 4, 6, 4, 10, 10, 4, 9, 9, 4)),
+        ("cuda-sm90", {"scheme": "int8", "scale_dtype": "float32"}, (4, 7, 4, 7, 4, 1, 3, 3, 4, 6, 4, 10, 10, 4, 9, 9, 4)),
     ],
 )
 def test_machine_code_spills_nothing(tmp_path, target, case, pointers):

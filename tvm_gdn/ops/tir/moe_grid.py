@@ -51,6 +51,7 @@ from tvm_gdn.ops.tir.moe_grid_rows import (
     Seen,
     Sorted,
     arrange,
+    count_pairs,
     most_tiles,
     sort_macro,
 )
@@ -103,7 +104,7 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
     quantized, data = tiles.quantized, "float32" if tiles.quantized else dtype["x"]
     S13, S2 = max(1, axis.get("S13", 0)), max(1, axis.get("S2", 0))
     XP = axis["KD"] * tiles.k_step if quantized else 0
-    sort = sort_macro(tiles)
+    sort, sort_counted = sort_macro(tiles, False), sort_macro(tiles, True)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -174,13 +175,20 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
             place = T.alloc_buffer((tokens * top_k,), "int32")
             owner = T.alloc_buffer((tokens * top_k,), "int32")
             start = T.alloc_buffer((tokens * top_k,), "int32")
-            sort(
-                topk_ids, T.Cast("int32", top_k), tokens * top_k, E, _most_tiles(tiles.plans, tokens * top_k, E),
-                _of_plan(tiles.plans, "rows", tokens * top_k, E), _of_plan(tiles.plans, "step", tokens * top_k, E), offsets,
-                order, place, owner, start,
-            )  # fmt: skip
             if tokens * top_k > MOST_ALONE:
+                count_pairs(tiles, topk_ids, top_k, tokens * top_k, E, offsets, place)
+                sort_counted(
+                    topk_ids, T.Cast("int32", top_k), tokens * top_k, E, _most_tiles(tiles.plans, tokens * top_k, E),
+                    _of_plan(tiles.plans, "rows", tokens * top_k, E), _of_plan(tiles.plans, "step", tokens * top_k, E), offsets,
+                    order, place, owner, start,
+                )  # fmt: skip
                 arrange(tiles, topk_ids, top_k, tokens * top_k, E, offsets, order, place)
+            else:
+                sort(
+                    topk_ids, T.Cast("int32", top_k), tokens * top_k, E, _most_tiles(tiles.plans, tokens * top_k, E),
+                    _of_plan(tiles.plans, "rows", tokens * top_k, E), _of_plan(tiles.plans, "step", tokens * top_k, E), offsets,
+                    order, place, owner, start,
+                )  # fmt: skip
             experts(tiles.plans, Sorted(offsets, order, place, owner, start, top_k, tokens * top_k, E))
 
     return kernel

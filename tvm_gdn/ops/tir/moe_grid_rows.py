@@ -18,7 +18,7 @@ MOST_EXPERTS = 8192
 BATCH = 4
 #: Pairs up to which blocks look for their rows themselves; their number takes half of an int32 there.
 MOST_SEEN = 128
-#: Pairs up to which the block that counts also puts them in order: stores all over memory are slow from one block.
+#: Pairs up to which one block counts them and puts them in order; additions and stores all over memory are slow from one block.
 MOST_ALONE = 4096
 
 
@@ -165,13 +165,13 @@ class Seen:
                 _follow_at_last(tiles, follow)
 
 
-def sort_macro(tiles: Any) -> Any:
+def sort_macro(tiles: Any, counted: bool) -> Any:
     """Macro ``sort(ids, k, pairs, E, limit, rows, step, offsets, order, place, owner, start)``, one block's work.
 
     Afterwards the pairs of expert e are ``order[offsets[e]:offsets[e + 1]]``; ``place[pair]`` is where a pair stands, -1 for
     padding; tile i of `limit` has rows from ``start[i]`` on, of expert ``owner[i]`` (-1: no tile), ``offsets[E + 1]`` is the
-    number of tiles. An expert's tiles have ``even_rows(count, rows, step)`` rows. With more than `MOST_ALONE` pairs `place` is
-    the place among the expert's own and `order` nothing: `arrange` goes on from there.
+    number of tiles. An expert's tiles have ``even_rows(count, rows, step)`` rows. `counted`: it goes on from what `count_pairs`
+    left, and `arrange` from there.
     """
     S, warp = tiles.sorters, tiles.warp
 
@@ -216,9 +216,12 @@ def sort_macro(tiles: Any) -> Any:
                 ranks = T.alloc_buffer((BATCH,), "int32", scope="local")
                 for i in T.serial((E + S - 1) // S):
                     if i * S + lane < E:
-                        counts[i * S + lane] = 0
+                        if counted:
+                            counts[i * S + lane] = offsets[i * S + lane]
+                        else:
+                            counts[i * S + lane] = 0
                 tiles.sync()
-                for i in T.serial((pairs + S * BATCH - 1) // (S * BATCH)):
+                for i in T.serial(T.int64(0) if counted else (pairs + S * BATCH - 1) // (S * BATCH)):
                     first = T.Cast("int32", i) * (S * BATCH) + lane
                     look(ids, k, pairs, E, first, chosen)
                     for b in T.unroll(BATCH):
@@ -256,7 +259,7 @@ def sort_macro(tiles: Any) -> Any:
                     if i * S + lane < limit and i * S + lane >= T.Cast("int64", totals[1]):
                         owner[i * S + lane] = -1
                 tiles.sync()
-                for i in T.serial(T.Select(pairs <= MOST_ALONE, (pairs + S * BATCH - 1) // (S * BATCH), T.int64(0))):
+                for i in T.serial(T.int64(0) if counted else (pairs + S * BATCH - 1) // (S * BATCH)):
                     first = T.Cast("int32", i) * (S * BATCH) + lane
                     look(ids, k, pairs, E, first, chosen)
                     for b in T.unroll(BATCH):
@@ -267,6 +270,25 @@ def sort_macro(tiles: Any) -> Any:
                             order[ranks[b] + counts[chosen[b]]] = first + b * S
 
     return sort
+
+
+def count_pairs(tiles: Any, ids: Any, top_k: Any, pairs: Any, E: Any, offsets: Any, place: Any) -> None:
+    """Count many pairs, a thread each: how many every expert has, in `offsets`, and every pair's place among its expert's."""
+    with tiles.blocks((E + (tiles.adders - 1)) // tiles.adders) as block, tiles.lanes(tiles.adders) as lane:
+        tiles.follow()
+        e = T.Bind(T.Cast("int32", block) * tiles.adders + T.Cast("int32", lane))
+        with T.If(T.Cast("int64", e) < E), T.Then():
+            T.buffer_store(offsets, T.int32(0), [e])
+    with tiles.blocks((pairs + (tiles.adders - 1)) // tiles.adders) as block, tiles.lanes(tiles.adders) as lane:
+        tiles.follow()
+        pair, k = T.Bind(T.Cast("int32", block) * tiles.adders + T.Cast("int32", lane)), T.Cast("int32", top_k)
+        with T.If(T.Cast("int64", pair) < pairs), T.Then():
+            e = T.Bind(T.Cast("int64", ids[T.truncdiv(pair, k), T.truncmod(pair, k)]))
+            with T.If(T.And(e >= 0, e < E)):
+                with T.Then():
+                    T.buffer_store(place, tiles.next(offsets, e), [pair])
+                with T.Else():
+                    T.buffer_store(place, T.int32(-1), [pair])
 
 
 def arrange(tiles: Any, ids: Any, top_k: Any, pairs: Any, E: Any, offsets: Any, order: Any, place: Any) -> None:
