@@ -16,7 +16,7 @@ from tvm_gdn.spec import OpSpec
 from tvm_gdn.target import TargetSpec, named, resolve, target_names
 
 _WORDS = """\
-tuned    knobs that `tvm_gdn tune` measured as the fastest
+tuned    knobs that `tvm_gdn tune` measured as the fastest; tuned*: on some of the column's targets, default on the others
 default  a schedule shaped by hand for the target or one that it inherits from; `tvm_gdn tune` may find faster knobs
 generic  the portable fallback: right, but slow; the target has no schedule of its own for this operator
 none     no schedule yet: calls on the target raise, or under auto run the torch reference and say so
@@ -140,7 +140,7 @@ def _text(found: dict[str, Any], *, reasoned: bool) -> str:
 
 
 def _schedules_text(found: dict[str, Any], *, reasoned: bool) -> str:
-    """A column for all targets that have the same in every row; with the reasons if asked for."""
+    """A column for all targets that differ at most in tuned records; with the reasons if asked for."""
     words: dict[str, dict[str, str]] = {}
     reasons: dict[tuple[str, str], list[str]] = {}
     for entry in found["schedules"]:
@@ -152,9 +152,10 @@ def _schedules_text(found: dict[str, Any], *, reasoned: bool) -> str:
     columns: dict[tuple[Any, ...], list[str]] = {}
     for target in found["targets"]:
         name = target["name"]
-        columns.setdefault((target["runnable"], *(row[name] for row in words.values())), []).append(name)
+        usual = ("default" if row[name].startswith("tuned") else row[name] for row in words.values())
+        columns.setdefault((target["runnable"], *usual), []).append(name)
     titles = {names[0]: names[0] if len(names) == 1 else f"{names[0]} +{len(names) - 1}" for names in columns.values()}
-    rows = [[op, *(row[first] for first in titles)] for op, row in words.items()]
+    rows = [[op, *(_cell({row[name] for name in names}) for names in columns.values())] for op, row in words.items()]
     legend = [
         f"  {titles[names[0]]}: {', '.join(names)}{'' if key[0] else ' (not here)'}"
         for key, names in columns.items()
@@ -167,6 +168,11 @@ def _schedules_text(found: dict[str, Any], *, reasoned: bool) -> str:
     ]
     lines = [table(("operator", *titles.values()), rows), "", *legend, "", _WORDS]
     return "\n".join([*lines, "", "why:", *why] if reasoned else lines)
+
+
+def _cell(found: set[str]) -> str:
+    """What a column says of an operator, by what its targets say."""
+    return found.pop() if len(found) == 1 else "tuned*"
 
 
 def _packs_text(found: dict[str, Any]) -> str:
