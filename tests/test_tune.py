@@ -219,7 +219,8 @@ def test_workers_share_what_is_compiled(tmp_path, monkeypatch):
     folders = [tmp_path / name for name in ("first", "second", "built")]
     for folder in folders:
         folder.mkdir()
-    benches = [measure.Bench(OP, key, TARGET, 1, folder, str(folders[-1])) for folder in folders[:-1]]
+    threads = torch.get_num_threads()  # a Bench sets them for its process, which is this one
+    benches = [measure.Bench(OP, key, TARGET, threads, folder, str(folders[-1])) for folder in folders[:-1]]
     benches[0].prepare(knobs)
     monkeypatch.setattr(build, "compile_kernel", lambda *_: pytest.fail("compiled again"))
     benches[1].prepare(knobs)
