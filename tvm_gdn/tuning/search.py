@@ -272,12 +272,9 @@ class Search:
 
     def _conclude(self, finalists: list[Knobs], default: Knobs, crew: Crew) -> None:
         """Time the best and the default in turns; what wins, and is right wherever a record would apply, becomes the record."""
-        worker = crew.workers[0]
-
-        def again(knobs: Knobs) -> Callable[[], object]:
-            return lambda: worker.request({"do": "prepare", "knobs": knobs}, START_TIMEOUT)
-
-        finalists = [knobs for knobs in finalists if self._holds(knobs, again(knobs))]
+        worker, patience = crew.workers[0], START_TIMEOUT
+        prepare = [functools.partial(worker.request, {"do": "prepare", "knobs": knobs}, patience) for knobs in finalists]
+        finalists = [knobs for knobs, check in zip(finalists, prepare, strict=True) if self._holds(knobs, check)]
         if not finalists:
             return
         timeout = self.options.trial_timeout * len(finalists)
@@ -291,7 +288,7 @@ class Search:
             self.result.default_us = us[0]
         better = [index for index in range(1, len(us)) if ratio[index] * MIN_GAIN <= 1 and us[index] <= us[0]]
         for index in [*sorted(better, key=lambda index: ratio[index]), 0]:
-            if self._holds(finalists[index], functools.partial(crew.check_everywhere, finalists[index], START_TIMEOUT)):
+            if self._holds(finalists[index], functools.partial(crew.check_everywhere, finalists[index], patience)):
                 self.result.best_us, self.result.knobs = us[index], finalists[index]
                 labels = [cases.label(case) for case in self.timed]
                 self.result.record = self._record(dict(zip(labels, taken["us"][index], strict=True)))
