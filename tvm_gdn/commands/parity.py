@@ -210,8 +210,9 @@ def _summary(cases: list[dict[str, Any]], op: str, rows: list[dict[str, Any]]) -
         for row in rows
         for name, limit in row["limits"].items()
     ]
+    refused = {row["case"] for row in rows if row["served_by"] == "none"}
     return {
-        "kernels": len({arguments.geometry_of_case(OPS[op], case).key for case in cases}),
+        "kernels": len({arguments.geometry_of_case(OPS[op], case).key for case in cases if label(case) not in refused}),
         "cases": len(rows),
         "passed": sum(row["passed"] for row in rows),
         "worst": max(outputs, key=lambda output: output["of_limit"], default=None),
