@@ -364,7 +364,10 @@ def test_scratch_memory_comes_from_torch_in_c(tmp_path):
     """The launcher's own allocations: apart, writable, free to be used again when they were given back, refused past 64."""
     launcher = ctypes.PyDLL(str(build.build_launcher(tmp_path, named("cuda-sm90"))))
     allocate, give_back = launcher.tvm_gdn_device_allocate, launcher.tvm_gdn_device_give_back
-    allocate.restype, allocate.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
+    allocate.restype, allocate.argtypes = (
+        ctypes.c_void_p,
+        (ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
+    )
     give_back.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
     cpu, size = 1, 1 << 16
 
