@@ -87,9 +87,13 @@ def reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
 
 
 def copy_call(moved: int, device: str = "cpu") -> Call:
-    """A plain torch copy that moves as many bytes: half of them read, half of them written."""
+    """What torch does with as many bytes, half of them read, half of them written."""
     source = torch.ones(max(1, moved // 8), dtype=torch.float32, device=device)
-    return functools.partial(torch.empty_like(source).copy_, source)
+    target = torch.empty_like(source)
+    if device == "cpu":
+        return functools.partial(target.copy_, source)
+    # A copy in a captured graph may become the copy engine's, two thirds as fast as a kernel (H200, 1 GB).
+    return functools.partial(torch.neg, source, out=target)
 
 
 def compiled_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call | None:
