@@ -83,16 +83,33 @@ class RouteWarpTiles(LoopTiles):
         return T.tvm_warp_shuffle_xor(T.uint32(0xFFFFFFFF), value, bit, WARP, WARP)
 
 
+class RouteBlockTiles(RouteWarpTiles):
+    """The same where a warp has no barrier of its own: its block, which is no more than the warp, has one."""
+
+    def sync(self) -> None:
+        """What a block's threads wrote is there for the others of the block."""
+        T.evaluate(T.tvm_storage_sync("shared"))
+
+
 @schedule("moe_route", "cuda")
 class RouteGpu(NoKnobs):
     """Routing, a token per warp."""
 
-    @staticmethod
-    def tiles(geometry: Geometry) -> RouteWarpTiles:
+    made = RouteWarpTiles
+
+    @classmethod
+    def tiles(cls, geometry: Geometry) -> RouteWarpTiles:
         """Scores, what decides, and keys are in shared memory."""
         if geometry.axis["E"] > MOST_EXPERTS:
             raise TargetError(f"{geometry.axis['E']} experts: routing has shared memory for {MOST_EXPERTS}")
-        return RouteWarpTiles()
+        return cls.made()
+
+
+@schedule("moe_route", "rocm")
+class RouteRocm(RouteGpu):
+    """The same. With a token per thread the scores were 1 KB of scratch, and LLVM died of the biased form with groups."""
+
+    made = RouteBlockTiles
 
 
 class _Grid(NoKnobs):

@@ -36,15 +36,20 @@ class NormWarpTiles(WarpTiles):
         Threads of a row, a power of two: a warp or a part of one.
     short : bool
         Whether outputs have 16 bits.
+    functions : bool
+        Whether device code may call C functions; vectors are the code generator's own otherwise.
     """
 
     #: A row's gate is on its way while its squares are summed.
     gate_early = True
 
-    def __init__(self, rows_per_worker: int, group: int, vector: int, *, team: int = WARP, short: bool = False) -> None:
+    def __init__(
+        self, rows_per_worker: int, group: int, vector: int, *, team: int = WARP, short: bool = False, functions: bool = True
+    ) -> None:
         super().__init__(team)
         self.rows_per_worker, self.group, self.vector = rows_per_worker, group * WARP // team, vector
-        self.sigmoid = short_sigmoid if short else WarpTiles.sigmoid
+        self.functions = functions
+        self.sigmoid = short_sigmoid if short and functions else WarpTiles.sigmoid
 
     def enter(self, lane: Any) -> None:
         """Take the thread index that the following operations belong to."""
@@ -154,27 +159,42 @@ def _power(count: int) -> int:
 class NormGpu:
     """Gated norm: rows per warp, warps per block, elements at once."""
 
-    @staticmethod
-    def knobs(geometry: Geometry) -> dict[str, tuple[Any, ...]]:
+    #: Elements that move at once at most, None where the dtype decides it; whether device code may call C functions.
+    widest: int | None = None
+    functions = True
+
+    @classmethod
+    def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
         """Rows per team of threads, warps per block, and elements of a thread that lie side by side."""
-        longest = NormGpu._longest(geometry)
+        longest = cls._longest(geometry)
         return {"rows_per_worker": (1, 2, 4, 8), "group": (1, 2, 4, 8), "vector": tuple(n for n in (1, 2, 4, 8) if n <= longest)}
 
-    @staticmethod
-    def _longest(geometry: Geometry) -> int:
+    @classmethod
+    def _longest(cls, geometry: Geometry) -> int:
         """Elements of the widest dtype that move at once, and that a row has."""
         names = {geometry.dtype[name] for name in ("x", "z", "weight") if name in geometry.dtype}
-        return min(PIECE // (4 if "float32" in names else 2), 1 << (geometry.axis["D"].bit_length() - 1))
+        usual = PIECE // (4 if "float32" in names else 2)
+        return min(cls.widest or usual, usual, 1 << (geometry.axis["D"].bit_length() - 1))
 
-    @staticmethod
-    def default(geometry: Geometry) -> dict[str, Any]:
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
         """Vectors of 16 bytes, and enough warps for every multiprocessor at a thousand rows."""
-        return {"rows_per_worker": 1, "group": 4, "vector": NormGpu._longest(geometry)}
+        return {"rows_per_worker": 1, "group": 4, "vector": cls._longest(geometry)}
 
-    @staticmethod
-    def tiles(geometry: Geometry, *, rows_per_worker: int = 1, group: int = 1, vector: int = 1, alone: bool = False) -> WarpTiles:
+    @classmethod
+    def tiles(
+        cls, geometry: Geometry, *, rows_per_worker: int = 1, group: int = 1, vector: int = 1, alone: bool = False
+    ) -> WarpTiles:
         """Threads along rows; `alone`, no knob, gives each thread a row: other languages than CUDA C have no shuffles."""
         if alone:
             return NormThreadTiles()
         team = min(WARP, _power(max(1, geometry.axis["D"] // vector)))
-        return NormWarpTiles(rows_per_worker, group, vector, team=team, short=geometry.dtype["x"] != "float32")
+        short = geometry.dtype["x"] != "float32"
+        return NormWarpTiles(rows_per_worker, group, vector, team=team, short=short, functions=cls.functions)
+
+
+@schedule("norm", "rocm")
+class NormRocm(NormGpu):
+    """Vectors are the code generator's own: it takes no C functions, and has none longer than four of 16 bits."""
+
+    widest, functions = 4, False

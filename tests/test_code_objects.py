@@ -21,6 +21,7 @@ from tvm_gdn.target import named, resolve
 DECODE = "packed_decode_gated_delta_rule"
 GATING = "fused_gdn_gating"
 NORM = "rms_norm_gated"
+ROUTE = "moe_route"
 CHUNK = "chunk_gated_delta_rule"
 MODEL = {"B": 1, "H": 16, "HV": 32, "K": 128, "V": 128, "S": 2, "dtype": "bfloat16", "state_dtype": "float32"}
 MODEL["with"] = ("initial_state_source", "initial_state_indices")
@@ -37,7 +38,9 @@ needs_linker = pytest.mark.skipif(images.tools(named("rocm-gfx942")) is None, re
     ],
 )
 def test_code_objects_are_for_their_architecture_and_spill_nothing(tmp_path, target, wave, vector):
-    cases = {DECODE: MODEL, GATING: OPS[GATING].cases[-1], NORM: OPS[NORM].cases[0]}
+    # Routing with a bias and groups: LLVM died of it while a thread had all scores of a token.
+    cases = {DECODE: MODEL, GATING: OPS[GATING].cases[-1], NORM: OPS[NORM].cases[0], ROUTE: parity.sample(OPS[ROUTE])[1]}
+    assert "num_expert_group" in cases[ROUTE] and "correction_bias" in cases[ROUTE]["with"]
     requests = [build.Request(OPS[op], geometry_of_case(OPS[op], case)) for op, case in cases.items()]
     built = build.run_builder(requests, resolve(target), tmp_path)
     assert not [kernel for kernel in built if isinstance(kernel, BuildError)]
@@ -52,10 +55,6 @@ def test_code_objects_are_for_their_architecture_and_spill_nothing(tmp_path, tar
         assert entry[".wavefront_size"] == wave and entry[".name"] == kernel.table[0].split()[0]
         text = kernel.image.with_suffix(".s").read_text()
         assert f'.amdgcn_target "amdgcn-amd-amdhsa-hcc-{arch}' in text or f'"amdgcn-amd-amdhsa--{arch}' in text
-        if kernel.spec.name == NORM:
-            # A row per thread is an array per thread: 4 bytes for each of D = 128 elements.
-            assert found["scratch"] <= 4 * 128 + 64
-            continue
         # On gfx90a registers may spill to the matrix unit's (24 do), which is no memory.
         assert found["scratch"] == 0 and not re.search(r"\bscratch_(load|store)", text)
         if kernel.spec.name == DECODE:

@@ -41,17 +41,25 @@ def _is_module(name: str) -> bool:
     return any((Path(folder) / f"{child}.py").is_file() for folder in folders or ())
 
 
-def _collect(module: str, seen: dict[str, str]) -> None:
-    if module in seen:
-        return
+@functools.cache
+def _read(module: str) -> tuple[str, tuple[str, ...]]:
+    """Text of a module, and the TIR and schedule modules that it imports."""
     text = _module_path(module).read_text(encoding="utf-8")
-    seen[module] = text
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            # `from tvm_gdn.schedules import cpu` names a module too.
-            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
-                if name.startswith(_TRACKED) and _is_module(name):
-                    _collect(name, seen)
+    # `from tvm_gdn.schedules import cpu` names a module too.
+    names = [
+        name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and node.module
+        for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    ]
+    return text, tuple(name for name in dict.fromkeys(names) if name.startswith(_TRACKED) and _is_module(name))
+
+
+def _collect(module: str, seen: dict[str, str]) -> None:
+    if module not in seen:
+        seen[module], imported = _read(module)
+        for name in imported:
+            _collect(name, seen)
 
 
 @functools.cache

@@ -165,6 +165,11 @@ def sample(spec: OpSpec, count: int = 2, longest: int = 200) -> list[dict[str, A
     return chosen
 
 
+def selected(spec: OpSpec, selection: str) -> list[dict[str, Any]]:
+    """Cases of an operator: ``"all"``, or ``"small"``, those of `sample`."""
+    return sample(spec) if selection == "small" else [dict(case) for case in spec.cases]
+
+
 def share(error: float, limit: float) -> float:
     """Error as a share of its limit; integers have the limit 0 and are right or not."""
     return error / limit if limit else (0.0 if error == 0 else math.inf)

@@ -6,6 +6,7 @@ import argparse
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from tvm_gdn import kernel_cache, parity
 from tvm_gdn.bench import machine
 from tvm_gdn.cases import label
-from tvm_gdn.commands import aot, arguments, parity_images, parity_matrix
+from tvm_gdn.commands import aot, arguments, parity_images, parity_matrix, parity_record
 from tvm_gdn.commands.text import checked_destination, deliver, table
 from tvm_gdn.errors import ArgumentError, BuildError, TargetError, TvmGdnError
 from tvm_gdn.ops import OPS
@@ -26,7 +27,12 @@ Chosen = Mapping[str, list[dict[str, Any]]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments."""
-    arguments.add_target(parser, f"; {parity_matrix.ALL} makes the matrix of all targets: run here, emulated or only compiled")
+    arguments.add_target(
+        parser,
+        f"; {parity_matrix.ALL}, or several names between commas, make a matrix: run here, emulated, compiled. With --json FILE "
+        "its outcomes are written one by one, and those that FILE has already, made of the sources that are here, are kept: run "
+        "the same command again to go on. A FILE with a matrix takes the outcomes of a single target in, too",
+    )
     arguments.add_op(parser, "check this operator only; may be repeated")
     parser.add_argument(
         "--cases", choices=("all", "small"),
@@ -38,22 +44,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only compile every case's kernel: for targets that this machine lacks",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the outcome to FILE as JSON; - prints it instead of the table")
+    parser.add_argument(
+        "--merge",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="put the outcomes of another such file into the matrix (made on another machine, say); may be repeated",
+    )
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="operators at once in a matrix; default: one per core")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the subcommand; exit status 1 if a case fails."""
     checked_destination(args.json)
-    if args.target == parity_matrix.ALL:
-        if args.compile_only:
-            raise ArgumentError("--compile-only: the matrix compiles what it cannot run by itself; name one target instead")
-        return parity_matrix.main(args.op or list(OPS), args.cases or "small", args.json)
+    if args.jobs < 0:
+        raise ArgumentError(f"--jobs {args.jobs}: give a number of operators, or 0 for one per core")
+    if _is_matrix(args.target, args.json):
+        targets, ops = parity_matrix.targets_of(args.target), args.op or list(OPS)
+        return parity_matrix.main(
+            targets, ops, args.cases or "small", args.json, args.merge, args.jobs, compile_only=args.compile_only
+        )
+    if args.merge or args.jobs:
+        raise ArgumentError("--merge, --jobs: are for a matrix; give --target all, or several targets between commas")
+    selection = args.cases or "all"
     target = resolve(args.target) if args.compile_only else arguments.use_target(args.target)
-    chosen = {
-        op: parity.sample(OPS[op]) if args.cases == "small" else [dict(case) for case in OPS[op].cases] for op in args.op or OPS
-    }
-    report = {**report_of(target, chosen, compile_only=args.compile_only), "selection": args.cases or "all"}
+    chosen = {op: parity.selected(OPS[op], selection) for op in args.op or OPS}
+    report = report_of(target, chosen, compile_only=args.compile_only) | {"selection": selection}
+    for op, found in report["ops"].items():
+        found["made_of"] = parity_record.made_of(OPS[op], target, selection)
     deliver(report, _text(report), args.json)
     return 0 if all(row["passed"] for row in report["cases"]) else 1
+
+
+def _is_matrix(target: str, destination: str | None) -> bool:
+    """Whether several targets are asked for, or one whose outcomes belong into a matrix that is there."""
+    if target == parity_matrix.ALL or ("," in target and not target.startswith("{")):
+        return True
+    return destination not in {None, "-"} and parity_record.is_matrix(Path(str(destination)))
 
 
 def report_of(target: TargetSpec, chosen: Chosen, *, compile_only: bool = False) -> dict[str, Any]:
@@ -73,22 +101,24 @@ def report_of(target: TargetSpec, chosen: Chosen, *, compile_only: bool = False)
     dict
         The report; per operator ``ran`` says how its numbers came about: ``device`` (on the target itself), ``emulated`` (its
         device code on this CPU), ``built`` (compiled, not run) or ``none``, with the reason. ``unsupported`` are cases that
-        need a dtype which the target has not, with the reason: no outcomes, and nothing that failed.
+        need a dtype which the target has not, with the reason: no outcomes, and nothing that failed. ``cases`` has a row per case
+        that ran; where nothing is run, one per case whose kernel could not be compiled.
     """
     ran = "built" if compile_only else "emulated" if target.emulated else "device"
-    lacking = without_schedule(list(chosen), target)
     chosen, unsupported = _supported(chosen, target)
-    lacking = {op: next(iter(told.values())) for op, told in unsupported.items() if not chosen[op]} | lacking
+    lacking = {op: next(iter(told.values())) for op, told in unsupported.items() if not chosen[op]}
     wanted = {op: cases for op, cases in chosen.items() if op not in lacking}
-    refused = _precompile(wanted, target, compile_only=compile_only)
-    rows = [] if compile_only else list(_run(wanted, target, refused))
+    refused, bare = _precompile(wanted, target, compile_only=compile_only)
+    lacking |= bare
+    wanted = {op: cases for op, cases in wanted.items() if op not in lacking}
+    rows = list(_run(wanted, target, refused, compile_only=compile_only))
     ops = {op: {**_summary(cases, op, [row for row in rows if row["op"] == op]), "ran": ran} for op, cases in chosen.items()}
     for op, reason in lacking.items():
         ops[op] |= {"kernels": 0, "ran": "none", "reason": reason}
     for op, told in unsupported.items():
         ops[op]["unsupported"] = told
-    if target.emulated:
-        for op, image in parity_images.build(wanted, target).items():
+    if compile_only and target.image != "elf-so":
+        for op, image in parity_images.of_operators(wanted, target).items():
             ops[op]["image"] = image
     return {
         "format": 1, **machine.stamp(), "target": target.name, "ran": ran, "compile_only": compile_only, "ops": ops,
@@ -121,31 +151,32 @@ def _supported(chosen: Chosen, target: TargetSpec) -> tuple[Chosen, dict[str, di
     return kept, {op: told for op, told in others.items() if told}
 
 
-def _precompile(chosen: Chosen, target: TargetSpec, *, compile_only: bool) -> str:
-    """Compile what the cache lacks; where one kernel less is no reason to stop, what could not be compiled and why.
+def _precompile(chosen: Chosen, target: TargetSpec, *, compile_only: bool) -> tuple[str, dict[str, str]]:
+    """Compile what the cache lacks; what could not be compiled and why, and which operators have no schedule at all.
 
-    It is one where compiling is all that is done, and where nothing at all could be compiled for a target of this machine.
+    Only where nothing at all could be compiled for a target of this machine is that the end.
     """
     wanted = [(OPS[op], arguments.geometry_of_case(OPS[op], case)) for op, cases in chosen.items() for case in cases]
     if not wanted:
-        return ""
+        return "", {}
     unique = len({(spec.name, geometry.key) for spec, geometry in wanted})
     start = time.perf_counter()
     _log.info("%d kernels for %d cases on %s; compiling those that the cache lacks", unique, len(wanted), target.name)
-    refused = ""
+    refused, lacking = "", {}
     try:
         aot.compile_all(wanted, target)
     except BuildError as error:
-        some = any(kernel_cache.is_whole(kernel_cache.folder_of(spec, geometry, target)) for spec, geometry in wanted)
-        if compile_only or not (target.emulated or some):
+        some = {spec.name for spec, geometry in wanted if kernel_cache.is_whole(kernel_cache.folder_of(spec, geometry, target))}
+        lacking = without_schedule([op for op in chosen if op not in some], target)
+        if not (compile_only or target.emulated or some or len(lacking) == len(chosen)):
             raise
         refused = str(error)
     _log.info("kernels are ready after %.1f s", time.perf_counter() - start)
-    return refused
+    return refused, lacking
 
 
-def _run(chosen: Chosen, target: TargetSpec, refused: str) -> Iterator[dict[str, Any]]:
-    bar = tqdm(total=sum(map(len, chosen.values())), desc="comparing", unit="case", disable=None)
+def _run(chosen: Chosen, target: TargetSpec, refused: str, *, compile_only: bool) -> Iterator[dict[str, Any]]:
+    bar = tqdm(total=sum(map(len, chosen.values())), desc="comparing", unit="case", disable=True if compile_only else None)
     with bar:
         for op, cases in chosen.items():
             for case in cases:
@@ -154,6 +185,8 @@ def _run(chosen: Chosen, target: TargetSpec, refused: str) -> Iterator[dict[str,
                     if refused and not kernel_cache.is_whole(kernel_cache.folder_of(OPS[op], geometry, target)):
                         own = refused.partition(f"{op} [{geometry}]: ")[2].splitlines()
                         raise BuildError(next((line for line in own if "Error: " in line), "could not be compiled"))
+                    if compile_only:
+                        continue
                     result = parity.check_case(OPS[op], case, device=target.device)
                 except TvmGdnError as error:
                     result = parity.Result(op, label(case), "none", {}, {}, failure=str(error))
@@ -177,8 +210,9 @@ def _summary(cases: list[dict[str, Any]], op: str, rows: list[dict[str, Any]]) -
         for row in rows
         for name, limit in row["limits"].items()
     ]
+    refused = {row["case"] for row in rows if row["served_by"] == "none"}
     return {
-        "kernels": len({arguments.geometry_of_case(OPS[op], case).key for case in cases}),
+        "kernels": len({arguments.geometry_of_case(OPS[op], case).key for case in cases if label(case) not in refused}),
         "cases": len(rows),
         "passed": sum(row["passed"] for row in rows),
         "worst": max(outputs, key=lambda output: output["of_limit"], default=None),
@@ -204,10 +238,10 @@ def _text(report: dict[str, Any]) -> str:
 
 def verdict(found: Mapping[str, Any]) -> str:
     """Outcome of an operator in words: passed, emulated, compiled, failed."""
-    if found["ran"] in {"built", "none"}:
-        return {"built": "compiled, not run", "none": "no schedule"}[found["ran"]]
     failed = found["cases"] - found["passed"]
-    return f"{failed} FAILED" if failed else "passed" if found["ran"] == "device" else "passed, emulated"
+    if failed:
+        return f"{failed} FAILED"
+    return {"device": "passed", "emulated": "passed, emulated", "built": "compiled, not run", "none": "no schedule"}[found["ran"]]
 
 
 def failures_of(report: Mapping[str, Any]) -> list[str]:

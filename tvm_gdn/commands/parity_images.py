@@ -1,4 +1,4 @@
-"""What a parity run by emulation adds: whether the machine code itself can be built here, and what it says of itself."""
+"""What machine code that was built for a device and not run says of itself."""
 
 from __future__ import annotations
 
@@ -8,41 +8,37 @@ from typing import Any
 from tvm_gdn import images, kernel_cache, pack
 from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.ops import OPS
-from tvm_gdn.target import EMULATED, TargetSpec, named
+from tvm_gdn.target import TargetSpec
 
 
-def build(chosen: Mapping[str, list[dict[str, Any]]], target: TargetSpec) -> dict[str, dict[str, Any]]:
-    """Build the device's own code of each operator's first case, and look into it.
+def of_operators(chosen: Mapping[str, list[dict[str, Any]]], target: TargetSpec) -> dict[str, dict[str, Any]]:
+    """Look into the images of operators' cases that the cache has.
 
     Parameters
     ----------
     chosen : mapping
         Cases by operator.
     target : TargetSpec
-        An emulated target.
+        The device's target.
 
     Returns
     -------
     dict
-        By operator: ``format`` of the code, ``built`` (bool), ``text`` for tables, and what its metadata states.
+        By operator of which something was built: ``format`` of the images, ``text`` for tables, and ``facts``, the most that any
+        of its kernels states.
     """
-    real = named(target.name.removeprefix(EMULATED))
-    if images.tools(real) is None and real.image != "source":
-        text = f"no {real.image}: {images.wanted_tool(real)} is not installed"
-        return {op: {"format": real.image, "built": False, "text": text} for op in chosen}
-    wanted = {op: (OPS[op], geometry_of_case(OPS[op], cases[0])) for op, cases in chosen.items() if cases}
-    failures = kernel_cache.prebuild(wanted.values(), real)
     found = {}
-    for op, (spec, geometry) in wanted.items():
-        folder = kernel_cache.folder_of(spec, geometry, real)
-        if not kernel_cache.is_whole(folder):
-            reason = next((line for line in failures if line.startswith(f"{op} [")), "not built")
-            found[op] = {"format": real.image, "built": False, "text": f"no {real.image}: {reason.splitlines()[-1]}"}
-            continue
-        whole = pack.read_whole(folder)
-        image = whole.manifest.kernels[0].image
-        facts = images.facts(whole.file(image), real.image) if image else {}
-        told = "".join(f", {name} {value}" for name, value in facts.items())
-        text = f"{real.image} built and inspected, not run{told}"
-        found[op] = {"format": real.image, "built": True, "text": text, **({"facts": facts} if facts else {})}
+    for op, cases in chosen.items():
+        folders = {kernel_cache.folder_of(OPS[op], geometry_of_case(OPS[op], case), target) for case in cases}
+        stated = [_facts(folder, target) for folder in folders if kernel_cache.is_whole(folder)]
+        if stated:
+            facts = {name: max(one[name] for one in stated) for name in stated[0]}
+            told = "".join(f", {name} {value}" for name, value in facts.items())
+            found[op] = {"format": target.image, "built": True, "text": f"{target.image} built, not run{told}", "facts": facts}
     return found
+
+
+def _facts(folder: Any, target: TargetSpec) -> dict[str, Any]:
+    whole = pack.read_whole(folder)
+    image = whole.manifest.kernels[0].image
+    return dict(images.facts(whole.file(image), target.image)) if image else {}
