@@ -36,7 +36,7 @@ QUICK = search.Options(trial_timeout=2.0)
 def own_cache(tmp_path, monkeypatch):
     """A cache of the test's own: no records, no studies, no kernels. Comparisons are kept short."""
     monkeypatch.setenv("TVM_GDN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(search, "FINAL_TIMING", {"seconds": 0.1, "rounds": 3})
+    monkeypatch.setattr(search, "FINAL_TIMING", {True: {"seconds": 0.1, "rounds": 3}})
     dispatch.reset()
     yield
     monkeypatch.undo()
@@ -213,18 +213,20 @@ def test_parallel_jobs_measure_every_point_once(scripted):
     assert max(Counter(lines(scripted)).values()) == 1
 
 
-def test_workers_share_what_is_compiled(tmp_path, monkeypatch):
+def test_what_is_compiled_is_compiled_once(tmp_path, monkeypatch):
     spec, geometry, key = tune._tasks(resolve(TARGET), [OP], None)[0]
     knobs = schedule.find_space(spec.algorithm, resolve(TARGET))[0].default(geometry)
     folders = [tmp_path / name for name in ("first", "second", "built")]
     for folder in folders:
         folder.mkdir()
-    threads = torch.get_num_threads()  # a Bench sets them for its process, which is this one
-    benches = [measure.Bench(OP, key, TARGET, threads, folder, str(folders[-1])) for folder in folders[:-1]]
-    benches[0].prepare(knobs)
+    built = str(folders[-1])
+    measure.compile_candidate(OP, TARGET, [geometry.to_json()], knobs, built, folders[0])
     monkeypatch.setattr(build, "compile_kernel", lambda *_: pytest.fail("compiled again"))
-    benches[1].prepare(knobs)
-    assert benches[1].time([knobs], 0.01, 1)["us"][0][0] > 0
+    measure.compile_candidate(OP, TARGET, [geometry.to_json()], knobs, built, folders[1])
+    bench = measure.Bench(OP, key, TARGET, torch.get_num_threads(), built)
+    bench.refer()
+    bench.prepare(knobs)
+    assert bench.time([knobs], 0.01, 1)["us"][0][0] > 0
 
 
 def test_sampled_search_repeats_nothing_and_keeps_to_its_trials(scripted):
@@ -413,12 +415,13 @@ def test_interrupt_writes_the_best_so_far(tmp_path, start):
 @pytest.mark.slow
 def test_hanging_worker_ends_without_its_parent(tmp_path):
     key = tune._tasks(resolve(TARGET), ["fused_recurrent_gated_delta_rule"], None)[0][2]
-    job = {"do": "open", "op": "fused_recurrent_gated_delta_rule", "key": key, "target": TARGET, "threads": 1}
+    job = {"op": "fused_recurrent_gated_delta_rule", "key": key, "target": TARGET, "threads": 1, "built": str(tmp_path)}
+    requests = ({"do": "open", **job, "timeout": 60.0}, {"do": "refer", "timeout": -9.9})
     done = subprocess.run(
-        [*worker.COMMAND, str(tmp_path)], input=json.dumps({**job, "timeout": -9.9}), capture_output=True, text=True,
+        [*worker.COMMAND, str(tmp_path)], input="\n".join(map(json.dumps, requests)), capture_output=True, text=True,
         env=build.builder_environment(), timeout=60, check=False,
     )  # fmt: skip
-    assert done.returncode == 1 and done.stdout == "" and "in _case" in done.stderr
+    assert done.returncode == 1 and done.stdout == "{}\n" and "in _case" in done.stderr
 
 
 def test_records_are_never_half_written(tmp_path):

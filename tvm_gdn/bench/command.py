@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tvm_gdn import cases, device, dispatch, env, models, parity
 from tvm_gdn.bench import calls as bench_calls
-from tvm_gdn.bench import contenders, machine
+from tvm_gdn.bench import contenders, first_result, machine
 from tvm_gdn.bench import device as bench_device
 from tvm_gdn.bench import text as bench_text
 from tvm_gdn.bench.timing import Timing, interleaved, ratio
@@ -25,7 +25,7 @@ from tvm_gdn.digest import version_of
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import OpSpec
-from tvm_gdn.target import resolve, runnable
+from tvm_gdn.target import TargetSpec, resolve, runnable
 
 Case = Mapping[str, Any]
 
@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also transformers', onnxruntime's (fp32 prefill) and torch.compile of the reference (one token; slow to compile)",
     )
     parser.add_argument("--no-calls", action="store_true", help="leave out the call overhead and the first call")
+    parser.add_argument(
+        "--first-result", type=int, metavar="N",
+        help="instead: N fresh processes with a pack and nothing else, from after `import torch` to the first result of each "
+        f"operator's first shape (default: {', '.join(first_result.OPERATORS)})",
+    )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="also write everything to FILE as JSON; - prints it instead of the tables")
 
 
@@ -58,6 +63,8 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     target = resolve(args.target) if args.target == "auto" else arguments.use_target(args.target)
     runnable(target)
+    if args.first_result is not None:
+        return _first_results(args, target)
     kind = target.device
     chosen = list(_chosen(args))
     if not chosen:
@@ -78,6 +85,19 @@ def main(args: argparse.Namespace) -> int:
     }  # fmt: skip
     deliver(report, bench_text.render(report), args.json)
     return 0 if all(row["passed"] for row in measured) else 1
+
+
+def _first_results(args: argparse.Namespace, target: TargetSpec) -> int:
+    if args.first_result < 1:
+        raise ArgumentError(f"--first-result {args.first_result}: give at least 1")
+    args.op = args.op or list(first_result.OPERATORS)
+    # An operator's first shape stands for it: what counts is loading, not running.
+    chosen = list({spec.name: (spec, case) for spec, case in reversed(list(_chosen(args)))}.values())[::-1]
+    if not chosen:
+        raise ArgumentError("no benchmark shape is left: --op, --model and --case exclude all of them")
+    report = first_result.measure(chosen, target, args.first_result)
+    deliver(report, first_result.render(report), args.json)
+    return 0
 
 
 def _chosen(args: argparse.Namespace) -> Iterator[tuple[OpSpec, Case]]:
