@@ -82,7 +82,7 @@ def _operator(op: str, rows: list[dict[str, Any]]) -> Iterator[str]:
         if not row["passed"]:
             yield f"WRONG or not compiled: {row['case']}: {row['served_by']}"
         for name, note in row["peer_notes"].items():
-            yield f"{_PEER_NAMES[name]} left out at {row['case']}: {note}"
+            yield f"{_PEER_NAMES.get(name, name)} left out at {row['case']}: {note}"
         for name, error in row["peer_errors"].items():
             limit = next(iter(row["limits"].values()))
             if error > limit:

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 import torch
 
-from tvm_gdn import build, cases, load, parity, records, torch_ops
+from tvm_gdn import build, cases, load, models, parity, records, torch_ops
 from tvm_gdn import device as devices
 from tvm_gdn import pack as packs
 from tvm_gdn.bench import contenders, timing
@@ -54,12 +54,14 @@ class Bench:
         Threads that kernels run on.
     built : str
         Folder of compiled candidates.
+    model : str, optional
+        Model whose sizes the benchmark shapes have.
     """
 
-    def __init__(self, op: str, key: str, target: str, threads: int, built: str) -> None:
+    def __init__(self, op: str, key: str, target: str, threads: int, built: str, model: str | None = None) -> None:
         self.spec, self.target, self._built = OPS[op], resolve(target), Path(built)
         torch.set_num_threads(threads)
-        timed, checked, self._others = select_cases(self.spec, key)
+        timed, checked, self._others = select_cases(self.spec, key, model)
         self._drawn = [(case, cases.draw(self.spec, case)) for case in (*timed, *checked)]
         self._count = len(timed)
         self._cases: list[_Case] = []
@@ -203,7 +205,9 @@ def _launcher(folder: Path, target: TargetSpec) -> Path:
     return build.build_launcher(folder, target)
 
 
-def select_cases(spec: OpSpec, key: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+def select_cases(
+    spec: OpSpec, key: str, model: str | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Cases that concern a tuning key.
 
     Parameters
@@ -212,6 +216,8 @@ def select_cases(spec: OpSpec, key: str) -> tuple[list[dict[str, Any]], list[dic
         The operator.
     key : str
         A tuning key that occurs in its benchmark cases.
+    model : str, optional
+        Model whose sizes those have.
 
     Returns
     -------
@@ -219,7 +225,7 @@ def select_cases(spec: OpSpec, key: str) -> tuple[list[dict[str, Any]], list[dic
         Its benchmark cases; parity cases that run on the same kernels; parity cases of the other geometries that a record of
         this key serves. Parity cases take over the benchmark's static axes, storage dtypes and static attributes.
     """
-    timed = [dict(case) for case in spec.bench if records.tuning_key(spec, geometry_of_case(spec, case)) == key]
+    timed = [case for case in models.bench(spec, model) if records.tuning_key(spec, geometry_of_case(spec, case)) == key]
     shared = (*spec.static_axes, *spec.static_attrs, *spec.shaping, "dtype", "state_dtype")
     fixed = {name: timed[0][name] for name in shared if name in timed[0]}
     own = {geometry_of_case(spec, case) for case in timed}

@@ -103,12 +103,16 @@ class Search:
         Where it is tuned for: this machine must be able to run it.
     options : Options
         How to search.
+    model : str, optional
+        Model whose sizes the benchmark shapes have.
     """
 
-    def __init__(self, spec: OpSpec, geometry: Geometry, key: str, target: TargetSpec, options: Options) -> None:
+    def __init__(
+        self, spec: OpSpec, geometry: Geometry, key: str, target: TargetSpec, options: Options, model: str | None = None
+    ) -> None:
         self.spec, self.geometry, self.key, self.target, self.options = spec, geometry, key, target, options
-        self.threads = torch.get_num_threads()
-        self.timed, _, self.others = measure.select_cases(spec, key)
+        self.threads, self.model = torch.get_num_threads(), model
+        self.timed, _, self.others = measure.select_cases(spec, key, model)
         self.space = schedule.knob_space(spec, geometry, target)
         self.result = Result(spec.name, key)
 
@@ -145,7 +149,7 @@ class Search:
                 if stop.is_set() or (time.monotonic() >= deadline and not study.measured()):
                     return self.result
                 with crew.turns.compiling():
-                    worker.open(self.spec.name, self.key, self.target.name, self.threads, crew.built)
+                    worker.open(self.spec.name, self.key, self.target.name, self.threads, crew.built, self.model)
             except TuneError as error:
                 self.result.failures[str(error)] += 1
                 return self.result

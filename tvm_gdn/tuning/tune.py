@@ -90,7 +90,7 @@ def tune(
     op : str or sequence of str, optional
         Operators; default all.
     model : str, optional
-        Only benchmark shapes of this model.
+        Only benchmark shapes of this model, and its sizes of experts.
     timeout : float, optional
         Seconds after which no further trial starts; what is left is shared evenly by the searches that are still to come. The
         last comparisons come on top.
@@ -122,7 +122,7 @@ def tune(
     searches, idle = [], []
     for spec, geometry, key in tasks:
         try:
-            searches.append(Search(spec, geometry, key, chosen, options))
+            searches.append(Search(spec, geometry, key, chosen, options, model))
         except TuneError as error:
             idle.append(str(error))
     if not searches:
@@ -178,7 +178,7 @@ def _tasks(target: TargetSpec, ops: Sequence[str] | None, model: str | None) -> 
     facts = None if model is None else models.model(model)
     found: dict[tuple[str, str], tuple[OpSpec, Geometry, str]] = {}
     for spec in (OPS[name] for name in ops or OPS):
-        for case in spec.bench:
+        for case in models.bench(spec, model):
             if facts is None or facts.has(case):
                 geometry = arguments.geometry_of_case(spec, case)
                 key = records.tuning_key(spec, geometry)

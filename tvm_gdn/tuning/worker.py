@@ -69,7 +69,7 @@ class Worker:
         with self._talking:
             self._stop()
 
-    def open(self, op: str, key: str, target: str, threads: int, built: Path) -> None:
+    def open(self, op: str, key: str, target: str, threads: int, built: Path, model: str | None) -> None:
         """Say what the following requests measure; without it this process compiles.
 
         Parameters
@@ -82,6 +82,8 @@ class Worker:
             Threads that kernels run on.
         built : Path
             Folder of compiled candidates.
+        model : str, optional
+            Model whose sizes the benchmark shapes have.
 
         Raises
         ------
@@ -89,7 +91,8 @@ class Worker:
             The worker cannot start.
         """
         with self._talking:
-            self._job = {"do": "open", "op": op, "key": key, "target": target, "threads": threads, "built": str(built)}
+            what = {"op": op, "key": key, "target": target, "model": model}
+            self._job = {"do": "open", **what, "threads": threads, "built": str(built)}
             if self._process is None:
                 self._start()
             else:
