@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from tvm_gdn.commands import arguments
 from tvm_gdn.errors import ArgumentError, TargetError, TuneError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import resolve
-from tvm_gdn.tuning import measure, search, tune, worker
+from tvm_gdn.tuning import crew, measure, search, study, tune, worker
 
 OP = "fused_gdn_gating"
 TARGET = resolve(env.target_name()).name
@@ -213,6 +215,73 @@ def test_parallel_jobs_measure_every_point_once(scripted):
     assert max(Counter(lines(scripted)).values()) == 1
 
 
+def test_searches_run_side_by_side(scripted, monkeypatch):
+    spec = OPS[OP]
+    cases_of_two = tuple({"M": 64, "HV": 8, "dtype": dtype} for dtype in ("float32", "bfloat16"))
+    monkeypatch.setitem(OPS, OP, dataclasses.replace(spec, bench=cases_of_two))
+    stored = []
+    monkeypatch.setattr(records, "store", lambda file, target, new: stored.extend(new))
+    report = tune.tune(TARGET, OP, options=search.Options(trial_timeout=2.0, jobs=4))
+    assert ["bf16" in result.geometry for result in report.results] == [True, False], "a model's own dtype comes first"
+    assert [(result.ok, result.knobs) for result in report.results] == [(RIGHT, {"rows": 4, "kind": 1})] * 2
+    assert {record["key"] for record in stored} == {result.key for result in report.results}
+    assert set(Counter(lines(scripted)).values()) == {2}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_one_measures_at_a_time_and_on_a_cpu_alone(shared):
+    turns = crew.Turns(shared)
+    inside = {"measuring": 0, "compiling": 0}
+    most = dict.fromkeys(("measuring", "compiling", "together"), 0)
+    lock = threading.Lock()
+
+    def work(kind):
+        for _ in range(20):
+            with getattr(turns, kind)():
+                with lock:
+                    inside[kind] += 1
+                    most[kind] = max(most[kind], inside[kind])
+                    most["together"] = max(most["together"], min(inside.values()))
+                time.sleep(0.001)
+                with lock:
+                    inside[kind] -= 1
+
+    threads = [threading.Thread(target=work, args=(kind,)) for kind in ("measuring", "compiling") * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert most["measuring"] == 1 and most["compiling"] > 1
+    assert (most["together"] == 0) == shared
+
+
+def test_a_search_begins_next_to_its_start_and_joins_what_helped():
+    space = {"rows": (1, 4, 16, 64), "kind": (0, 1, 2)}
+    near = search.steps(space, tuning.DEFAULT)
+    assert near[:3] == [{"rows": 4, "kind": 0}, {"rows": 64, "kind": 0}, {"rows": 16, "kind": 1}]
+    assert len(near) == 5 and all(search.turned(knobs, tuning.DEFAULT) == 1 for knobs in near)
+    measured = [(10.0, tuning.DEFAULT), (7.0, near[0]), (9.0, near[1]), (8.0, near[2]), (9.95, {"rows": 16, "kind": 2})]
+    assert search.best_steps(sorted(measured, key=lambda point: point[0]), tuning.DEFAULT) == {"rows": 4, "kind": 1}
+    assert search.best_steps([], tuning.DEFAULT) == tuning.DEFAULT
+
+
+def test_refused_points_cost_no_trial(tmp_path):
+    storage = study.open_storage(str(tmp_path / "studies.journal"))
+    found = study.Study("name", {"a": range(8)}, storage=storage, lease=60.0, facts={})
+    wishes = deque([{"a": 5}, {"a": 5}, {"a": 3}])
+    first = found.propose(2, wishes)
+    found.fail(first, "no such point", refused=True)
+    second = found.propose(2, wishes)
+    found.complete(second, 1.0)
+    third = found.propose(2, wishes)
+    assert [first.knobs, second.knobs] == [{"a": 5}, {"a": 3}] and not wishes
+    assert third.knobs not in (first.knobs, second.knobs)
+    assert found.propose(2) is None
+    found.fail(third, "wrong")
+    assert found.propose(2) is None and found.failures() == ["no such point", "wrong"]
+
+
 def test_what_is_compiled_is_compiled_once(tmp_path, monkeypatch):
     spec, geometry, key = tune._tasks(resolve(TARGET), [OP], None)[0]
     knobs = schedule.find_space(spec.algorithm, resolve(TARGET))[0].default(geometry)
@@ -374,7 +443,10 @@ def test_kill_keeps_what_was_measured(scripted, start):
     # Whatever a writer left unfinished must not hide what stands before it.
     journal = env.cache_dir() / "studies" / f"{TARGET}.journal"
     journal.write_text(journal.read_text() + '{"op_code": 5, "trial_')
+    compiled = env.cache_dir() / "tuning"
+    assert [path for path in compiled.iterdir() if path.is_dir()], "what the killed run compiled"
     report = tune.tune(TARGET, OP, options=QUICK)
+    assert {path.name for path in compiled.iterdir()} == {"lock"}
     assert report.results[0].ok == RIGHT
     repeated = [line for line, count in Counter(lines(scripted)).items() if count > 1]
     assert len(before) >= 3 and len(repeated) <= 1

@@ -33,6 +33,8 @@ from tvm_gdn.tuning.worker import START_TIMEOUT, RefusedError, TrialError, Worke
 #: device varies by less than calls on cores that others use.
 TRIAL_TIMING = {True: {"seconds": 0.15, "rounds": 5}, False: {"seconds": 0.05, "rounds": 5}}
 FINAL_TIMING = {True: {"seconds": 0.6, "rounds": 15}, False: {"seconds": 0.2, "rounds": 9}}
+#: Searches come in the order of their value, and many end before their time is up: each may take this many even shares.
+GENEROSITY = 2
 #: How many of the best meet the default again.
 FINALISTS = 3
 #: A candidate replaces the default when it is faster by this factor; less is within the noise.
@@ -133,7 +135,7 @@ class Search:
         deadline : float
             Value of ``time.monotonic()`` after which no trial starts.
         remaining : int
-            Searches, with this one, that begin one after the other until then and share the time evenly.
+            Searches, with this one, that begin one after the other until then and share the time.
         stop : threading.Event
             No trial starts once it is set.
         bar : tqdm.tqdm
@@ -157,7 +159,8 @@ class Search:
             current = schedule.choose(self.spec, self.geometry, self.target)
             first = [default, current.knobs] if current.origin == "tuned" and current.knobs != default else [default]
             now = time.monotonic()
-            self._explore(study, first, worker, crew, now + (deadline - now) / remaining, stop, bar)
+            share = (deadline - now) / remaining * min(remaining, GENEROSITY)
+            self._explore(study, first, worker, crew, now + share, stop, bar)
             measured = study.measured()
             self.result.ok, self.result.failures = len(measured), Counter(study.failures())
             known = [knobs for _, knobs in measured]
