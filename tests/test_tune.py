@@ -217,8 +217,8 @@ def test_parallel_jobs_measure_every_point_once(scripted):
 
 def test_searches_run_side_by_side(scripted, monkeypatch):
     spec = OPS[OP]
-    cases_of_two = tuple({"M": 64, "HV": 8, "dtype": dtype} for dtype in ("float32", "bfloat16"))
-    monkeypatch.setitem(OPS, OP, dataclasses.replace(spec, bench=cases_of_two))
+    bench = tuple({"M": rows, "HV": 8, "dtype": dtype} for dtype in ("float32", "bfloat16") for rows in (64, 65))
+    monkeypatch.setitem(OPS, OP, dataclasses.replace(spec, bench=bench))
     stored = []
     monkeypatch.setattr(records, "store", lambda file, target, new: stored.extend(new))
     report = tune.tune(TARGET, OP, options=search.Options(trial_timeout=2.0, jobs=4))
