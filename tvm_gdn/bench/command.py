@@ -103,7 +103,7 @@ def _first_results(args: argparse.Namespace, target: TargetSpec) -> int:
 def _chosen(args: argparse.Namespace) -> Iterator[tuple[OpSpec, Case]]:
     model = models.model(args.model) if args.model else None
     for name in args.op or OPS:
-        for case in OPS[name].bench:
+        for case in models.bench(OPS[name], args.model):
             words = cases.label(case).split()
             if (model is None or model.has(case)) and all(word in words for word in args.case.split()):
                 yield OPS[name], case
