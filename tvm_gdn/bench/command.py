@@ -6,11 +6,14 @@ The floor is a plain torch copy of as many bytes as the operator must at least m
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tvm_gdn import cases, device, dispatch, env, models, parity
 from tvm_gdn.bench import calls as bench_calls
@@ -20,13 +23,15 @@ from tvm_gdn.bench import text as bench_text
 from tvm_gdn.bench.timing import Timing, interleaved, ratio
 from tvm_gdn.check import geometry_of
 from tvm_gdn.commands import aot, arguments
-from tvm_gdn.commands.text import checked_destination, deliver
+from tvm_gdn.commands.text import as_json, checked_destination, deliver
 from tvm_gdn.digest import version_of
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import OPS
+from tvm_gdn.records import write_atomic
 from tvm_gdn.spec import OpSpec
 from tvm_gdn.target import TargetSpec, resolve, runnable
 
+_log = logging.getLogger("tvm_gdn")
 Case = Mapping[str, Any]
 
 
@@ -75,14 +80,21 @@ def main(args: argparse.Namespace) -> int:
         else [(OPS[name], bench_calls.tiny_case(OPS[name])) for name in dict.fromkeys(spec.name for spec, _ in chosen)]
     )
     _compile_together([*chosen, *tiny])
-    bar = tqdm(chosen, desc="measuring", unit="shape", disable=None)
-    measured = [measure(spec, case, args.seconds, peers=args.peers, kind=kind) for spec, case in bar]
+    measured: list[dict[str, Any]] = []
     report = {
         "format": 1, **machine.stamp(), "device": device.name(kind), "target": target.name, "threads": torch.get_num_threads(),
-        "seconds": args.seconds, "peers": args.peers, "cases": measured,
-        "calls": [bench_calls.call_cost(spec, case, args.seconds) for spec, case in tiny],
-        "first_call": None if args.no_calls else bench_calls.first_calls(kind),
+        "seconds": args.seconds, "peers": args.peers, "cases": measured, "calls": [], "first_call": None,
     }  # fmt: skip
+    with logging_redirect_tqdm([_log]):
+        for spec, case in tqdm(chosen, desc="measuring", unit="shape", disable=None):
+            row = measure(spec, case, args.seconds, peers=args.peers, kind=kind)
+            measured.append(row)
+            # A run that is ended early has told what it knew, on stderr and in the file.
+            _log.info("%s", bench_text.line(row))
+            if args.json not in (None, "-"):
+                write_atomic(Path(args.json), as_json(report) + "\n")
+    report["calls"] = [bench_calls.call_cost(spec, case, args.seconds) for spec, case in tiny]
+    report["first_call"] = None if args.no_calls else bench_calls.first_calls(kind)
     deliver(report, bench_text.render(report), args.json)
     return 0 if all(row["passed"] for row in measured) else 1
 

@@ -31,8 +31,8 @@ from tvm_gdn.tuning.worker import START_TIMEOUT, RefusedError, TrialError, Worke
 
 #: Timing per candidate and benchmark case: in a trial, and when the best meet the default again at the end. A captured graph on a
 #: device varies by less than calls on cores that others use.
-TRIAL_TIMING = {True: {"seconds": 0.15, "rounds": 5}, False: {"seconds": 0.05, "rounds": 5}}
-FINAL_TIMING = {True: {"seconds": 0.6, "rounds": 15}, False: {"seconds": 0.2, "rounds": 9}}
+TRIAL_TIMING = {True: {"seconds": 0.15, "rounds": 5}, False: {"seconds": 0.02, "rounds": 5}}
+FINAL_TIMING = {True: {"seconds": 0.6, "rounds": 15}, False: {"seconds": 0.1, "rounds": 9}}
 #: Searches come in the order of their value, and many end before their time is up: each may take this many even shares.
 GENEROSITY = 2
 #: How many of the best meet the default again.

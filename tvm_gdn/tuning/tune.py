@@ -74,7 +74,7 @@ class Report:
 def tune(
     target: str = "auto",
     op: Sequence[str] | str | None = None,
-    model: str | None = None,
+    model: Sequence[str] | str | None = None,
     *,
     timeout: float | None = None,
     storage: str | None = None,
@@ -89,8 +89,8 @@ def tune(
         Name of a target that this machine can run, or ``auto``.
     op : str or sequence of str, optional
         Operators; default all.
-    model : str, optional
-        Only benchmark shapes of this model, and its sizes of experts.
+    model : str or sequence of str, optional
+        Only benchmark shapes of these models, with their sizes of experts.
     timeout : float, optional
         Seconds after which no further trial starts; the last comparisons come on top. A search may take twice its share of what
         is left.
@@ -114,15 +114,17 @@ def tune(
         An unknown operator, model or target, or one that this machine cannot run.
     """
     chosen = _target(target)
-    tasks = _tasks(chosen, [op] if isinstance(op, str) else op, model)
+    names: list[str | None] = [*(_listed(model) or ())] or [None]
+    found = {task[0].name + task[2]: (*task, name) for name in names for task in _tasks(chosen, _listed(op), name)}
+    tasks = sorted(found.values(), key=lambda task: _rank(*task[:2]))
     file = Path(output) if output is not None else records.user_file(chosen.name)
     place = storage or str(env.cache_dir() / "studies" / f"{chosen.name}.journal")
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     report = Report(chosen.name, file, [])
     searches, idle = [], []
-    for spec, geometry, key in tasks:
+    for spec, geometry, key, name in tasks:
         try:
-            searches.append(Search(spec, geometry, key, chosen, options, model))
+            searches.append(Search(spec, geometry, key, chosen, options, name))
         except TuneError as error:
             idle.append(str(error))
     if not searches:
@@ -160,6 +162,10 @@ def tune(
     return report
 
 
+def _listed(value: Sequence[str] | str | None) -> Sequence[str] | None:
+    return [value] if isinstance(value, str) else value
+
+
 def _target(text: str) -> TargetSpec:
     lacking = [name for name in ("optuna", "tvm") if importlib.util.find_spec(name) is None]
     if lacking:
@@ -185,7 +191,7 @@ def _tasks(target: TargetSpec, ops: Sequence[str] | None, model: str | None) -> 
                 found.setdefault((spec.name, key), (spec, geometry, key))
     if not found:
         raise TuneError(f"no benchmark shape of {', '.join(ops or OPS)} belongs to {model}: nothing to tune for {target.name}")
-    return sorted(found.values(), key=lambda task: _rank(*task[:2]))
+    return list(found.values())
 
 
 def _rank(spec: OpSpec, geometry: Geometry) -> tuple[bool, int]:
@@ -220,7 +226,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments."""
     arguments.add_target(parser)
     arguments.add_op(parser, "tune this operator (may be repeated; default: all)")
-    parser.add_argument("--model", metavar="NAME", help=f"only the shapes of this model; one of: {', '.join(models.MODELS)}")
+    parser.add_argument(
+        "--model", action="append", metavar="NAME",
+        help=f"only the shapes of this model (may be repeated); one of: {', '.join(models.MODELS)}",
+    )  # fmt: skip
     parser.add_argument(
         "--trials", type=int, default=Options.trials, metavar="N",
         help="candidates per operator and tuning key, earlier runs and other processes included (default: %(default)s)",
