@@ -34,7 +34,7 @@ from tvm_gdn.tuning.worker import START_TIMEOUT, RefusedError, TrialError, Worke
 TRIAL_TIMING = {True: {"seconds": 0.15, "rounds": 5}, False: {"seconds": 0.02, "rounds": 5}}
 FINAL_TIMING = {True: {"seconds": 0.6, "rounds": 15}, False: {"seconds": 0.1, "rounds": 9}}
 #: Searches come in the order of their value, and many end before their time is up: each may take this many even shares.
-GENEROSITY = 2
+GENEROSITY = 3
 #: How many of the best meet the default again.
 FINALISTS = 3
 #: A candidate replaces the default when it is faster by this factor; less is within the noise.

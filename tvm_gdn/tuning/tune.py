@@ -92,8 +92,8 @@ def tune(
     model : str or sequence of str, optional
         Only benchmark shapes of these models, with their sizes of experts.
     timeout : float, optional
-        Seconds after which no further trial starts; the last comparisons come on top. A search may take twice its share of what
-        is left.
+        Seconds after which no further trial starts; the last comparisons come on top. A search may take three times its share
+        of what is left.
     storage : str, optional
         Journal file or RDB URL of the studies, which several processes and machines may share. Default: in the cache folder.
     output : str or Path, optional
