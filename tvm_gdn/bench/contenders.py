@@ -25,7 +25,11 @@ _RECURRENCES = {"recurrent": "torch_recurrent_gated_delta_rule", "chunk": "torch
 
 def steady(spec: OpSpec, case: Mapping[str, Any], device: str = "cpu") -> dict[str, Any]:
     """Arguments of a case on which thousands of calls stay in the range that models have."""
-    arguments = cases.draw(spec, case, device=device)
+    return settled(spec, cases.draw(spec, case, device=device))
+
+
+def settled(spec: OpSpec, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of one call, changed so that thousands of calls on them stay in that range."""
     if spec.steady is not None and any(tensor.mutated for tensor in spec.tensors):
         spec.steady(arguments)
     return arguments

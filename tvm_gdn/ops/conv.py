@@ -165,7 +165,9 @@ CAUSAL_CONV1D_FN = OpSpec(
         for dtype in ("bfloat16", "float32")
         for size in (
             {"B": 1, "T": 512, "with": ()},
+            {"B": 1, "T": 8192, "with": ()},
             {"lengths": (300, 200, 11, 1), "with": (*_VARLEN, "has_initial_state")},
+            {"lengths": (2048, 4000, 2143, 1), "with": (*_VARLEN, "has_initial_state")},
         )
     ),
     **_FAMILY,

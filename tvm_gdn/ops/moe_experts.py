@@ -128,7 +128,7 @@ FUSED_EXPERTS = OpSpec(
         {"T": 500, "k": 4, "E": 9, "D": 128, "I": 64, "dtype": "bfloat16", "padding": True},
         {"T": 65, "k": 2, "E": 6, "D": 100, "I": 72, "dtype": "float16"},
     ),
-    bench=({"T": 1, "k": 8, "E": 32, "D": 2048, "I": 768, "dtype": "bfloat16"},),
+    bench=tuple({"T": tokens, "k": 8, "E": 32, "D": 2048, "I": 768, "dtype": "bfloat16"} for tokens in (1, 16, 128, 1024)),
     sizes=sizes,
     smallest={"D": 4, "I": 4},
     cost=_cost,

@@ -52,7 +52,7 @@ RMS_NORM_GATED = OpSpec(
     bench=tuple(
         {"M": tokens, "G": 32, "D": 128, "with": ("z",), "dtype": dtype}
         for dtype in ("bfloat16", "float32")
-        for tokens in (1, 32, 512)
+        for tokens in (1, 32, 512, 8192)
     ),
     check=_check,
     cost=_cost,
