@@ -321,6 +321,11 @@ def test_emulated_is_never_works(report, tmp_path, write, capsys):
     assert row["cuda-sm80"] == "compiles" and row["x86-avx512"].startswith("works")
     assert f"{gpu} (emulated)" in page.text
 
+    # A matrix has a run per operator; what they were made on stands there once.
+    alone = [parity(parity_case(op, "M63 bf16"), target=gpu, ran="emulated") for op in (GATING, CHUNK)]
+    _, _, page = report(bench(bench_case(CHUNK, "T512", 20.0)), parities={**runs, "runs": alone})
+    assert page.text.count(f"parity of {gpu}") == 1
+
     file = write("matrix", runs)
     found = cells(data.load_runs(file))
     assert found[GATING, gpu].status == "emulated" and "not run" in found[GATING, gpu].detail

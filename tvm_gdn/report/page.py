@@ -203,8 +203,12 @@ def _inputs(bench: Bench, parities: Sequence[Parity], others: Sequence[Bench]) -
         versions = [(name, value, value != bench.versions.get(name)) for name, value in run.versions.items()]
         return {"run": run, "role": role, "versions": versions, "same_machine": run.machine == bench.machine}
 
+    # A matrix has a run per operator: those of one target, machine and set of versions are one input.
+    distinct = {
+        (run.path, run.target, run.shown, run.compile_only, run.machine, tuple(run.versions.items())): run for run in parities
+    }
     return [
         entry(bench, "benchmark"),
-        *(entry(run, "parity, compiled only" if run.compile_only else f"parity of {run.shown}") for run in parities),
+        *(entry(run, "parity, compiled only" if run.compile_only else f"parity of {run.shown}") for run in distinct.values()),
         *(entry(run, "history") for run in sorted(others, key=lambda run: run.date, reverse=True)),
     ]
