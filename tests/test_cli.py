@@ -320,10 +320,13 @@ def test_doctor_on_a_healthy_machine(capsys, monkeypatch, packs_only):
     assert checks["OpenMP"]["found"].startswith("kernels run on torch's threads: ")
 
     monkeypatch.setenv("TVM_GDN_TARGE", "auto")
+    monkeypatch.setenv("TVM_GDN_CHECKS", "yse")
+    monkeypatch.setenv("TVM_GDN_LOG", "LOUD")
     monkeypatch.setenv("TVM_GDN_CACHE_DIR", "/proc/nowhere")
     status, out, _ = run(capsys, "doctor")
     assert status == 1
     assert "TVM_GDN_TARGE: not known, has no effect" in out
+    assert "TVM_GDN_CHECKS: this value has no effect; allowed: 0 or 1; TVM_GDN_LOG: this value" in out
     assert "fail  cache folder: /proc/nowhere" in out
 
 
