@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -81,8 +82,14 @@ def compiled_kernels(request: pytest.FixtureRequest) -> None:
         (op, case) if isinstance(case, Geometry) else (OPS[op], check.geometry_of(OPS[op], cases.draw(OPS[op], case)))
         for op, case in wanted
     ]
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def tell(done: int, missing: int) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"tests: {done} of {missing} kernels compiled", file=sys.stderr, flush=True)
+
     with FileLock(folder / "tests.lock"):
-        failed = kernel_cache.prebuild(kernels, resolve(env.target_name()))
+        failed = kernel_cache.prebuild(kernels, resolve(env.target_name()), progress=tell)
     # A device's schedule may refuse a geometry (shared memory); the test of that case says so.
     assert not failed or resolve(env.target_name()).emulated, "\n".join(failed)
 

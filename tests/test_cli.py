@@ -16,7 +16,7 @@ from processes import environment
 
 import tvm_gdn
 from tvm_gdn import cli, dispatch, env, pack, parity
-from tvm_gdn.bench import contenders, machine
+from tvm_gdn.bench import contenders, first_result, machine
 from tvm_gdn.commands import aot, arguments, demo, listing, parity_matrix
 from tvm_gdn.errors import ArgumentError, TargetError
 from tvm_gdn.ops import OPS
@@ -320,10 +320,13 @@ def test_doctor_on_a_healthy_machine(capsys, monkeypatch, packs_only):
     assert checks["OpenMP"]["found"].startswith("kernels run on torch's threads: ")
 
     monkeypatch.setenv("TVM_GDN_TARGE", "auto")
+    monkeypatch.setenv("TVM_GDN_CHECKS", "yse")
+    monkeypatch.setenv("TVM_GDN_LOG", "LOUD")
     monkeypatch.setenv("TVM_GDN_CACHE_DIR", "/proc/nowhere")
     status, out, _ = run(capsys, "doctor")
     assert status == 1
     assert "TVM_GDN_TARGE: not known, has no effect" in out
+    assert "TVM_GDN_CHECKS: this value has no effect; allowed: 0 or 1; TVM_GDN_LOG: this value" in out
     assert "fail  cache folder: /proc/nowhere" in out
 
 
@@ -361,6 +364,22 @@ def test_bench_reports_errors_beside_numbers(capsys, tmp_path):
     assert first["compiler"]["from_import_ms"] > first["pack"]["call_ms"] > 0
     assert sum("compiled" in line for line in first["compiler"]["log"]) == 1
     assert "M1024" in out and "of copy" in out and "first call" in out
+
+
+def test_first_results_of_fresh_processes(capsys):
+    status, out, _ = run(capsys, "bench", "--first-result", 2, "--op", GATING, "--op", PACKED, "--json", "-")
+    report = json.loads(out)
+    assert status == 0 and report["runs"] == 2
+    assert [row["op"] for row in report["first_results"]] == [GATING, PACKED]
+    for row in report["first_results"]:
+        assert row["served_by"].startswith("compiled")
+        assert [len(row[stage]["all"]) for stage in ("torch_ms", *first_result.STAGES, "total_ms")] == [2] * 6
+        parts = [sum(row[stage]["all"][run] for stage in first_result.STAGES) for run in range(2)]
+        assert parts == pytest.approx(row["total_ms"]["all"], abs=0.01)
+        assert row["call_ms"]["min"] > 0 and row["torch_ms"]["min"] > row["context_ms"]["min"]
+    assert GATING in first_result.render(report)
+    status, _, error = run(capsys, "bench", "--first-result", 0)
+    assert status == 2 and "--first-result 0" in error
 
 
 @pytest.mark.parametrize("names", [{"transformers"}, pytest.param({"transformers", "torch_compile"}, marks=pytest.mark.slow)])

@@ -4,11 +4,13 @@
 the default run does a sample of it on the emulation of one target.
 """
 
+import ctypes
 import json
 import shutil
 
 import pytest
 import torch
+import tvm_ffi
 from compilers import needs_cxx
 
 from tvm_gdn import build, cases, check, device, dispatch, env, images, kernel_cache, load, pack, parity, schedule, torch_ops
@@ -355,3 +357,31 @@ def test_a_missing_tool_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(BuildError, match="nvcc is not on PATH"):
         images._compile_source("", [], named("cuda-sm80"), tmp_path / "kernel.cubin")
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no C interface for DLPack")
+def test_scratch_memory_comes_from_torch_in_c(tmp_path):
+    """The launcher's own allocations: apart, writable, free to be used again when they were given back, refused past 64."""
+    launcher = ctypes.PyDLL(str(build.build_launcher(tmp_path, named("cuda-sm90"))))
+    allocate, give_back = launcher.tvm_gdn_device_allocate, launcher.tvm_gdn_device_give_back
+    allocate.restype, allocate.argtypes = (
+        ctypes.c_void_p,
+        (ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int),
+    )
+    give_back.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+    cpu, size = 1, 1 << 16
+
+    def call(_tensor):
+        addresses = [allocate(cpu, 0, size, 0, 0) for _ in range(64)]
+        assert None not in addresses
+        assert not allocate(cpu, 0, size, 0, 0)
+        for number, address in enumerate(addresses):
+            ctypes.memset(address, number, size)
+        assert all(ctypes.string_at(address, size) == bytes([number]) * size for number, address in enumerate(addresses))
+        for address in addresses:
+            assert give_back(cpu, 0, address) == 0
+        again = allocate(cpu, 0, 0, 0, 0)
+        assert again
+        return give_back(cpu, 0, again)
+
+    assert tvm_ffi.convert(call)(torch.zeros(3)) == 0

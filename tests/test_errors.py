@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, bits
 from processes import environment
 from torch import tensor
 
+import tvm_gdn
 from tvm_gdn import cases, dispatch, parity
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops import OPS
@@ -43,6 +45,11 @@ KERNELS = [
     (UPDATE, DEFAULT_SLOTS), (RECURRENT, SEPARATE), (RECURRENT, SEPARATE_VARLEN), (PACKED, PACKED_STEP), (GATING, GATES),
     *((UPDATE, {**case, "state_v_first": True}) for case in (POOLED, VERIFY)),
 ]  # fmt: skip
+
+
+def parameters(op):
+    """Arguments of an operator's public function; none of operators that are called through another's."""
+    return inspect.signature(getattr(tvm_gdn, op)).parameters if hasattr(tvm_gdn, op) else {}
 
 
 def on(name, change):
@@ -298,9 +305,25 @@ def test_what_is_no_tensor_is_refused_by_name(op):
         if a[spec.name] is None:
             continue
         for value in (1.5, "text", [1.0], object()):
-            # torch checks types against the schema before any code of ours runs.
-            with pytest.raises((ArgumentTypeError, RuntimeError, TypeError), match=rf"\b{spec.name}\b"):
+            # Of operators without a function of their own torch checks types before any code of ours runs.
+            with pytest.raises(ArgumentTypeError if hasattr(tvm_gdn, op) else RuntimeError, match=rf"\b{spec.name}\b"):
                 function(op)(**{**a, spec.name: value})
+
+
+SCALARS = [(op, scalar) for op, spec in OPS.items() for scalar in spec.scalars if scalar.name in parameters(op)]
+
+
+@pytest.mark.parametrize(("op", "scalar"), SCALARS, ids=[f"{op} {scalar.name}" for op, scalar in SCALARS])
+def test_a_scalar_of_another_type_is_refused_by_name(op, scalar):
+    a = {name: value for name, value in draw(op, OPS[op].cases[0]).items() if name in parameters(op)}
+    for value in (["text"], "text"):
+        if scalar.type == "str" and isinstance(value, str):
+            continue
+        with pytest.raises(ArgumentTypeError, match=rf"^{op}: {scalar.name} is .*; pass "):
+            function(op)(**{**a, scalar.name: value})
+    if scalar.type == "int":
+        with pytest.raises(ArgumentError, match=rf"^{op}: {scalar.name} is {2**70}; "):
+            function(op)(**{**a, scalar.name: 2**70})
 
 
 def test_a_pool_that_requires_grad_is_fine_where_no_graph_is_built():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tvm_gdn
-from tvm_gdn import cases, check, cli, dispatch, env, reference
+from tvm_gdn import cases, check, cli, dispatch, env, images, reference
 from tvm_gdn.errors import TargetError
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import Scalar
@@ -187,3 +187,24 @@ def test_an_explicit_target_never_falls_back(no_compiler):
     with pytest.raises(TargetError, match="no-such-target"):
         tvm_gdn.fused_gdn_gating(**cases.draw(OPS[GATING], CASE))
     assert env.target_name() == "no-such-target"
+
+
+def test_a_cache_folder_that_cannot_be_used_is_named(no_compiler, tmp_path):
+    no_compiler.setattr(dispatch, "version_of", lambda name: "0.27.0")
+    (tmp_path / "file").write_text("")
+    no_compiler.setenv("TVM_GDN_CACHE_DIR", str(tmp_path / "file"))
+    dispatch.reset()
+    with pytest.raises(tvm_gdn.errors.BuildError, match=rf"cache folder {tmp_path}/file cannot be used .*TVM_GDN_CACHE_DIR"):
+        tvm_gdn.fused_gdn_gating(**cases.draw(OPS[GATING], CASE))
+    no_compiler.setenv("TVM_GDN_TARGET", "auto")
+    dispatch.reset()
+    tvm_gdn.fused_gdn_gating(**cases.draw(OPS[GATING], CASE))
+    assert "TVM_GDN_CACHE_DIR" in dispatch.served_by(GATING)
+
+
+def test_device_sources_stand_alone():
+    """They are exported and compiled elsewhere, so what `csrc` has in several files must be in them."""
+    text = images.with_functions("void kernel();")
+    assert '#include "' not in text and text.endswith("void kernel();")
+    for name in ("tvm_gdn_move", "tvm_gdn_load_a", "tvm_gdn_wgmma_one", "tvm_gdn_wgmma_products", "tvm_gdn_split_sums"):
+        assert f" {name}(" in text

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from tvm_gdn.commands import arguments
 from tvm_gdn.errors import ArgumentError, TargetError, TuneError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import resolve
-from tvm_gdn.tuning import measure, search, tune, worker
+from tvm_gdn.tuning import crew, measure, search, study, tune, worker
 
 OP = "fused_gdn_gating"
 TARGET = resolve(env.target_name()).name
@@ -36,7 +38,7 @@ QUICK = search.Options(trial_timeout=2.0)
 def own_cache(tmp_path, monkeypatch):
     """A cache of the test's own: no records, no studies, no kernels. Comparisons are kept short."""
     monkeypatch.setenv("TVM_GDN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(search, "FINAL_TIMING", {"seconds": 0.1, "rounds": 3})
+    monkeypatch.setattr(search, "FINAL_TIMING", {True: {"seconds": 0.1, "rounds": 3}})
     dispatch.reset()
     yield
     monkeypatch.undo()
@@ -213,18 +215,87 @@ def test_parallel_jobs_measure_every_point_once(scripted):
     assert max(Counter(lines(scripted)).values()) == 1
 
 
-def test_workers_share_what_is_compiled(tmp_path, monkeypatch):
+def test_searches_run_side_by_side(scripted, monkeypatch):
+    spec = OPS[OP]
+    bench = tuple({"M": rows, "HV": 8, "dtype": dtype} for dtype in ("float32", "bfloat16") for rows in (64, 65))
+    monkeypatch.setitem(OPS, OP, dataclasses.replace(spec, bench=bench))
+    stored = []
+    monkeypatch.setattr(records, "store", lambda file, target, new: stored.extend(new))
+    report = tune.tune(TARGET, OP, options=search.Options(trial_timeout=2.0, jobs=4))
+    assert ["bf16" in result.geometry for result in report.results] == [True, False], "a model's own dtype comes first"
+    assert [(result.ok, result.knobs) for result in report.results] == [(RIGHT, {"rows": 4, "kind": 1})] * 2
+    assert {record["key"] for record in stored} == {result.key for result in report.results}
+    assert set(Counter(lines(scripted)).values()) == {2}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_one_measures_at_a_time_and_on_a_cpu_alone(shared):
+    turns = crew.Turns(shared)
+    inside = {"measuring": 0, "compiling": 0}
+    most = dict.fromkeys(("measuring", "compiling", "together"), 0)
+    lock = threading.Lock()
+
+    def work(kind):
+        for _ in range(20):
+            with getattr(turns, kind)():
+                with lock:
+                    inside[kind] += 1
+                    most[kind] = max(most[kind], inside[kind])
+                    most["together"] = max(most["together"], min(inside.values()))
+                time.sleep(0.001)
+                with lock:
+                    inside[kind] -= 1
+
+    threads = [threading.Thread(target=work, args=(kind,)) for kind in ("measuring", "compiling") * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert most["measuring"] == 1 and most["compiling"] > 1
+    assert (most["together"] == 0) == shared
+
+
+def test_a_search_begins_next_to_its_start_and_joins_what_helped():
+    space = {"rows": (1, 4, 16, 64), "kind": (0, 1, 2)}
+    near = search.steps(space, tuning.DEFAULT)
+    assert near[:3] == [{"rows": 4, "kind": 0}, {"rows": 64, "kind": 0}, {"rows": 16, "kind": 1}]
+    assert len(near) == 5 and all(search.turned(knobs, tuning.DEFAULT) == 1 for knobs in near)
+    measured = [(10.0, tuning.DEFAULT), (7.0, near[0]), (9.0, near[1]), (8.0, near[2]), (9.95, {"rows": 16, "kind": 2})]
+    assert search.best_steps(sorted(measured, key=lambda point: point[0]), tuning.DEFAULT) == {"rows": 4, "kind": 1}
+    assert search.best_steps([], tuning.DEFAULT) == tuning.DEFAULT
+
+
+def test_refused_points_cost_no_trial(tmp_path):
+    storage = study.open_storage(str(tmp_path / "studies.journal"))
+    found = study.Study("name", {"a": range(8)}, storage=storage, lease=60.0, facts={})
+    wishes = deque([{"a": 5}, {"a": 5}, {"a": 3}])
+    first = found.propose(2, wishes)
+    found.fail(first, "no such point", refused=True)
+    second = found.propose(2, wishes)
+    found.complete(second, 1.0)
+    third = found.propose(2, wishes)
+    assert [first.knobs, second.knobs] == [{"a": 5}, {"a": 3}] and not wishes
+    assert third.knobs not in (first.knobs, second.knobs)
+    assert found.propose(2) is None
+    found.fail(third, "wrong")
+    assert found.propose(2) is None and found.failures() == ["no such point", "wrong"]
+
+
+def test_what_is_compiled_is_compiled_once(tmp_path, monkeypatch):
     spec, geometry, key = tune._tasks(resolve(TARGET), [OP], None)[0]
     knobs = schedule.find_space(spec.algorithm, resolve(TARGET))[0].default(geometry)
     folders = [tmp_path / name for name in ("first", "second", "built")]
     for folder in folders:
         folder.mkdir()
-    threads = torch.get_num_threads()  # a Bench sets them for its process, which is this one
-    benches = [measure.Bench(OP, key, TARGET, threads, folder, str(folders[-1])) for folder in folders[:-1]]
-    benches[0].prepare(knobs)
+    built = str(folders[-1])
+    measure.compile_candidate(OP, TARGET, [geometry.to_json()], knobs, built, folders[0])
     monkeypatch.setattr(build, "compile_kernel", lambda *_: pytest.fail("compiled again"))
-    benches[1].prepare(knobs)
-    assert benches[1].time([knobs], 0.01, 1)["us"][0][0] > 0
+    measure.compile_candidate(OP, TARGET, [geometry.to_json()], knobs, built, folders[1])
+    bench = measure.Bench(OP, key, TARGET, torch.get_num_threads(), built)
+    bench.refer()
+    bench.prepare(knobs)
+    assert bench.time([knobs], 0.01, 1)["us"][0][0] > 0
 
 
 def test_sampled_search_repeats_nothing_and_keeps_to_its_trials(scripted):
@@ -372,7 +443,10 @@ def test_kill_keeps_what_was_measured(scripted, start):
     # Whatever a writer left unfinished must not hide what stands before it.
     journal = env.cache_dir() / "studies" / f"{TARGET}.journal"
     journal.write_text(journal.read_text() + '{"op_code": 5, "trial_')
+    compiled = env.cache_dir() / "tuning"
+    assert [path for path in compiled.iterdir() if path.is_dir()], "what the killed run compiled"
     report = tune.tune(TARGET, OP, options=QUICK)
+    assert {path.name for path in compiled.iterdir()} == {"lock"}
     assert report.results[0].ok == RIGHT
     repeated = [line for line, count in Counter(lines(scripted)).items() if count > 1]
     assert len(before) >= 3 and len(repeated) <= 1
@@ -413,12 +487,13 @@ def test_interrupt_writes_the_best_so_far(tmp_path, start):
 @pytest.mark.slow
 def test_hanging_worker_ends_without_its_parent(tmp_path):
     key = tune._tasks(resolve(TARGET), ["fused_recurrent_gated_delta_rule"], None)[0][2]
-    job = {"do": "open", "op": "fused_recurrent_gated_delta_rule", "key": key, "target": TARGET, "threads": 1}
+    job = {"op": "fused_recurrent_gated_delta_rule", "key": key, "target": TARGET, "threads": 1, "built": str(tmp_path)}
+    requests = ({"do": "open", **job, "timeout": 60.0}, {"do": "refer", "timeout": -9.9})
     done = subprocess.run(
-        [*worker.COMMAND, str(tmp_path)], input=json.dumps({**job, "timeout": -9.9}), capture_output=True, text=True,
+        [*worker.COMMAND, str(tmp_path)], input="\n".join(map(json.dumps, requests)), capture_output=True, text=True,
         env=build.builder_environment(), timeout=60, check=False,
     )  # fmt: skip
-    assert done.returncode == 1 and done.stdout == "" and "in _case" in done.stderr
+    assert done.returncode == 1 and done.stdout == "{}\n" and "in _case" in done.stderr
 
 
 def test_records_are_never_half_written(tmp_path):

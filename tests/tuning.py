@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -78,7 +77,7 @@ def scripted(log: Path, pause: float) -> None:
 
     for line in sys.stdin:
         request, answer = json.loads(line), {}
-        if request["do"] == "prepare":
+        if request["do"] in {"prepare", "prepare_others"}:
             point = (request["knobs"]["rows"], request["knobs"]["kind"])
             if point == (1, 2):
                 sys.stdin.read()  # ends when the parent does
@@ -86,7 +85,7 @@ def scripted(log: Path, pause: float) -> None:
             elif point == (1, 1):
                 print("LLVM ERROR: Cannot select", file=sys.stderr, flush=True)
                 os.abort()
-            elif point == (64, 1) or (point == (4, 2) and request.get("thorough")):
+            elif point == (64, 1) or (point == (4, 2) and request["do"] == "prepare_others"):
                 answer["error"] = f"wrong numbers of {point}"
         elif request["do"] == "time":
             final = len(request["candidates"]) > 1
@@ -111,7 +110,6 @@ def main() -> int:
     if kind == "scripted":
         with contextlib.suppress(BrokenPipeError):
             scripted(Path(sys.argv[2]), float(sys.argv[3]))
-        shutil.rmtree(sys.argv[4], ignore_errors=True)
         return 0
     from tvm_gdn import cli, env
     from tvm_gdn.target import resolve

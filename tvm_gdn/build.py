@@ -170,7 +170,7 @@ def kernel_digest(spec: OpSpec, target: TargetSpec) -> str:
     if target.image != "elf-so":
         also = {"emulation": images.EMULATION, "source": images.WORKSPACE}
         names += [images.FUNCTIONS, *([also[target.image]] if target.image in also else [])]
-    seam = "".join((resources.files("tvm_gdn") / "csrc" / name).read_text(encoding="utf-8") for name in names)
+    seam = "".join(map(images.whole_source, names))
     compilers = ["tvm_gdn.build"]
     if target.image != "elf-so":
         compilers += ["tvm_gdn.images", "tvm_gdn.subset"]

@@ -72,7 +72,7 @@ def validate(spec: OpSpec, args: Mapping[str, Any]) -> dict[str, int]:
         if axis not in sizes and order[-1] in sizes:
             sizes[axis] = sizes[order[-1]]
     for scalar in spec.scalars:
-        _check_choice(spec, scalar, args.get(scalar.name))
+        _check_scalar(spec, scalar, args.get(scalar.name))
     if spec.check is not None:
         try:
             spec.check(args, sizes)
@@ -139,7 +139,9 @@ def _is_writable(tensor: torch.Tensor) -> bool:
     return populate(page, mmap.PAGESIZE, _MADV_POPULATE_WRITE) == 0 or ctypes.get_errno() not in {errno.EFAULT, errno.EINVAL}
 
 
-def _check_choice(spec: OpSpec, scalar: Scalar, value: Any) -> None:
+def _check_scalar(spec: OpSpec, scalar: Scalar, value: Any) -> None:
+    if scalar.type == "int" and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ArgumentError(f"{spec.name}: {scalar.name} is {value}; it must fit in 64 bits")
     allowed = [given for given, _ in scalar.choices]
     if allowed and value not in allowed:
         raise ArgumentError(f"{spec.name}: {scalar.name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")

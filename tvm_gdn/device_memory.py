@@ -1,4 +1,8 @@
-"""Scratch memory of device kernels: torch's own allocations, so that streams and captured graphs are torch's business."""
+"""Scratch memory of device kernels: torch's own allocations, so that streams and captured graphs are torch's business.
+
+The launcher asks torch for it through tvm_ffi (`device_launcher.c`). What is here serves where it cannot: emulated devices, whose
+memory is the CPU's, and versions of torch without DLPack's C interface. A buffer then costs a call into Python.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +33,11 @@ def functions(device: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        C functions that allocate on the current stream and give back in its order. They live as long as the process.
+        C functions that allocate on the current stream and give back in its order, which live as long as the process; none
+        where the launcher's own serve.
     """
+    if device != "cpu" and hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return {}
 
     def allocate(_type: int, number: int, size: int, _code: int, _bits: int) -> int | None:
         try:

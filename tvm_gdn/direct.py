@@ -7,19 +7,23 @@ gradients, and arguments of other types than the schema's, which it converts or 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from tvm_gdn.spec import OpSpec, Tensor
+from tvm_gdn.errors import ArgumentTypeError
+from tvm_gdn.spec import OpSpec, Scalar, Tensor
 
 #: Per operator the function to call, with the operator's own arguments.
 call = SimpleNamespace()
 
 _TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _SCALARS = {"float": (float,), "int": (int,), "bool": (bool,), "str": (str,)}
+#: How torch refuses a value that it cannot convert to the schema's type.
+_REFUSED = re.compile(r"Expected a value of type .* for argument '(\w+)' but instead found")
 
 
 def _questions() -> dict[str, Callable[[], Any]]:
@@ -44,6 +48,33 @@ def _plain(spec: OpSpec) -> str:
         optional = arg.optional if isinstance(arg, Tensor) else arg.default is None
         parts.append(f"({arg.name} is None or {test})" if optional else test)
     return " and ".join(parts)
+
+
+def _wanted(arg: Tensor | Scalar) -> str:
+    if isinstance(arg, Tensor):
+        return f"a torch.Tensor{' or None' if arg.optional else ''}"
+    if arg.choices:
+        return f"one of {', '.join(repr(given) for given, _ in arg.choices)}"
+    return f"{'an int' if arg.type == 'int' else f'a {arg.type}'}{' or None' if arg.default is None else ''}"
+
+
+def _converting(spec: OpSpec, operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Leave it to torch what it converts, and say in our words what it does not."""
+    places = {arg.name: (position, arg) for position, arg in enumerate(spec.inputs)}
+
+    def call(*values: Any) -> Any:
+        try:
+            return operator(*values)
+        except RuntimeError as error:
+            refused = _REFUSED.search(str(error))
+            if refused is None or refused[1] not in places:
+                raise
+            position, arg = places[refused[1]]
+            value = values[position]
+            shown = repr(value) if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
+            raise ArgumentTypeError(f"{spec.name}: {arg.name} is {shown[:80]}; pass {_wanted(arg)}") from None
+
+    return call
 
 
 def register(spec: OpSpec, parameters: str, implementations: Mapping[str, Callable[..., Any]]) -> None:
@@ -78,11 +109,12 @@ def register(spec: OpSpec, parameters: str, implementations: Mapping[str, Callab
         f"        if implementation is None or (grad_enabled() and ({gradients})):\n"
         f"            return operator({names})\n"
         f"        return implementation({names})\n"
-        f"    return operator({names})\n"
+        f"    return converting({names})\n"
     )
     namespace: dict[str, Any] = {
         **questions,
         "operator": operator,
+        "converting": _converting(spec, operator),
         "implementations": dict(implementations),
         "tensors": _TENSORS,
         "grad_enabled": torch.is_grad_enabled,

@@ -225,17 +225,34 @@ def _from_cache_or_compiler(spec: OpSpec, geometry: Geometry, target: TargetSpec
             f"--op {spec.name} --geometry {shlex.quote(geometry.key)}"
         )
     if version_of("apache-tvm") == "none":
-        raise BuildError(f"no pack has {spec.name} [{geometry}] and apache-tvm is not installed to compile it")
-    with kernel_cache.locked(folder):
-        served = _load_single(folder)
-        if served is None:
-            start = time.perf_counter()
-            kernel_cache.compile_pack(folder, [build.Request(spec, geometry)], target)
-            _log.info("compiled %s [%s] for %s in %.1f s", spec.name, geometry, target.name, time.perf_counter() - start)
-            served = _load_single(folder)
+        raise BuildError(
+            f"no pack has {spec.name} [{geometry}] and apache-tvm is not installed to compile it: pip install 'tvm_gdn[compile]' "
+            "or name the folder of a pack from `tvm_gdn build` in TVM_GDN_PACK_PATH"
+        )
+    try:
+        with kernel_cache.locked(folder):
+            served = _load_single(folder) or _compile(spec, geometry, target, folder)
+    except OSError as error:
+        raise BuildError(
+            f"the cache folder {env.cache_dir()} cannot be used ({error}): name one that can be written to in TVM_GDN_CACHE_DIR"
+        ) from error
     if served is None:
         raise BuildError(f"{folder} holds no kernel after compiling {spec.name}; is the cache folder being cleared?")
     return served
+
+
+def _compile(spec: OpSpec, geometry: Geometry, target: TargetSpec, folder: Path) -> Served | None:
+    _announce()
+    start = time.perf_counter()
+    kernel_cache.compile_pack(folder, [build.Request(spec, geometry)], target)
+    _log.info("compiled %s [%s] for %s in %.1f s", spec.name, geometry, target.name, time.perf_counter() - start)
+    return _load_single(folder)
+
+
+@functools.cache
+def _announce() -> None:
+    """Say once, before the first wait, what is being waited for."""
+    _log.info("compiling: kernels that no pack has are compiled at their first call, some seconds each, and kept in the cache")
 
 
 def _load_single(folder: Path) -> Served | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 import platformdirs
 
-__all__ = ["cache_dir", "checks_enabled", "jit_disabled", "log_level", "pack_path", "target_name"]
+__all__ = ["cache_dir", "checks_enabled", "jit_disabled", "log_level", "pack_path", "target_name", "without_effect"]
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+_FLAGS = ("TVM_GDN_DISABLE_JIT", "TVM_GDN_CHECKS")
 
 
 def _flag(name: str, default: bool) -> bool:
@@ -47,3 +50,12 @@ def checks_enabled() -> bool:
 def log_level() -> str:
     """`TVM_GDN_LOG`: level of the package's logger on stderr. Default ``INFO``."""
     return os.environ.get("TVM_GDN_LOG", "INFO").upper() or "INFO"
+
+
+def without_effect() -> dict[str, str]:
+    """Variables whose values mean nothing, so that the default holds, and what is allowed."""
+    given = {name: os.environ.get(name, "").strip().lower() for name in _FLAGS}
+    found = {name: "0 or 1" for name, value in given.items() if value and value not in _TRUE | _FALSE}
+    if not isinstance(logging.getLevelName(log_level()), int):
+        found["TVM_GDN_LOG"] = "DEBUG, INFO, WARNING or ERROR"
+    return found

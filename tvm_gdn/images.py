@@ -42,7 +42,7 @@ _MACHINES = {
     "elf-so": _CPUS,
     "emulation": _CPUS,
 }
-#: Functions that device code calls by name.
+#: Functions that device code calls by name; it includes those in PTX, and their plain C++ for everything else.
 FUNCTIONS = "device_functions.h"
 #: The one of them by which a kernel waits for those ahead of it.
 FOLLOW = "tvm_gdn_follow"
@@ -293,7 +293,17 @@ def with_functions(source: str) -> str:
     if "tvm_gdn_follow" in source:
         # What is read through restricted pointers counts as constant, and may be read before the kernel ahead has written it.
         source = source.replace(" __restrict__", "")
-    return (resources.files("tvm_gdn") / "csrc" / FUNCTIONS).read_text(encoding="utf-8") + source
+    return whole_source(FUNCTIONS) + source
+
+
+def whole_source(name: str) -> str:
+    """A file of `csrc` with those that it includes in their places: what is exported or digested must not name other files."""
+    folder = resources.files("tvm_gdn") / "csrc"
+
+    def included(line: re.Match[str]) -> str:
+        return whole_source(line[1]) if (folder / line[1]).is_file() else line[0]
+
+    return re.sub(r'^#include "(\w+\.h)"\n', included, (folder / name).read_text(encoding="utf-8"), flags=re.M)
 
 
 def _link(objects: list[bytes], target: TargetSpec, image: Path) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -105,7 +105,12 @@ def _compiled(
         yield built, build.build_launcher(Path(scratch), target)
 
 
-def prebuild(wanted: Iterable[tuple[OpSpec, Geometry]], target: TargetSpec, jobs: int = 0) -> list[str]:
+def prebuild(
+    wanted: Iterable[tuple[OpSpec, Geometry]],
+    target: TargetSpec,
+    jobs: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
     """Compile what the cache lacks, many kernels per compiling process.
 
     Parameters
@@ -116,6 +121,8 @@ def prebuild(wanted: Iterable[tuple[OpSpec, Geometry]], target: TargetSpec, jobs
         Their target.
     jobs : int
         Compiling processes; default one per core, at most 8.
+    progress : callable, optional
+        ``progress(done, missing)`` is called before the first kernel, if any is missing, and now and then.
 
     Returns
     -------
@@ -138,9 +145,17 @@ def prebuild(wanted: Iterable[tuple[OpSpec, Geometry]], target: TargetSpec, jobs
             return compile_share(share[:middle]) + compile_share(share[middle:])
         return [f"{folders[folder][0].name} [{folders[folder][1]}]: {error}" for folder, error in failures.items()]
 
+    lines: list[str] = []
+    done = 0
     with ThreadPoolExecutor(jobs) as pool:
         shares = [missing[first : first + size] for first in range(0, len(missing), max(size, 1))]
-        return [line for lines in pool.map(compile_share, shares) for line in lines]
+        results = pool.map(compile_share, shares)
+        for share in shares:
+            if progress is not None:
+                progress(done, len(missing))
+            lines += next(results)
+            done += len(share)
+    return lines
 
 
 def is_whole(folder: Path) -> bool:

@@ -34,6 +34,8 @@ _DEVICE = {
     "__TVMFFIEnvModLookupFromImports": "tvm_gdn_device_lookup",
     "__TVMFFIFunctionCall": "TVMFFIFunctionCall",
     "__TVMFFIHandleInitOnce": "TVMFFIHandleInitOnce",
+    "__TVMBackendAllocWorkspace": "tvm_gdn_device_allocate",
+    "__TVMBackendFreeWorkspace": "tvm_gdn_device_give_back",
 }
 
 

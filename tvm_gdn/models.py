@@ -134,6 +134,13 @@ def kernels(name: str | Model) -> list[tuple[OpSpec, Geometry]]:
     return list(found.values())
 
 
+def bench(spec: OpSpec, name: str | None = None) -> list[dict[str, Any]]:
+    """Benchmark shapes of an operator; of experts with a model's hidden sizes where it is named and has experts."""
+    facts = None if name is None else model(name)
+    sizes = {axis: facts.experts.axes[axis] for axis in "DI"} if facts and facts.experts else {}
+    return [{**case, **sizes} if {"D", "I"} <= set(case) else dict(case) for case in spec.bench]
+
+
 _Case = tuple[str, dict[str, Any]]
 _DENSE = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 

@@ -33,7 +33,7 @@ class Result:
 
 def rms_ratio(out: torch.Tensor, ref: torch.Tensor) -> float:
     """RMS of the difference over RMS of the reference; equal NaN positions count as equal, others as infinite error."""
-    out, ref = out.detach().double().cpu(), ref.detach().double().cpu()
+    out, ref = out.detach().double().to(ref.device), ref.detach().double()
     finite = ref.isfinite()
     if not torch.equal(finite, out.isfinite()):
         return float("inf")

@@ -47,7 +47,8 @@ def moe_route(
         size = experts // num_expert_group
         best = biased.view(tokens, num_expert_group, size).sort(-1, descending=True).values[..., :2].sum(-1)
         kept = _descending(best)[:, :topk_group]
-        allowed = torch.zeros(tokens, num_expert_group, dtype=torch.bool).scatter_(1, kept, True).repeat_interleave(size, 1)
+        allowed = torch.zeros(tokens, num_expert_group, dtype=torch.bool, device=x.device).scatter_(1, kept, True)
+        allowed = allowed.repeat_interleave(size, 1)
         order = order.gather(1, _descending(allowed.gather(1, order).int()))
     ids = order[:, :top_k]
     weights = scores.gather(1, ids)

@@ -199,7 +199,8 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
     told: set[str] = set()
 
     def explain(error: Exception, values: tuple[Any, ...]) -> Any:
-        if isinstance(error, TvmGdnError):
+        # Who catches that memory ran out must see torch's own class.
+        if isinstance(error, (TvmGdnError, torch.OutOfMemoryError)):
             raise error
         check.validate(spec, dict(zip(names, values, strict=True)))
         if any(isinstance(value, torch.Tensor) and not value.numel() for value in values):

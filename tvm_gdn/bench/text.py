@@ -52,6 +52,13 @@ def render(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def line(row: Mapping[str, Any]) -> str:
+    """One shape in one line."""
+    eager = {name: f" (eager {times['median']:.1f})" for name, times in row["eager_us"].items()}
+    times = ", ".join(f"{name} {times['median']:.1f}{eager.get(name, '')}" for name, times in row["us"].items())
+    return f"{row['op']} {row['case']}: {times} us" + ("" if row["passed"] else " WRONG or not compiled")
+
+
 def _operator(op: str, rows: list[dict[str, Any]]) -> Iterator[str]:
     common, labels = split_common([row["case"] for row in rows])
     yield f"{op}  {common}".rstrip()
@@ -82,7 +89,7 @@ def _operator(op: str, rows: list[dict[str, Any]]) -> Iterator[str]:
         if not row["passed"]:
             yield f"WRONG or not compiled: {row['case']}: {row['served_by']}"
         for name, note in row["peer_notes"].items():
-            yield f"{_PEER_NAMES[name]} left out at {row['case']}: {note}"
+            yield f"{_PEER_NAMES.get(name, name)} left out at {row['case']}: {note}"
         for name, error in row["peer_errors"].items():
             limit = next(iter(row["limits"].values()))
             if error > limit:

@@ -269,7 +269,6 @@ def _environment() -> Iterator[Check]:
     values = {name: value for name, value in sorted(os.environ.items()) if name.startswith("TVM_GDN_")}
     unknown = sorted(set(values) - set(_VARIABLES))
     text = ", ".join(f"{name}={value}" for name, value in values.items()) or "no TVM_GDN_* variable is set"
-    yield Check(
-        "environment", "warn" if unknown else "ok", text,
-        f"{', '.join(unknown)}: not known, has no effect; known: {', '.join(_VARIABLES)}" if unknown else "",
-    )  # fmt: skip
+    advice = [f"{', '.join(unknown)}: not known, has no effect; known: {', '.join(_VARIABLES)}"] if unknown else []
+    advice += [f"{name}: this value has no effect; allowed: {allowed}" for name, allowed in env.without_effect().items()]
+    yield Check("environment", "warn" if advice else "ok", text, "; ".join(advice))

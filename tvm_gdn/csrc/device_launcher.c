@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_DEVICES = 64, MAX_PARAMETERS = 128, DIMS = 6, ATTRIBUTE_DYNAMIC_SHARED = 8, CAPTURE_RELAXED = 2, LAUNCH_EARLY = 6 };
+enum { MAX_DEVICES = 64, MAX_PARAMETERS = 128, MAX_HELD = 64, DIMS = 6, ATTRIBUTE_DYNAMIC_SHARED = 8, CAPTURE_RELAXED = 2, LAUNCH_EARLY = 6 };
 
 /* The parts of tvm_ffi's C ABI that are used; defined by libtvm_ffi, which is loaded already. */
 typedef struct {
@@ -29,6 +29,20 @@ typedef struct {
 extern int TVMFFIFunctionCreate(void* self, int (*call)(void*, const Any*, int32_t, Any*), void (*deleter)(void*), void** out);
 extern void* TVMFFIEnvGetStream(int32_t device_type, int32_t device_id);
 extern void TVMFFIErrorSetRaisedFromCStr(const char* kind, const char* message);
+typedef struct {
+  void* data;
+  struct {
+    int32_t type, id;
+  } device;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+} Tensor; /* DLTensor */
+enum { OBJECT_HEADER = 24, UINT = 1 };
+extern int TVMFFIEnvTensorAlloc(Tensor* prototype, void** out);
+extern int TVMFFIObjectDecRef(void* object);
 
 /* What cuLaunchKernelEx takes. */
 typedef struct {
@@ -176,6 +190,37 @@ static int on_launch(void* self, const Any* args, int32_t count, Any* result) {
   }
   if (foreign) driver->context_pop(&popped);
   return status ? raise_error(image, "launching", kernel->name, status) : 0;
+}
+
+/* Scratch memory: tensors of the caller's framework, its allocations on its current stream, which tvm_ffi asks for. */
+static __thread struct {
+  void *address, *tensor;
+} held[MAX_HELD]; /* what calls in progress on this thread hold */
+static __thread int held_count;
+
+/* Null where there is none; the framework's error is then set. */
+void* tvm_gdn_device_allocate(int type, int id, uint64_t bytes, int code, int bits) {
+  (void)code, (void)bits;
+  int64_t shape = bytes ? (int64_t)bytes : 1;
+  Tensor wanted = {.device = {type, id}, .ndim = 1, .code = UINT, .bits = 8, .lanes = 1, .shape = &shape};
+  void* object = 0;
+  if (held_count == MAX_HELD) return raise_error(0, "allocating", "scratch memory (more buffers than a call may have)", -1), (void*)0;
+  if (TVMFFIEnvTensorAlloc(&wanted, &object)) return 0;
+  const Tensor* made = (const Tensor*)((char*)object + OBJECT_HEADER);
+  held[held_count].address = (char*)made->data + made->byte_offset;
+  held[held_count].tensor = object;
+  return held[held_count++].address;
+}
+
+int tvm_gdn_device_give_back(int type, int id, void* address) {
+  (void)type, (void)id;
+  for (int n = held_count - 1; n >= 0; --n) {
+    if (held[n].address != address) continue;
+    void* object = held[n].tensor;
+    held[n] = held[--held_count];
+    return TVMFFIObjectDecRef(object);
+  }
+  return 0;
 }
 
 /* What `__TVMFFIEnvModLookupFromImports` of a device pack's libraries points to. The context is a library's own. */

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from tvm_gdn import direct
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
+from tvm_gdn.ops import draws
 from tvm_gdn.ops.rules import check_bounds, check_slots
 from tvm_gdn.spec import INTS, ITEMSIZE, Draw, Geometry, OpSpec, Output, Scalar, Tensor, named_sizes
 
@@ -38,10 +40,6 @@ def _x(draw: Draw) -> torch.Tensor:
     if draw.case.get("tokens_inner"):
         return torch.randn(draw.shape, generator=draw.rng)
     return torch.randn((*draw.shape[:-2], draw.shape[-1], draw.shape[-2]), generator=draw.rng).transpose(-1, -2)
-
-
-def _bounds(draw: Draw) -> torch.Tensor:
-    return torch.tensor([0, *draw.case.get("lengths", (draw.sizes["T"],))]).cumsum(0)
 
 
 def _slots(draw: Draw) -> torch.Tensor:
@@ -128,7 +126,7 @@ CAUSAL_CONV1D_FN = OpSpec(
         _WEIGHT,
         _BIAS,
         _state("conv_states", optional=True),
-        Tensor("query_start_loc", "N+1", dtypes=INTS, optional=True, strides="dense", values=_bounds),
+        Tensor("query_start_loc", "N+1", dtypes=INTS, optional=True, strides="dense", values=draws.bounds),
         Tensor("cache_indices", "N", dtypes=INTS, optional=True, strides="dense", values=_slots),
         Tensor("has_initial_state", "N", dtypes=("bool",), optional=True, strides="dense", values=_flags),
         Scalar("activation", "str", "silu", static=True, choices=ACTIVATIONS),
@@ -165,7 +163,9 @@ CAUSAL_CONV1D_FN = OpSpec(
         for dtype in ("bfloat16", "float32")
         for size in (
             {"B": 1, "T": 512, "with": ()},
+            {"B": 1, "T": 8192, "with": ()},
             {"lengths": (300, 200, 11, 1), "with": (*_VARLEN, "has_initial_state")},
+            {"lengths": (2048, 4000, 2143, 1), "with": (*_VARLEN, "has_initial_state")},
         )
     ),
     **_FAMILY,
@@ -263,7 +263,7 @@ def causal_conv1d_fn(
     """
     if isinstance(conv_states, torch.Tensor) and conv_states.ndim == 3 and conv_states.shape[2] == 0:
         conv_states = cache_indices = has_initial_state = None  # width 1: nothing to remember
-    return torch.ops.tvm_gdn.causal_conv1d_fn(
+    return direct.call.causal_conv1d_fn(
         x, weight, bias, conv_states, query_start_loc, cache_indices, has_initial_state, activation, pad_slot_id
     )
 
@@ -308,8 +308,8 @@ def causal_conv1d_update(
     Source: the convolution of Mamba (arXiv:2312.00752); signature of SGLang's causal_conv1d.
     """
     if isinstance(x, torch.Tensor) and x.ndim == 2:
-        o = torch.ops.tvm_gdn.causal_conv1d_update(
+        o = direct.call.causal_conv1d_update(
             x.unsqueeze(2), conv_state, weight, bias, activation, conv_state_indices, pad_slot_id
         )
         return o.squeeze(2)
-    return torch.ops.tvm_gdn.causal_conv1d_update(x, conv_state, weight, bias, activation, conv_state_indices, pad_slot_id)
+    return direct.call.causal_conv1d_update(x, conv_state, weight, bias, activation, conv_state_indices, pad_slot_id)

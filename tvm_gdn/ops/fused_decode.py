@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tvm_gdn import direct
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.ops import arguments, draws
 from tvm_gdn.ops.arguments import A_LOG, DT_BIAS, OWN_POOL, SCALE, SLOTS, V_FIRST
@@ -185,7 +186,7 @@ def fused_conv_gated_delta_rule_update(
     -----
     Source: Gated Delta Networks (arXiv:2412.06464), behind the convolution of Mamba (arXiv:2312.00752).
     """
-    return torch.ops.tvm_gdn.fused_conv_gated_delta_rule_update(
+    return direct.call.fused_conv_gated_delta_rule_update(
         mixed_qkv,
         conv_state,
         conv_weight,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from tvm_gdn import direct
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import draws
@@ -92,8 +93,8 @@ def fused_gdn_gating(
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.ndim != 2 and a.ndim >= 1 and a.shape == b.shape:
         # flatten(0, -2) of a strided view may copy; the leading axes of a projection's slice always collapse without one.
         lead = a.shape[:-1]
-        g, beta = torch.ops.tvm_gdn.fused_gdn_gating(
+        g, beta = direct.call.fused_gdn_gating(
             A_log, a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]), dt_bias, softplus_beta, softplus_threshold
         )
         return g.view(*lead, -1), beta.view(*lead, -1)
-    return torch.ops.tvm_gdn.fused_gdn_gating(A_log, a, b, dt_bias, softplus_beta, softplus_threshold)
+    return direct.call.fused_gdn_gating(A_log, a, b, dt_bias, softplus_beta, softplus_threshold)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tvm_gdn import direct
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.spec import INTS, ITEMSIZE, Draw, Geometry, OpSpec, Output, Scalar, Tensor, named_sizes
@@ -209,7 +210,7 @@ def moe_route(
     """
     groups = 1 if num_expert_group is None else num_expert_group
     kept = groups if topk_group is None else topk_group
-    return torch.ops.tvm_gdn.moe_route(logits, top_k, scoring, renormalize, groups, kept, correction_bias, routed_scaling_factor)
+    return direct.call.moe_route(logits, top_k, scoring, renormalize, groups, kept, correction_bias, routed_scaling_factor)
 
 
 def moe_sort(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -243,7 +244,7 @@ def moe_sort(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, to
     -----
     A counting sort, stable within an expert. Source of the layout: MegaBlocks (arXiv:2211.15841).
     """
-    return torch.ops.tvm_gdn.moe_sort(topk_ids, num_experts)
+    return direct.call.moe_sort(topk_ids, num_experts)
 
 
 def expert_stats(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -276,4 +277,4 @@ def expert_stats(topk_ids: torch.Tensor, num_experts: int) -> tuple[torch.Tensor
     -----
     Why balance matters: Switch Transformers (arXiv:2101.03961).
     """
-    return torch.ops.tvm_gdn.expert_stats(topk_ids, num_experts)
+    return direct.call.expert_stats(topk_ids, num_experts)

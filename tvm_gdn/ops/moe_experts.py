@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from tvm_gdn import direct
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
+from tvm_gdn.ops import draws
 from tvm_gdn.ops.moe import IDS, sizes
 from tvm_gdn.packed_experts import GROUPS, STEP, PackedExperts, unpack
 from tvm_gdn.spec import FLOATS, ITEMSIZE, Draw, Geometry, OpSpec, Output, Scalar, Tensor
@@ -19,10 +21,6 @@ _FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def _weights(draw: Draw) -> torch.Tensor:
     return torch.randn(draw.shape, generator=draw.rng) * draw.shape[-1] ** -0.5
-
-
-def _routing_weights(draw: Draw) -> torch.Tensor:
-    return torch.rand(draw.shape, generator=draw.rng)
 
 
 def _packed_sizes(case: Mapping[str, Any]) -> dict[str, int]:
@@ -106,7 +104,7 @@ def _unpacked(args: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 _X = Tensor("x", "T D", role="data")
-_TOPK = (Tensor("topk_weights", "T k", strides="any", usual="float32", values=_routing_weights), IDS)
+_TOPK = (Tensor("topk_weights", "T k", strides="any", usual="float32", values=draws.strength), IDS)
 _OUT = (Output("out", "T D", like="data"),)
 
 FUSED_EXPERTS = OpSpec(
@@ -128,7 +126,7 @@ FUSED_EXPERTS = OpSpec(
         {"T": 500, "k": 4, "E": 9, "D": 128, "I": 64, "dtype": "bfloat16", "padding": True},
         {"T": 65, "k": 2, "E": 6, "D": 100, "I": 72, "dtype": "float16"},
     ),
-    bench=({"T": 1, "k": 8, "E": 32, "D": 2048, "I": 768, "dtype": "bfloat16"},),
+    bench=tuple({"T": tokens, "k": 8, "E": 32, "D": 2048, "I": 768, "dtype": "bfloat16"} for tokens in (1, 16, 128, 1024)),
     sizes=sizes,
     smallest={"D": 4, "I": 4},
     cost=_cost,
@@ -213,8 +211,8 @@ def _run_pack(
     x: torch.Tensor, pack: PackedExperts, topk_weights: torch.Tensor | None, topk_ids: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
     if pack.w13_scale is None:
-        return torch.ops.tvm_gdn.fused_experts_packed(x, pack.w13, pack.w2, topk_weights, topk_ids, pack.scheme, activation)
-    return torch.ops.tvm_gdn.fused_experts_quantized(
+        return direct.call.fused_experts_packed(x, pack.w13, pack.w2, topk_weights, topk_ids, pack.scheme, activation)
+    return direct.call.fused_experts_quantized(
         x, pack.w13, pack.w2, topk_weights, topk_ids, pack.w13_scale, pack.w2_scale, pack.scheme, activation
     )
 
@@ -273,7 +271,7 @@ def fused_experts(
         except (ArgumentError, ArgumentTypeError) as error:
             # In the words of the function that was called.
             raise type(error)(f"fused_experts:{str(error).partition(':')[2]}") from None
-    return torch.ops.tvm_gdn.fused_experts(x, w13, w2, topk_weights, topk_ids, activation)
+    return direct.call.fused_experts(x, w13, w2, topk_weights, topk_ids, activation)
 
 
 @forward_only
@@ -321,12 +319,14 @@ def shared_expert(
             raise ArgumentError(f"shared_expert: w13 is a pack of {w13.experts} experts; pass a pack of one")
         weights: tuple[Any, ...] = (w13, w2)
     else:
-        if w13 is None or w13.ndim != 2 or w2 is None or w2.ndim != 2:
+        if not all(isinstance(weight, torch.Tensor) and weight.ndim == 2 for weight in (w13, w2)):
             raise ArgumentError("shared_expert: w13 is [2I, D] and w2 [D, I], or w13 a PackedExperts of one expert")
-        weights = (w13[None], w2[None])
+        weights = w13[None], w2[None]  # type: ignore[index]
     if not isinstance(x, torch.Tensor) or x.ndim != 2:
         raise ArgumentError(f"shared_expert: x is {tuple(x.shape) if isinstance(x, torch.Tensor) else x!r}; allowed: [T, D]")
     tokens, hidden = x.shape
+    if gate is not None and not isinstance(gate, torch.Tensor):
+        raise ArgumentTypeError(f"shared_expert: gate is a {type(gate).__name__}; pass a torch.Tensor or None")
     if gate is not None and gate.numel() != hidden:
         raise ArgumentError(f"shared_expert: gate has {gate.numel()} elements; it must have D = {hidden}")
     if gate is None:

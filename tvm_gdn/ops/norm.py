@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tvm_gdn import direct
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.spec import ITEMSIZE, Geometry, OpSpec, Output, Scalar, Tensor
@@ -52,7 +53,7 @@ RMS_NORM_GATED = OpSpec(
     bench=tuple(
         {"M": tokens, "G": 32, "D": 128, "with": ("z",), "dtype": dtype}
         for dtype in ("bfloat16", "float32")
-        for tokens in (1, 32, 512)
+        for tokens in (1, 32, 512, 8192)
     ),
     check=_check,
     cost=_cost,
@@ -124,5 +125,5 @@ def rms_norm_gated(
     if isinstance(x, torch.Tensor) and isinstance(z, torch.Tensor) and x.shape != z.shape:
         raise ArgumentError(f"rms_norm_gated: z has shape {tuple(z.shape)}, x has {tuple(x.shape)}; they must be the same")
     gate = None if z is None else _rows("z", z)
-    o = torch.ops.tvm_gdn.rms_norm_gated(_rows("x", x), weight, gate, eps, norm_before_gate, activation)
+    o = direct.call.rms_norm_gated(_rows("x", x), weight, gate, eps, norm_before_gate, activation)
     return o if x.ndim == 3 else o.view(x.shape)

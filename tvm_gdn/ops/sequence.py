@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from tvm_gdn import direct
 from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops import draws
@@ -133,11 +134,11 @@ def _call(
         tensors = tuple(map(tokens_first, tensors))
     final = None
     if indices is None:
-        operator = getattr(torch.ops.tvm_gdn, name)
+        operator = getattr(direct.call, name)
         o, final = operator(*tensors, scale, initial_state, output_final_state, cu_seqlens, l2norm, state_v_first)
     else:
         final = _empty_states(initial_state, indices) if output_final_state else None
-        operator = getattr(torch.ops.tvm_gdn, f"{name}_update")
+        operator = getattr(direct.call, f"{name}_update")
         options = scale, initial_state, indices, cu_seqlens, l2norm
         try:
             o = operator(*tensors, *options, state_v_first=state_v_first, final_state=final)

@@ -1,7 +1,7 @@
-"""The measuring process of `tvm_gdn tune` (``python -m tvm_gdn.tuning.measure FOLDER``), which imports tvm once.
+"""The processes of `tvm_gdn tune` that compile and that measure (``python -m tvm_gdn.tuning.measure FOLDER``).
 
-It compiles a candidate, loads it, holds its numbers against the float64 reference, and only then times it: one JSON line per
-request on stdin, one per answer on stdout. `worker.py` is the other end.
+One compiles candidates; another loads a candidate, holds its numbers against the float64 reference, and only then times it: one
+JSON line per request on stdin, one per answer on stdout. `worker.py` is the other end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,8 @@ from typing import Any, TextIO
 
 import torch
 
-from tvm_gdn import build, cases, load, parity, records, schedule, torch_ops
+from tvm_gdn import build, cases, load, models, parity, records, torch_ops
+from tvm_gdn import device as devices
 from tvm_gdn import pack as packs
 from tvm_gdn.bench import contenders, timing
 from tvm_gdn.bench import device as bench_device
@@ -35,7 +35,7 @@ from tvm_gdn.tuning.worker import TrialError
 
 @dataclass(frozen=True)
 class _Case:
-    """Arguments of a call, and what the reference makes of them."""
+    """Arguments of a call, on the target's device, and what the reference makes of them."""
 
     label: str
     geometry: Geometry
@@ -44,76 +44,78 @@ class _Case:
 
 
 class Bench:
-    """Compiles, checks and times candidates for one operator and tuning key.
+    """Checks and times compiled candidates for one operator and tuning key.
 
     Parameters
     ----------
-    op, key, target, threads, built, share
-        As in `worker.Worker.open`.
-    folder : Path
-        Where libraries are written.
+    op, key, target : str
+        Operator, tuning key and name of the target.
+    threads : int
+        Threads that kernels run on.
+    built : str
+        Folder of compiled candidates.
+    model : str, optional
+        Model whose sizes the benchmark shapes have.
     """
 
-    def __init__(
-        self, op: str, key: str, target: str, threads: int, folder: Path, built: str | None = None, share: int = 1
-    ) -> None:
-        self.spec, self.target, self.folder = OPS[op], resolve(target), folder
-        self._built = folder if built is None else Path(built)
-        timed, checked, others = select_cases(self.spec, key)
-        # As many workers as share the CPU run the reference at once; kernels run alone and on all threads.
-        torch.set_num_threads(max(1, threads // share))
-        self.timed = [self._case(case) for case in timed]
-        self.checked = [self._case(case) for case in checked] + self.timed
+    def __init__(self, op: str, key: str, target: str, threads: int, built: str, model: str | None = None) -> None:
+        self.spec, self.target, self._built = OPS[op], resolve(target), Path(built)
         torch.set_num_threads(threads)
-        self.others = others
-        self.inputs = [contenders.steady(self.spec, case, self.target.device) for case in timed]
+        timed, checked, self._others = select_cases(self.spec, key, model)
+        self._drawn = [(case, cases.draw(self.spec, case)) for case in (*timed, *checked)]
+        self._count = len(timed)
+        self._cases: list[_Case] = []
         self._functions: dict[tuple[str, str], Callable[..., Any]] = {}
         self._right: set[str] = set()
 
-    def _case(self, case: Mapping[str, Any]) -> _Case:
-        arguments = cases.draw(self.spec, case)
-        expected = parity.expected(self.spec, arguments)
+    def refer(self) -> None:
+        """Run the reference on every case, on the target's device; once."""
+        if not self._cases:
+            self._cases = [self._case(*drawn) for drawn in self._drawn]
+            self.timed = self._cases[: self._count]
+            self.inputs = [contenders.settled(self.spec, cases.clone(case.arguments)) for case in self.timed]
+
+    def _case(self, case: Mapping[str, Any], drawn: Mapping[str, Any]) -> _Case:
+        arguments = {
+            name: value.to(self.target.device) if isinstance(value, torch.Tensor) else value for name, value in drawn.items()
+        }
+        try:
+            expected = parity.expected(self.spec, arguments)
+        except RuntimeError:  # no memory for it there, or an operation without float64
+            expected = parity.expected(self.spec, drawn)
         return _Case(cases.label(case), geometry_of_case(self.spec, case), arguments, expected)
 
-    def prepare(self, knobs: Mapping[str, Any], thorough: bool = False, part: Sequence[int] = (0, 1)) -> None:
-        """Compile and load a candidate and check its numbers.
-
-        Parameters
-        ----------
-        knobs : mapping
-            The candidate.
-        thorough : bool
-            Check the other geometries of the tuning key too, which a record would also serve.
-        part : sequence of int
-            Of those geometries only the i-th of n parts, given as (i, n).
+    def prepare(self, knobs: Mapping[str, Any]) -> None:
+        """Load a candidate and check its numbers.
 
         Raises
         ------
         TrialError
             Wrong numbers, and where.
         """
-        if thorough:
-            first, step = part
-            self._check_others(knobs, self.others[first::step])
-            return
         name = json.dumps(knobs, sort_keys=True)
         if name not in self._right:
-            for case in self.checked:
+            for case in self._cases:
                 self._check(case, knobs)
             self._right.add(name)
 
-    def _check_others(self, knobs: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
-        for other in others:
-            if schedule.fits(knobs, schedule.knob_space(self.spec, geometry_of_case(self.spec, other), self.target)):
-                self._check(self._case(other), knobs)
+    def prepare_others(self, knobs: Mapping[str, Any], places: Sequence[int]) -> None:
+        """The same on other geometries of the tuning key, which a record would also serve.
+
+        Parameters
+        ----------
+        knobs : mapping
+            The candidate.
+        places : sequence of int
+            Which of those that `select_cases` gives.
+        """
+        for place in places:
+            case = self._others[place]
+            self._check(self._case(case, cases.draw(self.spec, case)), knobs)
 
     def _check(self, case: _Case, knobs: Mapping[str, Any]) -> None:
         function = self._function(case.geometry, knobs)
-        arguments = {
-            name: value.to(self.target.device) if isinstance(value, torch.Tensor) else value
-            for name, value in cases.clone(case.arguments).items()
-        }
-        got = parity.run(self.spec, arguments, function)
+        got = parity.run(self.spec, cases.clone(case.arguments), function)
         errors, limits = parity.compare(self.spec, got, case.expected)
         wrong = [f"{name} error {errors[name]:.1e} > {limits[name]:.1e}" for name in limits if not errors[name] <= limits[name]]
         if wrong:
@@ -125,7 +127,7 @@ class Bench:
         Parameters
         ----------
         candidates : sequence of mapping
-            Knobs; `prepare` is run for those that it has not been run for.
+            Knobs that `prepare` found right.
         seconds : float
             Time to spend on each candidate and case.
         rounds : int
@@ -137,8 +139,6 @@ class Bench:
             By candidate and case: ``us``, median microseconds of a call; ``ratio``, the same relative to the first candidate,
             as the median over the rounds.
         """
-        for knobs in candidates:
-            self.prepare(knobs)
         calls = {
             f"{number} {index}": functools.partial(self._function(case.geometry, knobs), *inputs.values())
             for index, (case, inputs) in enumerate(zip(self.timed, self.inputs, strict=True))
@@ -160,24 +160,47 @@ class Bench:
         """The operator's function of its arguments, on the candidate's kernel."""
         name = (json.dumps(knobs, sort_keys=True), geometry.key)
         if name not in self._functions:
-            pack = packs.read(self._compiled(geometry, knobs))
+            pack = packs.read(_place(self._built, self.spec, self.target, geometry, knobs))
             kernel = load.load_kernel(pack, pack.manifest.kernels[0])
             present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
             self._functions[name] = torch_ops.call_function(self.spec, present, geometry.axis, kernel)
         return self._functions[name]
 
-    def _compiled(self, geometry: Geometry, knobs: Mapping[str, Any]) -> Path:
-        """A candidate's pack; compiled once by all workers of a run, since finalists come from several of them."""
-        identity = json.dumps([self.spec.name, self.target.name, geometry.key, knobs], sort_keys=True)
-        place = self._built / hashlib.sha256(identity.encode()).hexdigest()[:24]
-        if not place.exists():
-            folder = Path(tempfile.mkdtemp(dir=self.folder))
-            built = build.compile_kernel(build.Request(self.spec, geometry, knobs), self.target, folder)
-            launcher = _launcher(self.folder, self.target)
-            packs.write(folder / "pack", self.target, build.required_features(self.target), [built], launcher)
-            with contextlib.suppress(OSError):  # another worker was first
-                (folder / "pack").rename(place)
-        return place
+
+def compile_candidate(
+    op: str, target: str, geometries: Sequence[Mapping[str, Any]], knobs: Mapping[str, Any], built: str, folder: Path
+) -> None:
+    """Compile a candidate into packs where a `Bench` looks for them, unless they are there.
+
+    Parameters
+    ----------
+    op, target : str
+        Operator and name of the target.
+    geometries : sequence of mapping
+        Geometries, as JSON.
+    knobs : mapping
+        The candidate.
+    built : str
+        Folder of compiled candidates.
+    folder : Path
+        Scratch folder of this process.
+    """
+    spec, goal = OPS[op], resolve(target)
+    for geometry in map(Geometry.from_json, geometries):
+        place = _place(Path(built), spec, goal, geometry, knobs)
+        if place.exists():
+            continue
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            scratch = Path(name)
+            kernel = build.compile_kernel(build.Request(spec, geometry, knobs), goal, scratch)
+            packs.write(scratch / "pack", goal, build.required_features(goal), [kernel], _launcher(folder, goal))
+            with contextlib.suppress(OSError):  # another process was first
+                (scratch / "pack").rename(place)
+
+
+def _place(built: Path, spec: OpSpec, target: TargetSpec, geometry: Geometry, knobs: Mapping[str, Any]) -> Path:
+    identity = json.dumps([spec.name, target.name, geometry.key, knobs], sort_keys=True)
+    return built / hashlib.sha256(identity.encode()).hexdigest()[:24]
 
 
 @functools.cache
@@ -185,7 +208,9 @@ def _launcher(folder: Path, target: TargetSpec) -> Path:
     return build.build_launcher(folder, target)
 
 
-def select_cases(spec: OpSpec, key: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+def select_cases(
+    spec: OpSpec, key: str, model: str | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Cases that concern a tuning key.
 
     Parameters
@@ -194,6 +219,8 @@ def select_cases(spec: OpSpec, key: str) -> tuple[list[dict[str, Any]], list[dic
         The operator.
     key : str
         A tuning key that occurs in its benchmark cases.
+    model : str, optional
+        Model whose sizes those have.
 
     Returns
     -------
@@ -201,7 +228,7 @@ def select_cases(spec: OpSpec, key: str) -> tuple[list[dict[str, Any]], list[dic
         Its benchmark cases; parity cases that run on the same kernels; parity cases of the other geometries that a record of
         this key serves. Parity cases take over the benchmark's static axes, storage dtypes and static attributes.
     """
-    timed = [dict(case) for case in spec.bench if records.tuning_key(spec, geometry_of_case(spec, case)) == key]
+    timed = [case for case in models.bench(spec, model) if records.tuning_key(spec, geometry_of_case(spec, case)) == key]
     shared = (*spec.static_axes, *spec.static_attrs, *spec.shaping, "dtype", "state_dtype")
     fixed = {name: timed[0][name] for name in shared if name in timed[0]}
     own = {geometry_of_case(spec, case) for case in timed}
@@ -222,17 +249,11 @@ def main() -> None:
     # What compilers and kernels print on stdout must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    try:
+    with contextlib.suppress(BrokenPipeError):  # The parent was killed while this process worked for it.
         _serve(answers, folder)
-    except BrokenPipeError:
-        pass  # The parent was killed while this process measured for it.
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _serve(answers: TextIO, folder: Path) -> None:
-    import tvm  # noqa: F401 - here, and not inside the time of the first candidate
-
     bench: Bench | None = None
     for line in sys.stdin:
         message = json.loads(line)
@@ -243,16 +264,29 @@ def _serve(answers: TextIO, folder: Path) -> None:
         try:
             if do == "open":
                 bench = None
-                bench = Bench(**message, folder=folder)
-            elif do == "prepare":
-                bench.prepare(**message)  # type: ignore[union-attr]
+                bench = Bench(**message)
+            elif do == "load":
+                import tvm  # noqa: F401 - not inside the time of the first candidate
+            elif do == "compile":
+                compile_candidate(**message, folder=folder)
             else:
-                answer = bench.time(**message)  # type: ignore[union-attr]
+                answer = getattr(bench, do)(**message) or {}
         except Exception as error:
-            answer["error"] = _reason(error)
+            # A point that the schedule does not have is no failure of a candidate: there is none.
+            answer = {"error": _reason(error), "refused": isinstance(error, ValueError)}
+            answer["broken"] = bench is not None and not _sound(bench.target)
         faulthandler.cancel_dump_traceback_later()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _sound(target: TargetSpec) -> bool:
+    """Whether this process can go on: after some faults of a kernel a device refuses everything else."""
+    try:
+        devices.synchronize(target.device)
+    except Exception:
+        return False
+    return True
 
 
 def _reason(error: Exception) -> str:

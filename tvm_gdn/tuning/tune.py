@@ -15,11 +15,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tvm_gdn import dispatch, env, models, records
@@ -29,9 +31,18 @@ from tvm_gdn.errors import ArgumentError, TargetError, TuneError
 from tvm_gdn.ops import OPS
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, resolve, runnable
-from tvm_gdn.tuning.search import Crew, Options, Result, Search
+from tvm_gdn.tuning import study
+from tvm_gdn.tuning.crew import Crew
+from tvm_gdn.tuning.search import Options, Result, Search
 
 _log = logging.getLogger("tvm_gdn")
+#: Operators by what models spend their time in; others come last.
+_FIRST = (
+    "packed_decode_gated_delta_rule", "fused_sigmoid_gating_delta_rule_update", "fused_recurrent_gated_delta_rule_update",
+    "chunk_gated_delta_rule", "chunk_gated_delta_rule_update", "fused_experts", "fused_experts_quantized", "fused_experts_packed",
+    "causal_conv1d_update", "causal_conv1d_fn", "rms_norm_gated", "fused_conv_gated_delta_rule_update", "chunk_kda",
+    "chunk_kda_update", "fused_recurrent_kda_update", "fused_gdn_gating",
+)  # fmt: skip
 
 
 @dataclass
@@ -63,7 +74,7 @@ class Report:
 def tune(
     target: str = "auto",
     op: Sequence[str] | str | None = None,
-    model: str | None = None,
+    model: Sequence[str] | str | None = None,
     *,
     timeout: float | None = None,
     storage: str | None = None,
@@ -78,10 +89,11 @@ def tune(
         Name of a target that this machine can run, or ``auto``.
     op : str or sequence of str, optional
         Operators; default all.
-    model : str, optional
-        Only benchmark shapes of this model.
+    model : str or sequence of str, optional
+        Only benchmark shapes of these models, with their sizes of experts.
     timeout : float, optional
-        Seconds after which no further trial starts; what is left is shared evenly by the searches that are still to come.
+        Seconds after which no further trial starts; the last comparisons come on top. A search may take three times its share
+        of what is left.
     storage : str, optional
         Journal file or RDB URL of the studies, which several processes and machines may share. Default: in the cache folder.
     output : str or Path, optional
@@ -102,26 +114,56 @@ def tune(
         An unknown operator, model or target, or one that this machine cannot run.
     """
     chosen = _target(target)
-    tasks = _tasks(chosen, [op] if isinstance(op, str) else op, model)
+    names: list[str | None] = [*(_listed(model) or ())] or [None]
+    found = {task[0].name + task[2]: (*task, name) for name in names for task in _tasks(chosen, _listed(op), name)}
+    tasks = sorted(found.values(), key=lambda task: _rank(*task[:2]))
     file = Path(output) if output is not None else records.user_file(chosen.name)
     place = storage or str(env.cache_dir() / "studies" / f"{chosen.name}.journal")
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     report = Report(chosen.name, file, [])
-    with Crew(options.jobs) as crew, _graceful_interrupt() as stop, logging_redirect_tqdm([_log]):
-        for position, (spec, geometry, key) in enumerate(tasks):
-            if stop.is_set():
-                break
-            search = Search(spec, geometry, key, chosen, options)
-            result = search.run(place, crew, deadline, len(tasks) - position, stop)
-            report.results.append(result)
-            if result.record is not None:
-                records.store(file, chosen.name, [result.record])
+    searches, idle = [], []
+    for spec, geometry, key, name in tasks:
+        try:
+            searches.append(Search(spec, geometry, key, chosen, options, name))
+        except TuneError as error:
+            idle.append(str(error))
+    if not searches:
+        raise TuneError("; ".join(dict.fromkeys(idle)))
+    studies = study.open_storage(place)
+    at_once = min(len(searches), max(1, options.jobs // 2))
+    total = sum(search.trials for search in searches)
+    with (
+        ThreadPoolExecutor(at_once) as pool,
+        Crew(chosen, options.jobs, at_once) as crew,
+        _graceful_interrupt() as stop,
+        logging_redirect_tqdm([_log]),
+        tqdm(total=total, desc="tuning", unit="trial", disable=None, dynamic_ncols=True) as bar,
+    ):
+        running = {}
+        for position, search in enumerate(searches):
+            turns = math.ceil((len(searches) - position) / at_once)
+            running[pool.submit(search.run, studies, crew, deadline, turns, stop, bar)] = search
+        try:
+            for future in as_completed(running):
+                result = future.result()
+                if result.record is not None:
+                    records.store(file, chosen.name, [result.record])
+                    _log.info("%s", result.summary())
+        except BaseException:
+            stop.set()  # The searches that have not begun do not begin; the others lose their workers.
+            raise
+        results = [future.result() for future in running]
+        report.results = [result for result in results if result.ok or result.failures or not stop.is_set()]
         report.interrupted = stop.is_set()
     dispatch.reset()
     if not report.interrupted and not any(result.record for result in report.results):
         problems = "\n".join(f"  {result.problem()}" for result in report.results)
         raise TuneError(f"nothing was measured for {chosen.name}, no record was written:\n{problems}")
     return report
+
+
+def _listed(value: Sequence[str] | str | None) -> Sequence[str] | None:
+    return [value] if isinstance(value, str) else value
 
 
 def _target(text: str) -> TargetSpec:
@@ -142,7 +184,7 @@ def _tasks(target: TargetSpec, ops: Sequence[str] | None, model: str | None) -> 
     facts = None if model is None else models.model(model)
     found: dict[tuple[str, str], tuple[OpSpec, Geometry, str]] = {}
     for spec in (OPS[name] for name in ops or OPS):
-        for case in spec.bench:
+        for case in models.bench(spec, model):
             if facts is None or facts.has(case):
                 geometry = arguments.geometry_of_case(spec, case)
                 key = records.tuning_key(spec, geometry)
@@ -150,6 +192,12 @@ def _tasks(target: TargetSpec, ops: Sequence[str] | None, model: str | None) -> 
     if not found:
         raise TuneError(f"no benchmark shape of {', '.join(ops or OPS)} belongs to {model}: nothing to tune for {target.name}")
     return list(found.values())
+
+
+def _rank(spec: OpSpec, geometry: Geometry) -> tuple[bool, int]:
+    """What a run does first: what models spend their time in, in their own dtype."""
+    fp32 = "bfloat16" not in geometry.dtype.values()
+    return fp32, _FIRST.index(spec.name) if spec.name in _FIRST else len(_FIRST)
 
 
 @contextmanager
@@ -178,7 +226,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's arguments."""
     arguments.add_target(parser)
     arguments.add_op(parser, "tune this operator (may be repeated; default: all)")
-    parser.add_argument("--model", metavar="NAME", help=f"only the shapes of this model; one of: {', '.join(models.MODELS)}")
+    parser.add_argument(
+        "--model", action="append", metavar="NAME",
+        help=f"only the shapes of this model (may be repeated); one of: {', '.join(models.MODELS)}",
+    )  # fmt: skip
     parser.add_argument(
         "--trials", type=int, default=Options.trials, metavar="N",
         help="candidates per operator and tuning key, earlier runs and other processes included (default: %(default)s)",

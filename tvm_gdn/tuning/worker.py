@@ -1,4 +1,4 @@
-"""The parent's end of a measuring process (`measure.py`): requests with a time limit, and a new process after each death.
+"""The parent's end of a process that compiles or measures (`measure.py`): requests with a time limit, a new process after death.
 
 A candidate that crashes the compiler, aborts, or hangs takes its process along, and so costs one trial and nothing else.
 """
@@ -9,11 +9,10 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from tvm_gdn.errors import TuneError
 
 #: How a worker is started.
 COMMAND: tuple[str, ...] = (sys.executable, "-m", "tvm_gdn.tuning.measure")
-#: Seconds for importing tvm and for running the reference on every case.
+#: Seconds for importing tvm or drawing every case, and for running the reference on all of them.
 START_TIMEOUT = 600.0
 
 
@@ -32,25 +31,46 @@ class TrialError(TuneError):
     """A candidate could not be compiled, crashed, hung, or gave wrong numbers."""
 
 
-class Worker:
-    """A measuring process, started when it is needed and started anew after it died; a context manager."""
+class RefusedError(TrialError):
+    """The schedule has no such point: nothing was compiled."""
 
-    def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="tvm_gdn-tune-"))
-        self._log = self._folder / "stderr"
+
+class ClosedError(TuneError):
+    """The run has ended: its workers are gone, and what they were at says nothing about a candidate."""
+
+
+class Worker:
+    """A process of `measure.py`, started when it is needed and started anew after it died; a context manager.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it may write.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder, self._log = folder, folder / "stderr"
         self._process: subprocess.Popen[bytes] | None = None
-        self._job: dict[str, Any] = {}
+        self._job: dict[str, Any] = {"do": "load"}
         self._answers = b""
+        #: Held while a thread talks to the process.
+        self._talking = threading.Lock()
+        self._closed = False
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._closed = True
+        process = self._process
+        if process is not None:
+            _kill(process)  # A thread that waits for an answer ends by it.
+        with self._talking:
+            self._stop()
 
-    def open(self, op: str, key: str, target: str, threads: int, built: Path, share: int) -> None:
-        """Say what the following requests measure.
+    def open(self, op: str, key: str, target: str, threads: int, built: Path, model: str | None) -> None:
+        """Say what the following requests measure; without it this process compiles.
 
         Parameters
         ----------
@@ -61,47 +81,33 @@ class Worker:
         threads : int
             Threads that kernels run on.
         built : Path
-            Folder of compiled candidates, which the workers of a run share.
-        share : int
-            Workers that run the reference at the same time.
+            Folder of compiled candidates.
+        model : str, optional
+            Model whose sizes the benchmark shapes have.
 
         Raises
         ------
         TrialError
-            The worker cannot start, or the reference cannot run.
+            The worker cannot start.
         """
-        self._job = {
-            "do": "open", "op": op, "key": key, "target": target, "threads": threads, "built": str(built), "share": share,
-        }  # fmt: skip
-        if self._process is None:
+        with self._talking:
+            what = {"op": op, "key": key, "target": target, "model": model}
+            self._job = {"do": "open", **what, "threads": threads, "built": str(built)}
+            if self._process is None:
+                self._start()
+            else:
+                self._exchange(self._job, START_TIMEOUT)
+
+    def start(self) -> None:
+        """Start the process, unless it is running."""
+        with self._talking:
             self._start()
-        else:
-            self._exchange(self._job, START_TIMEOUT)
-
-    def request(self, message: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-        """Send a request and wait for the answer.
-
-        Parameters
-        ----------
-        message : mapping
-            ``{"do": "prepare" or "time", ...}`` with the parameters of those methods of `measure.Bench`.
-        timeout : float
-            Seconds after which the worker is killed.
-
-        Returns
-        -------
-        dict
-
-        Raises
-        ------
-        TrialError
-            Why there is no answer.
-        """
-        if self._process is None:
-            self._start()
-        return self._exchange(message, timeout)
 
     def _start(self) -> None:
+        if self._closed:
+            raise ClosedError("the run has ended")
+        if self._process is not None:
+            return
         with self._log.open("wb") as log:
             # A session of its own: Ctrl-C in the terminal is for the parent alone, and a kill takes compilers along.
             self._process = subprocess.Popen(
@@ -115,6 +121,31 @@ class Worker:
             self._stop()
             raise
 
+    def request(self, message: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+        """Send a request and wait for the answer.
+
+        Parameters
+        ----------
+        message : mapping
+            ``{"do": name, ...}`` with the parameters of that method of `measure.Bench`, or of `measure.compile_candidate`.
+        timeout : float
+            Seconds after which the worker is killed.
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        TrialError
+            Why there is no answer.
+        ClosedError
+            The worker's context was left meanwhile.
+        """
+        with self._talking:
+            self._start()
+            return self._exchange(message, timeout)
+
     def _exchange(self, message: Mapping[str, Any], timeout: float) -> dict[str, Any]:
         process = self._process
         assert process is not None and process.stdin is not None
@@ -127,11 +158,15 @@ class Worker:
             self._stop()
             raise TrialError(f"no answer within {timeout:g} s: killed") from None
         except (BrokenPipeError, EOFError):
+            if self._closed:
+                raise ClosedError("the run has ended") from None
             # It may still be writing its core: only its own exit status says what it died of.
             self._stop(grace=10.0)
             raise TrialError(_cause_of_death(process.returncode, self._log.read_bytes()[seen:])) from None
+        if answer.get("broken"):
+            self._stop()
         if "error" in answer:
-            raise TrialError(answer["error"])
+            raise (RefusedError if answer.get("refused") else TrialError)(answer["error"])
         return dict(answer)
 
     def _read_line(self, timeout: float) -> bytes:
@@ -153,12 +188,17 @@ class Worker:
             return
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(grace)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _kill(process)
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()  # type: ignore[union-attr]
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and the compilers that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _cause_of_death(status: int, log: bytes) -> str:

@@ -50,8 +50,6 @@ from tvm_gdn.ops.tir.moe_grid_rows import (
     Rows,
     Seen,
     Sorted,
-    arrange,
-    count_pairs,
     most_tiles,
     sort_macro,
 )
@@ -165,6 +163,13 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
             emit_plans(plans, lambda plan: _is_for(plan, tokens * top_k, E), lambda plan: second(plan, routing))
             add_up(tiles, D, routing, topk_weights, partial, out, tokens, top_k)
 
+        @T.inline
+        def in_order(sort, routing):
+            sort(
+                topk_ids, routing, _most_tiles(tiles.plans, routing.pairs, E),
+                _of_plan(tiles.plans, "rows", routing.pairs, E), _of_plan(tiles.plans, "step", routing.pairs, E),
+            )  # fmt: skip
+
         assert E <= MOST_EXPERTS, ("ValueError", [f"w13: at most {MOST_EXPERTS} experts on devices"])
         # No names for what is passed on: a variable of the host is memory that the device does not see.
         if T.And(tokens * top_k <= MOST_SEEN, _is_for(tiles.plans[0], tokens * top_k, E)):
@@ -175,21 +180,14 @@ def moe_grid(geometry: Geometry, tiles: Any) -> Any:
             place = T.alloc_buffer((tokens * top_k,), "int32")
             owner = T.alloc_buffer((tokens * top_k,), "int32")
             start = T.alloc_buffer((tokens * top_k,), "int32")
+            routing = T.meta_var(Sorted(offsets, order, place, owner, start, top_k, tokens * top_k, E))
             if tokens * top_k > MOST_ALONE:
-                count_pairs(tiles, topk_ids, top_k, tokens * top_k, E, offsets, place)
-                sort_counted(
-                    topk_ids, T.Cast("int32", top_k), tokens * top_k, E, _most_tiles(tiles.plans, tokens * top_k, E),
-                    _of_plan(tiles.plans, "rows", tokens * top_k, E), _of_plan(tiles.plans, "step", tokens * top_k, E), offsets,
-                    order, place, owner, start,
-                )  # fmt: skip
-                arrange(tiles, topk_ids, top_k, tokens * top_k, E, offsets, order, place)
+                routing.count(tiles, topk_ids)
+                in_order(sort_counted, routing)
+                routing.arrange(tiles, topk_ids)
             else:
-                sort(
-                    topk_ids, T.Cast("int32", top_k), tokens * top_k, E, _most_tiles(tiles.plans, tokens * top_k, E),
-                    _of_plan(tiles.plans, "rows", tokens * top_k, E), _of_plan(tiles.plans, "step", tokens * top_k, E), offsets,
-                    order, place, owner, start,
-                )  # fmt: skip
-            experts(tiles.plans, Sorted(offsets, order, place, owner, start, top_k, tokens * top_k, E))
+                in_order(sort, routing)
+            experts(tiles.plans, routing)
 
     return kernel
 

@@ -114,6 +114,38 @@ class Sorted:
             with T.If(number <= 0), T.Then():
                 tiles.follow()
 
+    def count(self, tiles: Any, ids: Any) -> None:
+        """Count many pairs, a thread each: how many every expert has, in `offsets`, and every pair's place among its expert's."""
+        A, E = tiles.adders, self.experts
+        with tiles.blocks((E + (A - 1)) // A) as block, tiles.lanes(A) as lane:
+            tiles.follow()
+            e = T.Bind(T.Cast("int32", block) * A + T.Cast("int32", lane))
+            with T.If(T.Cast("int64", e) < E), T.Then():
+                T.buffer_store(self.offsets, T.int32(0), [e])
+        with tiles.blocks((self.pairs + (A - 1)) // A) as block, tiles.lanes(A) as lane:
+            tiles.follow()
+            pair, k = T.Bind(T.Cast("int32", block) * A + T.Cast("int32", lane)), T.Cast("int32", self.top_k)
+            with T.If(T.Cast("int64", pair) < self.pairs), T.Then():
+                e = T.Bind(T.Cast("int64", ids[T.truncdiv(pair, k), T.truncmod(pair, k)]))
+                with T.If(T.And(e >= 0, e < E)):
+                    with T.Then():
+                        T.buffer_store(self.positions, tiles.next(self.offsets, e), [pair])
+                    with T.Else():
+                        T.buffer_store(self.positions, T.int32(-1), [pair])
+
+    def arrange(self, tiles: Any, ids: Any) -> None:
+        """Put many pairs in order, a thread each, behind the sort."""
+        A = tiles.adders
+        with tiles.blocks((self.pairs + (A - 1)) // A) as block, tiles.lanes(A) as lane:
+            tiles.follow()
+            pair = T.Bind(T.Cast("int32", block) * A + T.Cast("int32", lane))
+            with T.If(T.Cast("int64", pair) < self.pairs), T.Then():
+                rank, k = T.Bind(self.positions[pair]), T.Cast("int32", self.top_k)
+                with T.If(rank >= 0), T.Then():
+                    at = T.Bind(rank + self.offsets[ids[T.truncdiv(pair, k), T.truncmod(pair, k)]])
+                    T.buffer_store(self.positions, at, [pair])
+                    T.buffer_store(self.order, pair, [at])
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -166,12 +198,12 @@ class Seen:
 
 
 def sort_macro(tiles: Any, counted: bool) -> Any:
-    """Macro ``sort(ids, k, pairs, E, limit, rows, step, offsets, order, place, owner, start)``, one block's work.
+    """Macro ``sort(ids, routing, limit, rows, step)``, one block's work: it fills a `Sorted`.
 
-    Afterwards the pairs of expert e are ``order[offsets[e]:offsets[e + 1]]``; ``place[pair]`` is where a pair stands, -1 for
-    padding; tile i of `limit` has rows from ``start[i]`` on, of expert ``owner[i]`` (-1: no tile), ``offsets[E + 1]`` is the
-    number of tiles. An expert's tiles have ``even_rows(count, rows, step)`` rows. `counted`: it goes on from what `count_pairs`
-    left, and `arrange` from there.
+    Afterwards the pairs of expert e are ``order[offsets[e]:offsets[e + 1]]``; ``positions[pair]`` is where a pair stands, -1
+    for padding; tile i of `limit` has rows from ``start[i]`` on, of expert ``owner[i]`` (-1: no tile), ``offsets[E + 1]`` is
+    the number of tiles. An expert's tiles have ``even_rows(count, rows, step)`` rows. `counted`: it goes on from what
+    `Sorted.count` left, and `Sorted.arrange` from there.
     """
     S, warp = tiles.sorters, tiles.warp
 
@@ -194,16 +226,19 @@ def sort_macro(tiles: Any, counted: bool) -> Any:
             both[which] = both[which] + T.Select(lane >= warp, one[0], 0)
 
     @T.inline
-    def look(ids, k, pairs, E, first, chosen):
+    def look(ids, routing, first, chosen):
         """Experts of BATCH pairs, S apart: all are asked for before one is needed. -1: padding, or no pair."""
+        k = T.meta_var(T.Cast("int32", routing.top_k))
         for b in T.unroll(BATCH):
-            pair = T.min(first + b * S, T.Cast("int32", pairs) - 1)
+            pair = T.min(first + b * S, T.Cast("int32", routing.pairs) - 1)
             e = T.Cast("int64", ids[T.truncdiv(pair, k), T.truncmod(pair, k)])
-            there = T.And(T.Cast("int64", first + b * S) < pairs, T.And(e >= 0, e < E))
+            there = T.And(T.Cast("int64", first + b * S) < routing.pairs, T.And(e >= 0, e < routing.experts))
             chosen[b] = T.Select(there, T.Cast("int32", e), T.int32(-1))
 
     @T.inline
-    def sort(ids, k, pairs, E, limit, rows, step, offsets, order, place, owner, start):
+    def sort(ids, routing, limit, rows, step):
+        pairs, E = T.meta_var(routing.pairs), T.meta_var(routing.experts)
+        offsets, place = T.meta_var(routing.offsets), T.meta_var(routing.positions)
         for _ in tiles.blocks(T.int64(1)):
             for lane in tiles.lanes(S):
                 tiles.enter(lane)
@@ -223,7 +258,7 @@ def sort_macro(tiles: Any, counted: bool) -> Any:
                 tiles.sync()
                 for i in T.serial(T.int64(0) if counted else (pairs + S * BATCH - 1) // (S * BATCH)):
                     first = T.Cast("int32", i) * (S * BATCH) + lane
-                    look(ids, k, pairs, E, first, chosen)
+                    look(ids, routing, first, chosen)
                     for b in T.unroll(BATCH):
                         ranks[b] = -1
                         if chosen[b] >= 0:
@@ -248,8 +283,8 @@ def sort_macro(tiles: Any, counted: bool) -> Any:
                         counts[e] = both[0]
                         offsets[e] = both[0]
                         for tile in T.serial(T.truncdiv(ranks[0] + (rows - 1), rows)):
-                            owner[both[1] + tile] = T.Cast("int32", e)
-                            start[both[1] + tile] = both[0] + tile * even_rows(ranks[0], rows, step)
+                            routing.owner[both[1] + tile] = T.Cast("int32", e)
+                            routing.start[both[1] + tile] = both[0] + tile * even_rows(ranks[0], rows, step)
                         both[0] = both[0] + ranks[0]
                         both[1] = both[1] + T.truncdiv(ranks[0] + (rows - 1), rows)
                 if lane == 0:
@@ -257,48 +292,16 @@ def sort_macro(tiles: Any, counted: bool) -> Any:
                     offsets[E + 1] = totals[1]
                 for i in T.serial((limit + S - 1) // S):
                     if i * S + lane < limit and i * S + lane >= T.Cast("int64", totals[1]):
-                        owner[i * S + lane] = -1
+                        routing.owner[i * S + lane] = -1
                 tiles.sync()
                 for i in T.serial(T.int64(0) if counted else (pairs + S * BATCH - 1) // (S * BATCH)):
                     first = T.Cast("int32", i) * (S * BATCH) + lane
-                    look(ids, k, pairs, E, first, chosen)
+                    look(ids, routing, first, chosen)
                     for b in T.unroll(BATCH):
                         ranks[b] = place[T.min(first + b * S, T.Cast("int32", pairs) - 1)]
                     for b in T.unroll(BATCH):
                         if chosen[b] >= 0:
                             place[first + b * S] = ranks[b] + counts[chosen[b]]
-                            order[ranks[b] + counts[chosen[b]]] = first + b * S
+                            routing.order[ranks[b] + counts[chosen[b]]] = first + b * S
 
     return sort
-
-
-def count_pairs(tiles: Any, ids: Any, top_k: Any, pairs: Any, E: Any, offsets: Any, place: Any) -> None:
-    """Count many pairs, a thread each: how many every expert has, in `offsets`, and every pair's place among its expert's."""
-    with tiles.blocks((E + (tiles.adders - 1)) // tiles.adders) as block, tiles.lanes(tiles.adders) as lane:
-        tiles.follow()
-        e = T.Bind(T.Cast("int32", block) * tiles.adders + T.Cast("int32", lane))
-        with T.If(T.Cast("int64", e) < E), T.Then():
-            T.buffer_store(offsets, T.int32(0), [e])
-    with tiles.blocks((pairs + (tiles.adders - 1)) // tiles.adders) as block, tiles.lanes(tiles.adders) as lane:
-        tiles.follow()
-        pair, k = T.Bind(T.Cast("int32", block) * tiles.adders + T.Cast("int32", lane)), T.Cast("int32", top_k)
-        with T.If(T.Cast("int64", pair) < pairs), T.Then():
-            e = T.Bind(T.Cast("int64", ids[T.truncdiv(pair, k), T.truncmod(pair, k)]))
-            with T.If(T.And(e >= 0, e < E)):
-                with T.Then():
-                    T.buffer_store(place, tiles.next(offsets, e), [pair])
-                with T.Else():
-                    T.buffer_store(place, T.int32(-1), [pair])
-
-
-def arrange(tiles: Any, ids: Any, top_k: Any, pairs: Any, E: Any, offsets: Any, order: Any, place: Any) -> None:
-    """Put many pairs in order, a thread each, behind the sort."""
-    with tiles.blocks((pairs + (tiles.adders - 1)) // tiles.adders) as block, tiles.lanes(tiles.adders) as lane:
-        tiles.follow()
-        pair = T.Bind(T.Cast("int32", block) * tiles.adders + T.Cast("int32", lane))
-        with T.If(T.Cast("int64", pair) < pairs), T.Then():
-            rank, k = T.Bind(place[pair]), T.Cast("int32", top_k)
-            with T.If(rank >= 0), T.Then():
-                at = T.Bind(rank + offsets[ids[T.truncdiv(pair, k), T.truncmod(pair, k)]])
-                T.buffer_store(place, at, [pair])
-                T.buffer_store(order, pair, [at])
