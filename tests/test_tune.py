@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -86,6 +87,9 @@ def test_every_key_is_checked_on_odd_shapes_and_on_every_geometry_it_serves(op):
         timed, checked, others = measure.select_cases(spec, key)
         total += len(timed)
         own = {arguments.geometry_of_case(spec, case) for case in timed}
+        with contextlib.suppress(TuneError):  # nothing to tune
+            forms = search.Search(spec, next(iter(own)), key, resolve(TARGET), QUICK).forms
+            assert set(forms) == own and len(forms) == len(own), "each is compiled, and compiled once"
         rest = {arguments.geometry_of_case(spec, case) for case in others}
         assert {arguments.geometry_of_case(spec, case) for case in checked} <= own
         assert own.isdisjoint(rest)

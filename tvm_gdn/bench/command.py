@@ -129,6 +129,7 @@ def _compile_together(wanted: list[tuple[OpSpec, Case]]) -> None:
     pairs = [(spec, arguments.geometry_of_case(spec, case)) for spec, case in wanted]
     lacking = [(spec, geometry) for spec, geometry in pairs if (spec.name, geometry.key) not in packed]
     if lacking:
+        _log.info("compiling what no pack holds, of %d kernels", len(lacking))
         aot.compile_all(lacking, resolve(env.target_name()))
 
 

@@ -114,7 +114,9 @@ class Search:
     ) -> None:
         self.spec, self.geometry, self.key, self.target, self.options = spec, geometry, key, target, options
         self.threads, self.model = torch.get_num_threads(), model
-        self.timed, _, self.others = measure.select_cases(spec, key, model)
+        self.timed, checked, self.others = measure.select_cases(spec, key, model)
+        #: What a candidate is compiled for: the benchmark shapes of a key may be calls of several forms.
+        self.forms = list(dict.fromkeys(geometry_of_case(spec, case) for case in (*self.timed, *checked)))
         self.space = schedule.knob_space(spec, geometry, target)
         self.result = Result(spec.name, key)
 
@@ -204,7 +206,7 @@ class Search:
                 trial = study.propose(limit, wishes) if wishes or limit == self.options.trials else None
                 if trial is None:
                     break
-                pending[self._compile(crew, trial.knobs, [self.geometry])] = trial
+                pending[self._compile(crew, trial.knobs, self.forms)] = trial
             if pending:
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     trial = pending.pop(future)
@@ -281,7 +283,7 @@ class Search:
 
     def _check(self, knobs: Knobs, worker: Worker, crew: Crew) -> None:
         """Hold a candidate that may have been measured in an earlier run against the reference."""
-        self._compile(crew, knobs, [self.geometry]).result()
+        self._compile(crew, knobs, self.forms).result()
         with crew.turns.compiling():
             worker.start()
         with crew.turns.measuring():
