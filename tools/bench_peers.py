@@ -71,8 +71,10 @@ def parse() -> argparse.Namespace:
         "--without", nargs="+", choices=experts.PEERS, default=[], help="peers to leave out; onnxruntime's set-up takes minutes"
     )
     parser.add_argument("--kt-builds", nargs="+", choices=kt_kernel.KINDS, default=list(kt_kernel.KINDS), help="of kt-kernel")
+    parser.add_argument("--kt-threads", type=int, nargs="+", default=[], metavar="N", help="of kt-kernel, a contender "
+                        "for each number; beside them one spins that hands out tasks; default: as threads")  # fmt: skip
     parser.add_argument("--kt-cores", type=int, nargs="+", default=[], metavar="CORE", help="of kt-kernel's threads, one more "
-                        "than threads; default: as it binds them, the machine's first")  # fmt: skip
+                        "than its threads; default: as it binds them, the machine's first")  # fmt: skip
     parser.add_argument("--json", type=Path, help="written anew with every row")
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
@@ -93,7 +95,8 @@ def expert_rows(options: argparse.Namespace, report: Report) -> Iterator[dict[st
     sizes["k"] = min(sizes["k"], sizes["E"])
     if options.drawn:
         sizes["drawn"] = min(options.drawn, sizes["E"])
-    layer = experts.Layer(sizes, options.schemes, options.peers, report, builds=options.kt_builds, kt_cores=options.kt_cores)
+    kt_kernel_runs = {"builds": options.kt_builds, "kt_threads": options.kt_threads, "kt_cores": options.kt_cores}
+    layer = experts.Layer(sizes, options.schemes, options.peers, report, **kt_kernel_runs)
     try:
         cases = layers.SUITE if options.suite else [(f"T {tokens}", tokens) for tokens in options.tokens]
         suite = (layers.WARMUP, layers.RUNS) if options.suite else None
