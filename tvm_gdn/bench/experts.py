@@ -11,7 +11,7 @@ import torch
 
 import tvm_gdn
 from tvm_gdn import large_pages, reference
-from tvm_gdn.bench import kt_kernel, layers, onnx_peers, side_by_side
+from tvm_gdn.bench import kt_kernel, layers, machine, onnx_peers, side_by_side
 from tvm_gdn.bench.layers import Routing
 from tvm_gdn.bench.side_by_side import Contender, InTurn, Report
 from tvm_gdn.errors import TvmGdnError
@@ -48,8 +48,8 @@ class Layer:
     builds : collection of str
         Builds of kt-kernel.
     kt_threads : collection of int
-        Numbers of kt-kernel's threads, a contender each; default: as many as this process has.
-    kt_cores : collection of int
+        Numbers of kt-kernel's threads, a contender each; default: as many as this process has, but one fewer than cores.
+    kt_cores : sequence of int
         Cores of kt-kernel's threads, one more than threads; it binds them to the machine's first cores otherwise.
     """
 
@@ -62,7 +62,7 @@ class Layer:
         *,
         builds: Collection[str] = tuple(kt_kernel.KINDS),
         kt_threads: Collection[int] = (),
-        kt_cores: Collection[int] = (),
+        kt_cores: Sequence[int] = (),
     ) -> None:
         self.sizes, self.report = sizes, report
         self.took: dict[str, tuple[int, float]] = {}
@@ -141,12 +141,13 @@ class Layer:
             return
         self.runs[name] = scheme, run, moved
 
-    def _kt_kernel(self, build: str, schemes: list[str], threads: Collection[int], cores: Collection[int]) -> None:
+    def _kt_kernel(self, build: str, schemes: list[str], threads: Collection[int], cores: Sequence[int]) -> None:
         reason = kt_kernel.missing(build)
         if reason:
             self.report.missing[f"kt-kernel {build}"] = reason
             return
-        for count in (threads or [torch.get_num_threads()]) if schemes else ():
+        spare = len(cores) or machine.cores()
+        for count in (threads or [max(1, min(torch.get_num_threads(), spare - 1))]) if schemes else ():
             name = f"kt-kernel {build}" + (f" ({count} threads)" if threads else "")
             self.children[name] = kt_kernel.Layer(build, schemes, self.sizes, count, cores)
 

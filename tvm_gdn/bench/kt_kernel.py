@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,14 @@ class Layer:
     threads : int
         Of the child's pool; beside them one spins that hands out tasks. Where that has no core of its own, a worker shares one
         with it, and every call waits for the scheduler to come back to that worker: some 8 ms.
-    cores : collection of int
-        Where its threads run; empty: where kt-kernel binds them, which is the machine's first cores.
+    cores : sequence of int
+        Of its workers, one each, and behind them at least one of all other threads; empty: workers run where kt-kernel binds
+        them, which is the machine's first cores.
 
     The child loads while this process goes on; `ready` waits for it, and stops it.
     """
 
-    def __init__(self, build: str, schemes: list[str], sizes: dict[str, int], threads: int, cores: Collection[int] = ()) -> None:
+    def __init__(self, build: str, schemes: list[str], sizes: dict[str, int], threads: int, cores: Sequence[int] = ()) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self.schemes = schemes
@@ -158,9 +159,7 @@ class Call:
         return taken
 
 
-def _serve(
-    pipe: Connection, file: str, kinds: dict[str, str], sizes: dict[str, int], threads: int, cores: Collection[int]
-) -> None:
+def _serve(pipe: Connection, file: str, kinds: dict[str, str], sizes: dict[str, int], threads: int, cores: Sequence[int]) -> None:
     """The child: load, then answer requests until None comes."""
     try:
         # A stopped process would outlive its parent.
@@ -177,8 +176,8 @@ def _serve(
         drawn = layers.weights(sizes, torch.bfloat16)
         loaded = {scheme: _load(module, infer, kind, scheme, *drawn, sizes["k"]) for scheme, kind in kinds.items()}
         del drawn
-        for thread in Path("/proc/self/task").iterdir() if cores else ():
-            os.sched_setaffinity(int(thread.name), cores)
+        if cores:
+            _bind(cores)
     except Exception as error:
         pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
         return
@@ -205,6 +204,15 @@ def _serve(
         pipe.send(1e6 * estimate[key])
     sys.stderr.flush()
     os._exit(0)
+
+
+def _bind(cores: Sequence[int]) -> None:
+    """A core for every worker of the pool, by name; the others for all other threads."""
+    tasks = sorted(Path("/proc/self/task").iterdir(), key=lambda task: int(task.name))
+    workers = [task for task in tasks if (task / "comm").read_text(encoding="utf-8").startswith("numa_")]
+    for task in tasks:
+        own = [cores[workers.index(task)]] if task in workers else cores[len(workers) :]
+        os.sched_setaffinity(int(task.name), own)
 
 
 def _run(infer: Any, layer: Any, routings: Sequence[tuple[torch.Tensor, ...]], calls: int) -> tuple[torch.Tensor, float]:
