@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--kt-builds", nargs="+", choices=kt_kernel.KINDS, default=list(kt_kernel.KINDS), help="of kt-kernel")
     parser.add_argument("--kt-threads", type=int, nargs="+", default=[], metavar="N", help="of kt-kernel, a contender for "
-                        "each number; one more spins that hands out tasks; default: as threads, at most cores less one")  # fmt: skip
+                        "each number; one more spins that hands out tasks; default: threads, at most cores less one")  # fmt: skip
     parser.add_argument("--kt-cores", type=int, nargs="+", default=[], metavar="CORE", help="of kt-kernel's threads, one more "
                         "than its threads; default: as it binds them, the machine's first")  # fmt: skip
     parser.add_argument("--json", type=Path, help="written anew with every row")
