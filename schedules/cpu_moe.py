@@ -67,6 +67,8 @@ class ExpertTiles(TeamTiles):
         Accumulators of 16 columns that the registers hold.
     asked : int
         Cache lines of every step of weights that few rows ask for.
+    overlap : bool
+        Whether passes over a group of weights ask for the next group.
     floor : int
         Reading weights takes as long as multiplying them with so many blocks of 16 rows.
     hints : bool
@@ -83,6 +85,7 @@ class ExpertTiles(TeamTiles):
         floor: int,
         vectors: int = 24,
         asked: int = 1,
+        overlap: bool = False,
         few: int = 4,
         raw: bool = False,
         hints: bool = True,
@@ -92,6 +95,7 @@ class ExpertTiles(TeamTiles):
         self.quantized, self.zero = weights.quantized, weights.zero
         self.pad = PAD_BYTES // {"float32": 4, "bfloat16": 2, "int8": 1}[self.operand]
         self.top, self.few, self.raw, self.hints, self.vectors, self.asked = rows, few, raw, hints, vectors, asked
+        self.overlap = overlap
         self.raw_rows = RAW_ROWS if vectors >= RAW_ROWS**2 else RAW_ROWS // 2
         self.product = self._raw_product() if raw else self._product()
 
@@ -108,6 +112,13 @@ class ExpertTiles(TeamTiles):
         if self.hints and not self.raw:
             for line in range(lines):
                 prefetch(W[e, n, s + AHEAD, line * (STEP_LINES // lines) * LANES], 2)
+
+    def _ask_next(self, W: Any, after: Any, s: Any, turn: Any, turns: Any, steps: int) -> None:
+        """Pass `turn` of `turns` over a group of weights, at step s: ask memory for its share of the group after it."""
+        if self.hints and not self.raw:
+            share = (STEP_LINES + turns - 1) // turns
+            with T.serial(share) as line:
+                prefetch(W[after[0], after[1], 0, ((turn * steps + s) * share + line) * LANES], 2)
 
     def integers(self, count: int) -> Any:
         """int32 scratch."""
@@ -176,15 +187,25 @@ class ExpertTiles(TeamTiles):
     def _micro(self) -> Any:
         """C[r, :] = rows first + r of A times the 32 columns of group n, r < height; by halves if registers are few."""
         weights, groups, run, vectors = self.weights, self.groups, self._run, self.vectors
-        lines, quantized = weights.lines, weights.quantized
+        lines, quantized, overlap = weights.lines, weights.quantized, self.overlap
 
         @T.inline
-        def part(height, halves, C, A, sums, first, W, scale, e, n, steps):
+        def ask(halves, W, e, n, s, steps, place):
+            if not overlap:
+                self.ask(W, e, n, s, self.asked if len(halves) == 2 else 1)
+            else:
+                if place[0] == 0:
+                    self.ask(W, e, n, s, self.asked)
+                if place[1] > 1:
+                    self._ask_next(W, place[2], s, place[0], place[1], steps)
+
+        @T.inline
+        def part(height, halves, C, A, sums, first, W, scale, e, n, steps, place):
             acc = local_array(height, len(halves) * LANES, dtype=weights.sum)
             _clear(acc, height, len(halves))
             if groups(scale, steps) == 0:
                 for s in T.serial(steps):
-                    self.ask(W, e, n, s, self.asked if len(halves) == 2 else 1)
+                    ask(halves, W, e, n, s, steps, place)
                     for turn in T.serial(lines // UNROLLED):
                         run(acc, A, first, W, e, n, s, turn * UNROLLED, UNROLLED, height, halves)
                 for r in T.unroll(height):
@@ -199,7 +220,7 @@ class ExpertTiles(TeamTiles):
                 scaled = local_array(height, len(halves) * LANES)
                 _clear(scaled, height, len(halves))
                 for s in T.serial(steps):
-                    self.ask(W, e, n, s, self.asked if len(halves) == 2 else 1)
+                    ask(halves, W, e, n, s, steps, place)
                     for g in T.serial(groups(scale, steps)):
                         run(
                             acc, A, first, W, e, n, s, g * (lines // groups(scale, steps)), lines // groups(scale, steps), height,
@@ -217,12 +238,12 @@ class ExpertTiles(TeamTiles):
                         C[r, _lanes(halves[0] + c)] = scaled[r, _lanes(c)]
 
         @T.inline
-        def micro(height, C, A, sums, first, W, scale, e, n, steps):
+        def micro(height, *args: Any):
             if 2 * height <= vectors:
-                part(height, (0, 1), C, A, sums, first, W, scale, e, n, steps)
+                part(height, (0, 1), *args)
             else:
-                part(height, (0,), C, A, sums, first, W, scale, e, n, steps)
-                part(height, (1,), C, A, sums, first, W, scale, e, n, steps)
+                part(height, (0,), *args)
+                part(height, (1,), *args)
 
         return micro
 
@@ -233,7 +254,11 @@ class ExpertTiles(TeamTiles):
         def product(A, sums, first, m, W, scale, e, n, steps, shift, after, sink):
             C = local_array(top, 2 * LANES)
             for b in T.serial((m + top - 1) // top):
-                choose(T.min(m - b * top, top), (C, self.words(A), sums, first + b * top, W, scale, e, n, steps))
+                # Which of how many passes over the group this is, and the group after it.
+                choose(
+                    T.min(m - b * top, top),
+                    (C, self.words(A), sums, first + b * top, W, scale, e, n, steps, (b, (m + top - 1) // top, after)),
+                )
                 T.evaluate(T.call_extern("void", "tvm_gdn_settle", T.address_of(C[0, 0])))
                 sink(C, b * top, T.min(m - b * top, top))
 

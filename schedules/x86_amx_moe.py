@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
-from tvm_gdn.schedules.cpu import local_array, prefetch
-from tvm_gdn.schedules.cpu_moe import STEP_LINES, ExpertTiles
+from tvm_gdn.schedules.cpu import local_array
+from tvm_gdn.schedules.cpu_moe import ExpertTiles
 from tvm_gdn.schedules.moe_weights import LANES, signed_nibbles
 from tvm_gdn.schedules.x86_matrix import ROWS, EmulatedMatrixUnit, MatrixUnit
 
@@ -81,13 +81,6 @@ class AmxExpertTiles(ExpertTiles):
                 for half in range(2):
                     at = T.ramp((half * 2 * LANES + line) * LANES, 1, LANES)
                     T.buffer_store(self.panel, signed_nibbles(words, half), [0, 0, s, at])
-
-    def _ask_next(self, W: Any, after: Any, s: Any, turn: Any, turns: Any, steps: int) -> None:
-        """Pass `turn` of `turns` over a group of weights, at step s: ask memory for its share of the group after it."""
-        if self.hints and not self.raw:
-            share = (STEP_LINES + turns - 1) // turns
-            with T.serial(share) as line:
-                prefetch(W[after[0], after[1], 0, ((turn * steps + s) * share + line) * LANES], 2)
 
     def _clear(self, height: int) -> None:
         for tile in range(2 * height):

@@ -99,9 +99,44 @@ class ExpertsAvx512(ExpertsX86):
 
 @schedule("moe_experts", "x86-avx512-bf16")
 class ExpertsAvx512Bf16(ExpertsX86):
-    """Dot products of bf16 pairs and of bytes."""
+    """Dot products of bytes; of bf16 pairs too, or else products in fp32, whichever a CPU has at the higher rate."""
 
-    bf16, dots = True, "vnni"
+    dots = "vnni"
+    #: Whether pairs have the higher rate. An Intel core does 64 operations per tick in fp32, 32 in pairs.
+    paired = False
+
+    @classmethod
+    def _has_pairs(cls, geometry: Geometry) -> bool:
+        return isinstance(weights_of(geometry, bf16=True), DotBf16)
+
+    @classmethod
+    def knobs(cls, geometry: Geometry) -> dict[str, tuple[Any, ...]]:
+        """Those of every x86, and whether bf16 pairs are multiplied by dot products."""
+        more = {"pairs": (False, True)} if cls._has_pairs(geometry) else {}
+        return {**super().knobs(geometry), "asked": (1, 32), "overlap": (False, True), **more}
+
+    @classmethod
+    def default(cls, geometry: Geometry) -> dict[str, Any]:
+        """Rows in fp32 take twice the memory, and eight of them share a widened line of weights; raw weights stay pairs."""
+        given = {**super().default(geometry), "asked": 32, "overlap": True}
+        if not cls._has_pairs(geometry):
+            return given
+        if cls.paired or _is_raw(geometry):
+            return {**given, "pairs": True}
+        return {**given, "pairs": False, "rows": 8, "block": given["block"] // 2}
+
+    @classmethod
+    def tiles(cls, geometry: Geometry, *, pairs: bool = False, **knobs: Any) -> ExpertTiles:
+        """Tile operations on vectors."""
+        weights = weights_of(geometry, bf16=pairs, dots=cls.dots)
+        return ExpertTiles(weights, raw=_is_raw(geometry), vectors=cls.vectors, **knobs)
+
+
+@schedule("moe_experts", "x86-zen4")
+class ExpertsZen4(ExpertsAvx512Bf16):
+    """The same where pairs have the higher rate."""
+
+    paired = True
 
 
 @schedule("moe_experts", "x86-amx")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
+import pytest
 import torch
 
 import tvm_gdn
-from tvm_gdn.bench import experts, layers, timing
+from tvm_gdn.bench import experts, kt_kernel, layers, timing
 from tvm_gdn.bench.side_by_side import Report
+from tvm_gdn.errors import TvmGdnError
 
 SIZES = {"D": 96, "I": 40, "E": 5, "k": 2, "drawn": 2}
 
@@ -60,3 +64,60 @@ def test_a_peer_that_may_take_too_long_is_left_out_and_named(monkeypatch):
     named = {name: [each.name for each in layer.contenders(tokens, most=3.0)[0]] for name, tokens in (("few", 64), ("many", 128))}
     assert named == {"few": ["tvm_gdn bf16", "tvm_gdn raw bf16", "peer"], "many": ["tvm_gdn bf16", "tvm_gdn raw bf16"]}
     assert report.missing == {"peer, T 128": "left out: took 500 ms at T 16, so up to 4.0 s a call"}
+
+
+#: kt-kernel as far as it is called: its calls take a millisecond and answer with their rows.
+STAND_IN = """
+import ctypes, time
+from types import SimpleNamespace
+
+class WorkerPoolConfig:
+    pass
+
+class CPUInfer:
+    def __init__(self, pool):
+        self.backend_ = None
+    def submit(self, task):
+        task()
+    def sync(self):
+        pass
+
+class Experts:
+    def __init__(self, config):
+        self.size = config.D
+    def load_weights_task(self, places):
+        return lambda: None
+    def forward_task(self, rows, k, ids, weights, x, out, incremental):
+        count = ctypes.c_int32.from_address(rows).value
+        return lambda: (time.sleep(1e-3), ctypes.memmove(out, x, 2 * count * self.size))
+
+moe = SimpleNamespace(MOEConfig=lambda experts, k, D, inner, gpu: SimpleNamespace(D=D), AMXBF16_MOE=Experts)
+"""
+
+
+def test_kt_kernel_stands_still_between_its_turns(monkeypatch, tmp_path):
+    file = tmp_path / "stand_in.py"
+    file.write_text(STAND_IN)
+    monkeypatch.setattr(kt_kernel, "extension", lambda build: file)
+    layer = kt_kernel.Layer("amx", ["bf16"], SIZES, 1)
+    try:
+        layer.ready()
+        rows = layers.routing(SIZES, 3)
+        call = kt_kernel.Call(layer, "bf16", [rows])
+        assert torch.equal(call(), rows[0])
+        assert call.timed(1) >= 1000
+        assert os.waitid(os.P_PID, layer.process.pid, os.WSTOPPED | os.WNOWAIT).si_status == signal.SIGSTOP
+    finally:
+        layer.close()
+    assert layer.process.exitcode == 0
+
+
+def test_kt_kernel_that_does_not_load_is_an_error(monkeypatch, tmp_path):
+    file = tmp_path / "stand_in.py"
+    file.write_text("raise OSError('no such library')")
+    monkeypatch.setattr(kt_kernel, "extension", lambda build: file)
+    layer = kt_kernel.Layer("amx", ["bf16"], SIZES, 1)
+    with pytest.raises(TvmGdnError, match="no such library"):
+        layer.ready()
+    layer.close()
+    assert not layer.process.is_alive()

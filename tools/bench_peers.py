@@ -71,11 +71,15 @@ def parse() -> argparse.Namespace:
         "--without", nargs="+", choices=experts.PEERS, default=[], help="peers to leave out; onnxruntime's set-up takes minutes"
     )
     parser.add_argument("--kt-builds", nargs="+", choices=kt_kernel.KINDS, default=list(kt_kernel.KINDS), help="of kt-kernel")
+    parser.add_argument("--kt-threads", type=int, nargs="+", default=[], metavar="N", help="of kt-kernel, a contender for "
+                        "each number; one more spins that hands out tasks; default: threads, at most cores less one")  # fmt: skip
     parser.add_argument("--kt-cores", type=int, nargs="+", default=[], metavar="CORE", help="of kt-kernel's threads, one more "
-                        "than threads; default: as it binds them, the machine's first")  # fmt: skip
+                        "than its threads; default: as it binds them, the machine's first")  # fmt: skip
     parser.add_argument("--json", type=Path, help="written anew with every row")
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
+    if options.kt_cores and max(options.kt_threads, default=1) >= len(options.kt_cores):
+        parser.error(f"--kt-cores: {len(options.kt_cores)} cores; give at least one more than --kt-threads")
     if options.quick:
         options.experts, options.tokens, options.schemes = 16, [1, 64], ["bf16", "int8"]
         options.batches, options.lengths, options.rounds, options.seconds = [1, 8], [512], 3, 0.05
@@ -93,7 +97,8 @@ def expert_rows(options: argparse.Namespace, report: Report) -> Iterator[dict[st
     sizes["k"] = min(sizes["k"], sizes["E"])
     if options.drawn:
         sizes["drawn"] = min(options.drawn, sizes["E"])
-    layer = experts.Layer(sizes, options.schemes, options.peers, report, builds=options.kt_builds, kt_cores=options.kt_cores)
+    kt_kernel_runs = {"builds": options.kt_builds, "kt_threads": options.kt_threads, "kt_cores": options.kt_cores}
+    layer = experts.Layer(sizes, options.schemes, options.peers, report, **kt_kernel_runs)
     try:
         cases = layers.SUITE if options.suite else [(f"T {tokens}", tokens) for tokens in options.tokens]
         suite = (layers.WARMUP, layers.RUNS) if options.suite else None

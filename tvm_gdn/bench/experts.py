@@ -11,7 +11,7 @@ import torch
 
 import tvm_gdn
 from tvm_gdn import large_pages, reference
-from tvm_gdn.bench import kt_kernel, layers, onnx_peers, side_by_side
+from tvm_gdn.bench import kt_kernel, layers, machine, onnx_peers, side_by_side
 from tvm_gdn.bench.layers import Routing
 from tvm_gdn.bench.side_by_side import Contender, InTurn, Report
 from tvm_gdn.errors import TvmGdnError
@@ -47,7 +47,9 @@ class Layer:
         Told who is missing.
     builds : collection of str
         Builds of kt-kernel.
-    kt_cores : collection of int
+    kt_threads : collection of int
+        Numbers of kt-kernel's threads, a contender each; default: as many as this process has, but one fewer than cores.
+    kt_cores : sequence of int
         Cores of kt-kernel's threads, one more than threads; it binds them to the machine's first cores otherwise.
     """
 
@@ -59,15 +61,16 @@ class Layer:
         report: Report,
         *,
         builds: Collection[str] = tuple(kt_kernel.KINDS),
-        kt_cores: Collection[int] = (),
+        kt_threads: Collection[int] = (),
+        kt_cores: Sequence[int] = (),
     ) -> None:
-        self.sizes, self.report, self.kt_cores = sizes, report, kt_cores
+        self.sizes, self.report = sizes, report
         self.took: dict[str, tuple[int, float]] = {}
         self.runs: dict[str, tuple[str, Run, float]] = {}
         self.children: dict[str, kt_kernel.Layer] = {}
         # They load while this process packs.
         for build in builds if "kt-kernel" in peers else ():
-            self._kt_kernel(build, [scheme for scheme in schemes if scheme in kt_kernel.KINDS[build]])
+            self._kt_kernel(build, [scheme for scheme in schemes if scheme in kt_kernel.KINDS[build]], kt_threads, kt_cores)
         self.w13, self.w2 = layers.weights(sizes, torch.bfloat16)
         plain = (self.w13.nbytes + self.w2.nbytes) / sizes["E"]
         for scheme in schemes:
@@ -79,11 +82,11 @@ class Layer:
             self._transformers(plain)
         for scheme in schemes if "onnxruntime" in peers else ():
             self._onnxruntime(scheme)
-        for build, child in list(self.children.items()):
+        for name, child in list(self.children.items()):
             try:
                 child.ready()
             except TvmGdnError as error:
-                self._lose(build, error)
+                self._lose(name, error)
 
     def _pack(self, scheme: str) -> tvm_gdn.PackedExperts:
         drawn, experts = self.sizes.get("drawn", self.sizes["E"]), self.sizes["E"]
@@ -138,16 +141,19 @@ class Layer:
             return
         self.runs[name] = scheme, run, moved
 
-    def _kt_kernel(self, build: str, schemes: list[str]) -> None:
+    def _kt_kernel(self, build: str, schemes: list[str], threads: Collection[int], cores: Sequence[int]) -> None:
         reason = kt_kernel.missing(build)
         if reason:
             self.report.missing[f"kt-kernel {build}"] = reason
-        elif schemes:
-            self.children[build] = kt_kernel.Layer(build, schemes, self.sizes, torch.get_num_threads(), self.kt_cores)
+            return
+        spare = len(cores) or machine.cores()
+        for count in (threads or [max(1, min(torch.get_num_threads(), spare - 1))]) if schemes else ():
+            name = f"kt-kernel {build}" + (f" ({count} threads)" if threads else "")
+            self.children[name] = kt_kernel.Layer(build, schemes, self.sizes, count, cores)
 
-    def _lose(self, build: str, error: TvmGdnError) -> None:
-        self.report.missing[f"kt-kernel {build}"] = str(error)
-        self.children.pop(build).close()
+    def _lose(self, name: str, error: TvmGdnError) -> None:
+        self.report.missing[name] = str(error)
+        self.children.pop(name).close()
 
     def close(self) -> None:
         """End the children."""
@@ -188,15 +194,15 @@ class Layer:
             x_of = torch.Tensor.float if scheme == "fp32" or name.startswith("onnxruntime") else torch.Tensor.bfloat16
             add(name, scheme, [functools.partial(run, x_of(x), share, ids) for x, share, ids in drawn], each)
         each_of = {scheme: each for scheme, _, each in self.runs.values()}
-        for build, child in list(self.children.items()):
+        for name, child in list(self.children.items()):
             for scheme in child.schemes:
-                if slow(f"kt-kernel {build} {scheme}"):
+                if slow(f"{name} {scheme}"):
                     continue
                 try:
                     # Its layouts hold as many bytes as ours, but for scales.
-                    add(f"kt-kernel {build} {scheme}", scheme, [kt_kernel.Call(child, scheme, drawn)], each_of[scheme])
+                    add(f"{name} {scheme}", scheme, [kt_kernel.Call(child, scheme, drawn)], each_of[scheme])
                 except TvmGdnError as error:
-                    self._lose(build, error)
+                    self._lose(name, error)
                     break
         counts, imbalance, entropy = loads[0]
         return found, {

@@ -1,19 +1,24 @@
 """The experts of kt-kernel, each build of its extension in a process of its own: two cannot be loaded into one.
 
 The child draws the same weights once more, and times its own calls, so that the pipe between the processes does not count.
+Between requests it stands still: one thread of kt-kernel, which takes tasks from a queue, spins for as long as the process
+lives, and its workers for 50 ms after a task.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import importlib.util
 import itertools
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,10 +39,15 @@ GROUP = 32
 _KEPT: list[Any] = []
 #: Most tokens of a call; it reserves scratch for so many.
 LONGEST = 8192
-#: Seconds of calls that are submitted before one waits for them, at least: waiting for each takes whole steps of some 8 ms.
+#: Seconds of calls that are submitted before one waits for them, or `TOGETHER` calls: so looking for their end does not count.
 WHOLE = 0.2
-#: At most so many calls.
-TOGETHER = 1000
+TOGETHER = 4000
+#: Seconds between looks for the end of a batch. kt-kernel's own wait spins, and takes a core from its workers.
+LOOK = 0.5e-3
+#: A bf16 NaN, as an integer.
+_NAN = 0x7FC0
+#: prctl: the signal that a process gets when its parent ends.
+_PARENT_ENDS = 1
 
 
 def extension(build: str) -> Path | None:
@@ -69,14 +79,16 @@ class Layer:
     sizes : dict
         D, I, E, k, as in `layers.MODELS`; the child draws `layers.weights` of them in bf16.
     threads : int
-        Of the child's pool; beside them a caller spins.
-    cores : collection of int
-        Where its threads run, caller included; empty: where kt-kernel binds them, which is the machine's first cores.
+        Of the child's pool; beside them one spins that hands out tasks. Where that has no core of its own, a worker shares one
+        with it, and every call waits for the scheduler to come back to that worker: some 8 ms.
+    cores : sequence of int
+        Of its workers, one each, and behind them at least one of all other threads; empty: workers run where kt-kernel binds
+        them, which is the machine's first cores.
 
-    The child loads while this process goes on; `ready` waits for it.
+    The child loads while this process goes on; `ready` waits for it, and stops it.
     """
 
-    def __init__(self, build: str, schemes: list[str], sizes: dict[str, int], threads: int, cores: Collection[int] = ()) -> None:
+    def __init__(self, build: str, schemes: list[str], sizes: dict[str, int], threads: int, cores: Sequence[int] = ()) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, other = context.Pipe()
         self.schemes = schemes
@@ -94,11 +106,19 @@ class Layer:
             The child could not load the extension or the weights.
         """
         self._answer()
+        self._signal(signal.SIGSTOP)
 
     def ask(self, *request: Any) -> Any:
-        """Send a request, return the answer."""
+        """Wake the child, send a request, stop the child, return the answer."""
+        self._signal(signal.SIGCONT)
         self.pipe.send(request)
-        return self._answer()
+        answer = self._answer()
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.process.is_alive() and self.process.pid is not None:
+            os.kill(self.process.pid, number)
 
     def _answer(self) -> Any:
         try:
@@ -112,6 +132,7 @@ class Layer:
 
     def close(self) -> None:
         """End the child."""
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(OSError):
             self.pipe.send(None)
         self.process.join(10)
@@ -138,11 +159,11 @@ class Call:
         return taken
 
 
-def _serve(
-    pipe: Connection, file: str, kinds: dict[str, str], sizes: dict[str, int], threads: int, cores: Collection[int]
-) -> None:
+def _serve(pipe: Connection, file: str, kinds: dict[str, str], sizes: dict[str, int], threads: int, cores: Sequence[int]) -> None:
     """The child: load, then answer requests until None comes."""
     try:
+        # A stopped process would outlive its parent.
+        ctypes.CDLL(None).prctl(_PARENT_ENDS, signal.SIGKILL)
         # It greets and logs on the standard output, where the parent's results go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         found = importlib.util.spec_from_file_location("kt_kernel_ext", file)
@@ -155,34 +176,58 @@ def _serve(
         drawn = layers.weights(sizes, torch.bfloat16)
         loaded = {scheme: _load(module, infer, kind, scheme, *drawn, sizes["k"]) for scheme, kind in kinds.items()}
         del drawn
-        for thread in Path("/proc/self/task").iterdir() if cores else ():
-            os.sched_setaffinity(int(thread.name), cores)
+        if cores:
+            _bind(cores)
     except Exception as error:
         pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
         return
     pipe.send("ready")
     prepared: dict[Any, list[tuple[torch.Tensor, ...]]] = {}
-    fastest: dict[Any, float] = {}
+    estimate: dict[Any, float] = {}
     while (request := pipe.recv()) is not None:
         what, key, *values = request
         if what == "prepare":
             prepared[key] = [tuple(torch.from_numpy(value) for value in given) for given in values[0]]
             pipe.send(None)
             continue
-        scheme, tokens = key
-        layer, routings, count = loaded[scheme], prepared[key], torch.tensor([tokens], dtype=torch.int32)
-        out = torch.empty_like(routings[0][0])
-        calls = max(values[0], min(TOGETHER, math.ceil(WHOLE / fastest[key]))) if what == "time" else 1
-        start = time.perf_counter()
-        for x, share, ids in itertools.islice(itertools.cycle(routings), calls):
-            pointers = (ids.data_ptr(), share.data_ptr(), x.data_ptr(), out.data_ptr())
-            infer.submit(layer.forward_task(count.data_ptr(), ids.shape[1], *pointers, False))
-        infer.sync()
-        taken = (time.perf_counter() - start) / calls
-        fastest[key] = min(fastest.get(key, taken), taken)
-        pipe.send(1e6 * taken if what == "time" else out.numpy())
+        call = functools.partial(_run, infer, loaded[key[0]], prepared[key])
+        if what == "call":
+            result, estimate[key] = call(1)
+            pipe.send(result.numpy())
+            continue
+        calls, spent = 0, 0.0
+        # Until a batch was long enough: a first estimate may contain waiting.
+        while spent < WHOLE / 2 and calls < TOGETHER:
+            calls = max(values[0], min(TOGETHER, math.ceil(WHOLE / estimate[key])))
+            estimate[key] = call(calls)[1]
+            spent = calls * estimate[key]
+        pipe.send(1e6 * estimate[key])
     sys.stderr.flush()
     os._exit(0)
+
+
+def _bind(cores: Sequence[int]) -> None:
+    """A core for every worker of the pool, by name; the others for all other threads."""
+    tasks = sorted(Path("/proc/self/task").iterdir(), key=lambda task: int(task.name))
+    workers = [task for task in tasks if (task / "comm").read_text(encoding="utf-8").startswith("numa_")]
+    for task in tasks:
+        own = [cores[workers.index(task)]] if task in workers else cores[len(workers) :]
+        os.sched_setaffinity(int(task.name), own)
+
+
+def _run(infer: Any, layer: Any, routings: Sequence[tuple[torch.Tensor, ...]], calls: int) -> tuple[torch.Tensor, float]:
+    """Output of the last of so many calls, and seconds per call."""
+    out, last = torch.empty_like(routings[0][0]), torch.full_like(routings[0][0], _NAN)
+    rows = torch.tensor([len(out)], dtype=torch.int32)
+    start = time.perf_counter()
+    for number, (x, share, ids) in enumerate(itertools.islice(itertools.cycle(routings), calls), 1):
+        result = last if number == calls else out
+        pointers = (ids.data_ptr(), share.data_ptr(), x.data_ptr(), result.data_ptr())
+        infer.submit(layer.forward_task(rows.data_ptr(), ids.shape[1], *pointers, False))
+    while calls > 1 and last[-1, -1] == _NAN:
+        time.sleep(LOOK)
+    infer.sync()
+    return last, (time.perf_counter() - start) / calls
 
 
 def _load(module: Any, infer: Any, kind: str, scheme: str, w13: torch.Tensor, w2: torch.Tensor, k: int) -> Any:
