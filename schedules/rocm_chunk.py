@@ -173,12 +173,7 @@ class UnitChunkTiles(GpuChunkTiles):
 
     def store(self, dst: Window, src: Any, rows: Expr | None = None) -> None:
         """Rounded to the tensor's dtype."""
-
-        def element(i: Expr, j: Expr, slot: Expr) -> None:
-            inside: Any = True if rows is None else T.Cast("int64", i) < rows
-            when(inside, lambda: self._put(dst, self._get(src, i, j, slot), i, j))
-
-        self._over(src, element, cut=True)
+        self._store_elements(dst, src, rows)
 
     # Products.
     def mma(
