@@ -53,13 +53,6 @@ class PlainTiles:
 
         return sigmoid
 
-    def decays(self: Any, dst: Any, gates: Any, factors: Any, rows: Expr) -> None:
-        """An exponential for every pair."""
-        self.map(
-            dst, lambda i, j, a, b, f: T.Select(j <= i, f * self.exp(a - b), T.float32(0)), gates, self.turn(gates),
-            self.turn(factors), rows=rows, lower=True,
-        )  # fmt: skip
-
     @staticmethod
     def in_register(number: Expr) -> Expr:
         """A number that is computed once, where a name for it would have it computed at every use."""
