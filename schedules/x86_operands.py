@@ -201,7 +201,7 @@ class OperandTiles(ChunkTiles):
         self.unit = EmulatedUnit() if emulated else MatrixUnit()
         self.helpers = TO_LINE + HELPERS + (ROUND_EMULATED if emulated else ROUND)
         self.granule, self.triangle = BLOCK, GRANULE
-        # A state's third part hardly shows in the states that follow: K S takes errors of earlier chunks out (docs/performance.md).
+        # A third part of a state hardly shows in later ones: K S takes errors of earlier chunks out (docs/performance.md).
         self.parts, self.state_parts, self.data = parts, min(parts, 2), data
         #: Tiles whose numbers, or results that only go into a tensor of them, need no more than bf16.
         self.exact = set[Any]()
