@@ -30,7 +30,8 @@ class ElementTiles(TileMemory):
             return
         unit = BLOCK if lower else self._vector(dst, *sources)
         granule = BLOCK if lower else self.granule
-        with T.serial(dst.rows if rows is None else ceil_div(rows, granule) * granule) as i:
+        # Masks compare indices: vectors of 32 bits take half the instructions.
+        with T.serial(dst.rows if rows is None else T.Cast("int32", ceil_div(rows, granule)) * granule) as i:
             with T.serial((i // self.triangle + 1) * (self.triangle // BLOCK) if lower else self.units(unit, dst)) as base:
                 with T.vectorized(unit) as lane:
                     values = [source.get(i, base, unit, lane) for source in sources]
@@ -41,6 +42,34 @@ class ElementTiles(TileMemory):
             row, col = (i, 0) if dst.cols == 1 else (0, i)
             values = [source.get(row, col) for source in sources]
             dst.put(function(row, col, *values), row, col)
+
+    def decays(self, dst: Tile, gates: Tile, factors: Tile, rows: Expr) -> None:
+        """Left of the diagonal blocks an exponential is a product of two, from j to the block's first token and on to i.
+
+        Neither exceeds one for decaying gates; so a block takes one of each, and not 16.
+        """
+        near, far = local_array(BLOCK), local_array(BLOCK)
+        with T.serial(T.Cast("int32", ceil_div(rows, BLOCK))) as b:
+            first = gates.get(b * BLOCK, 0)
+            with T.vectorized(BLOCK) as lane:
+                T.buffer_store(near, self.exp(gates.get(b * BLOCK + lane, 0) - first), [lane])
+            with T.serial(b) as c:
+                with T.vectorized(BLOCK) as lane:
+                    j = c * BLOCK + lane
+                    T.buffer_store(far, factors.get(j, 0) * self.exp(first - gates.get(j, 0)), [lane])
+                with T.serial(BLOCK) as r:
+                    with T.vectorized(BLOCK) as lane:
+                        dst.put(near[r] * far[lane], b * BLOCK + r, c, BLOCK, lane)
+            with T.serial(BLOCK) as r:
+                with T.vectorized(BLOCK) as lane:
+                    j = b * BLOCK + lane
+                    value = factors.get(j, 0) * self.exp(gates.get(b * BLOCK + r, 0) - gates.get(j, 0))
+                    dst.put(T.Select(lane <= r, value, T.float32(0)), b * BLOCK + r, b, BLOCK, lane)
+                # What the last columns of a larger triangle hold is read too.
+                beyond = (b * BLOCK // self.triangle + 1) * (self.triangle // BLOCK) - 1 - b
+                with T.serial(beyond) as c:
+                    with T.vectorized(BLOCK) as lane:
+                        dst.put(T.float32(0), b * BLOCK + r, b + 1 + c, BLOCK, lane)
 
     def zero(self, dst: Tile) -> None:
         """Vector stores."""

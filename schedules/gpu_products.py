@@ -40,6 +40,13 @@ class GpuChunkTiles(ChannelTiles):
     def expect(self, *windows: Any, write: bool = False, when: Any = None) -> None:
         """Other warps run while one waits."""
 
+    def decays(self, dst: Any, gates: Any, factors: Any, rows: Expr) -> None:
+        """An exponential for every pair: threads have instructions for it."""
+        self.map(
+            dst, lambda i, j, a, b, f: T.Select(j <= i, f * self.exp(a - b), T.float32(0)), gates, self.turn(gates),
+            self.turn(factors), rows=rows, lower=True,
+        )  # fmt: skip
+
     def operand(self, tile: Any, side: str, *, transpose: bool = False, coarse: bool = False) -> Operand:
         """Operands of one tile share their bf16 arrays, whatever their side: fragments are loaded either way round."""
         rows, cols = (tile.cols, tile.rows) if transpose else (tile.rows, tile.cols)

@@ -20,6 +20,9 @@ from tvm_gdn.schedules.x86_operands import MatrixOperand, OperandTiles
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
 
+#: What is done with rows 2 p and 2 p + 1 of a block, given p.
+Elements = Callable[[Any], None]
+
 
 class AmxChunkTiles(OperandTiles):
     """Tile operations with products on the matrix unit; K, v_tile and chunk are multiples of 32, gates per head or none.
@@ -56,27 +59,51 @@ class AmxChunkTiles(OperandTiles):
         col_blocks = self.units(GRANULE, dst)
 
         fetch = self._fetcher(dst.rows // GRANULE * (dst.cols // GRANULE))
+        added = start is keep and finish is None and not into
 
-        def block(io: Expr, jo: Expr) -> None:
+        def products(io: Expr, jo: Expr, meanwhile: Elements | None = None) -> None:
             fetch(jo * (dst.rows // GRANULE) + io)
-            tall = None if rows is None else rows - io * GRANULE > ROWS
             steps = io + 1 if lower == "left" else full
-            added = start is keep and finish is None and not into
-            self._products(dst, a, b, io, jo, steps, added, tall)
-            if added or (start is None and finish is None and not into):
-                self._results(lambda n, x, y: self.unit.store(n, dst.buffer, *self._place(dst, io, jo, x, y)))
-            else:
-                self._results(lambda n, x, y: self.unit.store(n, self.scratch, lambda r: [x * ROWS + r, y * ROWS], GRANULE))
-                self._finish(dst, io, jo, start, finish, sources, into, wanted, tall)
+            self._products(dst, a, b, io, jo, steps, added, self._tall(rows, io), meanwhile)
 
-        if lower == "result":
-            with T.serial(row_blocks) as io:
-                with T.serial(io + 1) as jo:
+        if added or (start is None and finish is None and not into):
+
+            def block(io: Expr, jo: Expr) -> None:
+                products(io, jo)
+                self._results(lambda n, x, y: self.unit.store(n, dst.buffer, *self._place(dst, io, jo, x, y)))
+
+            if lower == "result":
+                with T.serial(row_blocks) as io, T.serial(io + 1) as jo:
                     block(io, jo)
-        else:
-            with T.serial(col_blocks) as jo:
-                with T.serial(row_blocks) as io:
+            else:
+                with T.serial(col_blocks) as jo, T.serial(row_blocks) as io:
                     block(io, jo)
+            return
+
+        # On busy cores every product waits for the one before (docs/performance.md): the elements of a block are computed between
+        # the next block's products. Behind them all they would be out of the core's sight.
+        height = T.Bind(T.Cast("int32", row_blocks))
+        count = T.Bind(T.Cast("int32", col_blocks) * height)
+
+        def begin(n: Expr, meanwhile: Elements | None = None) -> None:
+            products(T.Bind(T.truncmod(n, height)), T.Bind(T.truncdiv(n, height)), meanwhile)
+            self._results(lambda n, x, y: self.unit.store(n, self.scratch, lambda r: [x * ROWS + r, y * ROWS], GRANULE))
+
+        def elements(n: Expr) -> Elements:
+            io, jo = T.Bind(T.truncmod(n, height)), T.Bind(T.truncdiv(n, height))
+            return lambda p: self._finish(dst, io, jo, p, start, finish, sources, into, wanted, self._tall(rows, io))
+
+        begin(T.int32(0))
+        with T.serial(count - 1) as n:
+            begin(n + 1, elements(n))
+        last = elements(count - 1)
+        with T.serial(ROWS) as p:
+            last(p)
+
+    @staticmethod
+    def _tall(rows: Expr | None, io: Expr) -> Expr | None:
+        """Whether a block has tokens in its lower 16 rows; None: always."""
+        return None if rows is None else rows - io * GRANULE > ROWS
 
     @staticmethod
     def _results(each: Callable[[int, int, int], None]) -> None:
@@ -90,9 +117,21 @@ class AmxChunkTiles(OperandTiles):
         return lambda r: dst.at(io * GRANULE + x * ROWS + r, jo, GRANULE, y * ROWS), dst.width
 
     def _products(
-        self, dst: Tile, a: MatrixOperand, b: MatrixOperand, io: Expr, jo: Expr, steps: Expr, added: bool, tall: Expr | None
+        self,
+        dst: Tile,
+        a: MatrixOperand,
+        b: MatrixOperand,
+        io: Expr,
+        jo: Expr,
+        steps: Expr,
+        added: bool,
+        tall: Expr | None,
+        meanwhile: Elements | None,
     ) -> None:
-        """Result rows 32 io to 32 io + 31, columns 32 jo to 32 jo + 31; unless `tall`, the lower 16 rows of `a` are zero."""
+        """Result rows 32 io to 32 io + 31, columns 32 jo to 32 jo + 31; unless `tall`, the lower 16 rows of `a` are zero.
+
+        `meanwhile`: what is done 16 times between the products.
+        """
         unit = self.unit
         if added:
             self._results(lambda n, x, y: unit.load(n, dst.buffer, *self._place(dst, io, jo, x, y)))
@@ -100,23 +139,30 @@ class AmxChunkTiles(OperandTiles):
             self._results(lambda n, _x, _y: unit.clear(n))
         # The rest of the pairs are below the rounding that the split leaves.
         limit = min(max(a.parts, b.parts), 2 if dst.buffer in self.exact else self.parts)
+        pairs = [(part, other) for part in range(a.parts) for other in range(min(b.parts, limit - part))]
+        turns = 2 * len(pairs)
+        each = T.Bind(T.truncdiv(T.int32(ROWS - 1), T.Cast("int32", steps) * turns) + 1) if meanwhile else 0
         with T.serial(steps) as kk:
-            for part in range(a.parts):
-                for other in range(min(b.parts, limit - part)):
-                    for y in (0, 1):
-                        unit.load(6 + y, b.buffer, lambda r, y=y, other=other: b.row(other, kk, jo * 2 + y, r), b.stride)
-                    for x in (0, 1):
-                        with where(tall if x else None):
-                            if other == 0:
-                                unit.load(4 + x, a.buffer, lambda r, x=x, part=part: a.row(part, io * 2 + x, kk, r), a.stride)
-                            for y in (0, 1):
-                                unit.dot(2 * x + y, 4 + x, 6 + y)
+            for number, (part, other) in enumerate(pairs):
+                for y in (0, 1):
+                    unit.load(6 + y, b.buffer, lambda r, y=y, other=other: b.row(other, kk, jo * 2 + y, r), b.stride)
+                for x in (0, 1):
+                    with where(tall if x else None):
+                        if other == 0:
+                            unit.load(4 + x, a.buffer, lambda r, x=x, part=part: a.row(part, io * 2 + x, kk, r), a.stride)
+                        for y in (0, 1):
+                            unit.dot(2 * x + y, 4 + x, 6 + y)
+                    if meanwhile:
+                        first = (T.Cast("int32", kk) * turns + (2 * number + x)) * each
+                        with T.serial(T.max(0, T.min(each, ROWS - first))) as p:
+                            meanwhile(first + p)
 
     def _finish(
         self,
         dst: Tile,
         io: Expr,
         jo: Expr,
+        p: Expr,
         start: ElementFunction | None,
         finish: ElementFunction | None,
         sources: tuple[Tile, ...],
@@ -124,41 +170,34 @@ class AmxChunkTiles(OperandTiles):
         wanted: Expr | None,
         tall: Expr | None,
     ) -> None:
-        """From sums in the scratch tile to elements of the result, and to operands made of it.
+        """Two rows from sums in the scratch tile to elements of the result, and to operands made of it.
 
         Unless `tall`, the lower 16 rows are nobody's tokens: zeros in operands, which products meet with zeros of the other side.
         """
         written = not into or start is not None
-        rows = GRANULE if tall is None else T.Select(tall, GRANULE, ROWS)
 
-        def value(i: Expr, r: Expr, unit: int, y: Expr, lane: Expr) -> Any:
-            base = jo * (GRANULE // unit) + y
-            values = [source.get(i, base, unit, lane) for source in sources]
-            total = self.scratch[r, y * unit + lane]
+        def value(i: Expr, r: Expr, y: Expr, lane: Expr) -> Any:
+            values = [source.get(i, jo * 2 + y, ROWS, lane) for source in sources]
+            total = self.scratch[r, y * ROWS + lane]
+            column = (jo * 2 + y) * ROWS + lane
             if start is not None:
-                total = start(i, base * unit + lane, dst.get(i, base, unit, lane), *values) + total
-            return total if finish is None else finish(i, base * unit + lane, total, *values)
+                total = start(i, column, dst.get(i, jo * 2 + y, ROWS, lane), *values) + total
+            return total if finish is None else finish(i, column, total, *values)
 
-        if not into:
-            with T.serial(rows) as r:
-                with T.vectorized(GRANULE) as lane:
-                    i = io * GRANULE + r
-                    dst.put(value(i, r, GRANULE, 0, lane), i, jo, GRANULE, lane)
-            return
-        pair = local_array(2, ROWS)
-        with T.serial(ROWS if tall is None else T.Select(tall, ROWS, ROWS // 2)) as p:
+        with where(None if tall is None else T.Or(tall, p < ROWS // 2)):
+            pair = local_array(2, ROWS)
             for y in (0, 1):
                 i = io * GRANULE + p * 2
                 for n in (0, 1):
                     with T.vectorized(ROWS) as lane:
-                        T.buffer_store(pair, value(i + n, p * 2 + n, ROWS, y, lane), [n, lane])
+                        T.buffer_store(pair, value(i + n, p * 2 + n, y, lane), [n, lane])
                     if written:
                         with T.vectorized(ROWS) as lane:
                             dst.put(pair[n, lane], i + n, jo * 2 + y, ROWS, lane)
                 with where(wanted):
                     for operand in into:
                         self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])
-        if tall is not None:
-            with where(T.Not(tall)), T.serial(ROWS // 2) as p:
+        if tall is not None and into:
+            with where(T.And(T.Not(tall), p >= ROWS // 2)):
                 for operand, y in product(into, (0, 1)):
-                    operand.clear([io, jo * 2 + y, p + ROWS // 2])
+                    operand.clear([io, jo * 2 + y, p])

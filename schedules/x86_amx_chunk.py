@@ -47,10 +47,10 @@ class ChunkAmx:
 
     @staticmethod
     def default(geometry: Geometry) -> dict[str, Any]:
-        """64 tokens, all columns, two value heads of a q/k head together."""
+        """32 tokens, all columns, two value heads of a q/k head together."""
         if not _on_matrix_unit(geometry):
             return ChunkAvx512.default(geometry)
-        return {"chunk": 64, "v_tile": max(ChunkAmx.knobs(geometry)["v_tile"]), "span": 2}
+        return {"chunk": 32, "v_tile": max(ChunkAmx.knobs(geometry)["v_tile"]), "span": 2}
 
     @classmethod
     def tiles(cls, geometry: Geometry, **knobs: Any) -> ChunkTiles:

@@ -1,8 +1,9 @@
 """Operands of the chunked delta rules on x86 matrix units: numbers as sums of bf16, in blocks of a tile register each.
 
-Numbers that are not exact in bf16 are split into two or three of them, ``x = high + low + O(2^-17 x)``. Layouts have blocks of
-1 KiB: left operands ``[parts, rows / 16, depth / 32, 16, 16]``, right ones ``[parts, depth / 32, columns / 16, 16, 16]``, of
-32-bit pairs of bf16 that follow each other along the depth. A tile of bf16 data is its own left operand.
+Numbers that are not exact in bf16 are split into two or three of them, ``x = high + low + O(2^-16 x)``: all but the last are cut
+off, which takes fewer instructions than rounding and makes three exact; the last of two is rounded. Layouts have blocks of 1 KiB:
+left operands ``[parts, rows / 16, depth / 32, 16, 16]``, right ones ``[parts, depth / 32, columns / 16, 16, 16]``, of pairs of
+bf16, 32 bits, that follow each other along the depth. A tile of bf16 data is its own left operand.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from tvm.script import tirx as T
 from tvm_gdn.schedules.cpu import local_array, transpose_16
 from tvm_gdn.schedules.cpu_chunk import ChunkTiles, Operand
 from tvm_gdn.schedules.cpu_tiles import BLOCK, TO_LINE, Tile, ceil_div
-from tvm_gdn.schedules.x86_matrix import LANES, ROWS, EmulatedMatrixUnit, MatrixUnit, Rows, high_part, low_part
+from tvm_gdn.schedules.x86_matrix import LANES, ROWS, EmulatedMatrixUnit, MatrixUnit, Rows, high_part
 
 from tvm_gdn.ops.tir.tiles import GRANULE, Expr
 
@@ -45,9 +46,17 @@ define <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b) alwaysinline {
   ret <16 x i32> %c
 }
 """
-#: The same interleaved, the halves of the 32-bit pairs of two vectors, and pairs of a tile that was written as bf16 (an access
-#: of another type than the writing one's, which LLVM may not move across it).
+#: The same interleaved, rounded or cut off, the halves of the 32-bit pairs of two vectors, and pairs of a tile that was written
+#: as bf16 (an access of another type than the writing one's, which LLVM may not move across it).
 HELPERS = """
+define <16 x i32> @tvm_gdn_cut(<16 x float> %a, <16 x float> %b) alwaysinline {
+  %x = bitcast <16 x float> %a to <16 x i32>
+  %y = bitcast <16 x float> %b to <16 x i32>
+  %l = lshr <16 x i32> %x, splat (i32 16)
+  %h = and <16 x i32> %y, splat (i32 -65536)
+  %r = or <16 x i32> %l, %h
+  ret <16 x i32> %r
+}
 define <16 x i32> @tvm_gdn_words(ptr %p) alwaysinline {
   %r = load <16 x i32>, ptr %p, align 4
   ret <16 x i32> %r
@@ -175,6 +184,11 @@ def helper(name: str, a: Any, b: Any) -> Any:
     return T.call_pure_extern("int32x16", f"tvm_gdn_{name}", a, b)
 
 
+def upper(x: Any) -> Any:
+    """The digits of fp32 numbers that bf16 has, the rest cut off."""
+    return high_part(T.reinterpret("int32x16", x))
+
+
 class OperandTiles(ChunkTiles):
     """Tiles, and their operands for the matrix unit; parameters as in `x86_amx.AmxChunkTiles`."""
 
@@ -187,7 +201,8 @@ class OperandTiles(ChunkTiles):
         self.unit = EmulatedUnit() if emulated else MatrixUnit()
         self.helpers = TO_LINE + HELPERS + (ROUND_EMULATED if emulated else ROUND)
         self.granule, self.triangle = BLOCK, GRANULE
-        self.parts, self.data = parts, data
+        # A third part of a state hardly shows in later ones: K S takes errors of earlier chunks out (docs/performance.md).
+        self.parts, self.state_parts, self.data = parts, min(parts, 2), data
         #: Tiles whose numbers, or results that only go into a tensor of them, need no more than bf16.
         self.exact = set[Any]()
 
@@ -196,7 +211,7 @@ class OperandTiles(ChunkTiles):
         super().enter(lane)
         self.unit.enter()
         self.scratch = self.array(GRANULE, GRANULE)
-        self.state_operands = self._blocks(self.span * self.parts, self.K // 32, self.v_tile // 16)
+        self.state_operands = self._blocks(self.span * self.state_parts, self.K // 32, self.v_tile // 16)
 
     def _take(self, count: int) -> Expr:
         """Like the others, a few lines apart: what a loop reads and writes side by side should not meet in a set of the cache."""
@@ -261,7 +276,7 @@ class OperandTiles(ChunkTiles):
         parts = min(self.parts, 2) if coarse and self.data != "float32" else self.parts
         parts = 1 if tile.buffer in self.exact else parts
         if isinstance(tile, State):
-            return MatrixOperand(self.state_operands, tile, side, transpose, parts, scale, tile.index)
+            return MatrixOperand(self.state_operands, tile, side, transpose, self.state_parts, scale, tile.index)
         if isinstance(tile, Bits) and side == "left" and not transpose:
             return MatrixOperand(tile.buffer, tile, side, transpose, 1)
         rows, cols = (tile.cols, tile.rows) if transpose else (tile.rows, tile.cols)
@@ -288,19 +303,22 @@ class OperandTiles(ChunkTiles):
 
     @staticmethod
     def _split(dst: MatrixOperand, format_: str, a: Any, b: Any, index: list[Any]) -> None:
-        """Write two vectors as bf16 pairs, and what the rounding left of them as further parts."""
+        """Write two vectors as bf16 pairs, and what is left of them as further parts."""
         kept = local_array(2, ROWS)
         T.buffer_store(kept, a, [0, LANES])
         T.buffer_store(kept, b, [1, LANES])
         x, y = kept[0, LANES], kept[1, LANES]
         start = dst.first * dst.parts
         for part in range(dst.parts):
-            T.buffer_store(dst.buffer, helper(format_, x, y), [start + part, *index, LANES])
-            if part + 1 < dst.parts:
-                pairs = local_array(ROWS, dtype="int32")
-                T.buffer_store(pairs, helper("pair", x, y), [LANES])
-                T.buffer_store(kept, x - low_part(pairs[LANES]), [0, LANES])
-                T.buffer_store(kept, y - high_part(pairs[LANES]), [1, LANES])
+            more = part + 1 < dst.parts
+            if more or part == 2:  # The last of three has no digits that bf16 lacks.
+                words = helper("cut", x, y) if format_ == "pair" else helper(format_, upper(x), upper(y))
+            else:
+                words = helper(format_, x, y)
+            T.buffer_store(dst.buffer, words, [start + part, *index, LANES])
+            if more:
+                T.buffer_store(kept, x - upper(x), [0, LANES])
+                T.buffer_store(kept, y - upper(y), [1, LANES])
 
     def _left(self, dst: MatrixOperand, rows: Expr, lower: bool) -> None:
         src = dst.source

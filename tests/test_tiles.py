@@ -47,6 +47,21 @@ def test_the_matrix_unit_emulated(emulated):
     assert torch.equal(bad["final_state"][others], clean["final_state"][others])
 
 
+@pytest.mark.parametrize("shared", [0.0, 3.0])
+def test_states_keep_their_digits_in_two_parts(emulated, shared):
+    """Hardly any decay, keys at random or near one direction: what products lose of a state has nowhere to go."""
+    case = {**HEADS, "lengths": (1, 500), "HV": 3, "with": ("initial_state", "cu_seqlens")}
+    arguments = cases.draw(CHUNK, case)
+    arguments["g"] *= 0.01
+    k = arguments["k"]
+    arguments["k"] = (k + shared * k[:, :1]).to(k.dtype)
+    want = parity.expected(CHUNK, arguments)
+    errors, limits = parity.compare(CHUNK, parity.run(CHUNK, arguments), want)
+    assert dispatch.served_by(CHUNK.name).startswith("compiled (x86-amx-emulated")
+    assert errors["final_state"] < limits["final_state"] / 2, errors
+    assert errors["o"] < limits["o"], errors
+
+
 @pytest.mark.parametrize(("dtype", "unit"), [("bfloat16", True), ("float16", True), ("float32", False)])
 def test_the_matrix_unit_serves_16_bit_data(dtype, unit):
     """fp32 data keeps fp32 products."""

@@ -28,9 +28,7 @@ class ChunkProducts:
         tiles.map(self.q_start, lambda _i, _j, a, b: a * exp(b), r, G)
         tiles.map(self.k_end, lambda _i, _j, a, b, e: a * exp(e - b), n, G, last)
         tiles.map(self.end, lambda _i, _j, e: exp(e), last)
-        tiles.map(
-            D, lambda i, j, a, b, f: T.Select(j <= i, f * exp(a - b), zero), G, tiles.turn(G), tiles.turn(n), rows=m, lower=True
-        )
+        tiles.decays(D, G, n, m)
         tiles.sync()
         tiles.map(self.P, lambda _i, _j, x, d, f: x * d * f, self.qk, D, r, rows=m, lower=True)
         tiles.map(self.A, lambda i, j, x, d, f, b: T.Select(j < i, x * d * f * b, zero), self.kk, D, n, beta, rows=m, lower=True)

@@ -181,6 +181,9 @@ class ChunkTiles(Protocol):
         diagonal; outside these blocks `dst` stays as it was.
         """
 
+    def decays(self, dst: Tile, gates: Tile, factors: Tile, rows: Expr) -> None:
+        """``dst[i, j] = factors[j] exp(gates[i] - gates[j])`` for j <= i, else zero, in the rows and blocks of a `lower` map."""
+
     def exp(self, x: Expr) -> Expr:
         """Exp in fp32."""
 
