@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from processes import environment
 
-from tvm_gdn import build, cli, env, kernel_cache, parity
+from tvm_gdn import cli, env, kernel_cache, parity
 from tvm_gdn.commands import aot, parity_matrix, parity_record
 from tvm_gdn.commands import parity as command
 from tvm_gdn.errors import ArgumentError, BuildError
@@ -151,7 +151,7 @@ def test_digest_of_what_an_outcome_depends_on(monkeypatch):
     tuned = {"knobs": {"block": 64}}
     monkeypatch.setattr(parity_record.records, "lookup", lambda *_: tuned)
     digests.add(parity_record.made_of(spec, target, "small"))
-    monkeypatch.setattr(build, "kernel_digest", lambda *_: "other sources")
+    monkeypatch.setattr(parity_record.records, "algorithm_digest", lambda *_: "other sources")
     digests.add(parity_record.made_of(spec, target, "small"))
     assert len(digests) == 8
 

@@ -23,14 +23,15 @@ from tvm_gdn.target import named, target_names
 
 _HEAD = """# Parity matrix
 
-Every operator on every target against the float64 reference: two short cases each, as different as the operator's cases get
-(`tvm_gdn parity --target all`; whole runs stand in the [README](../README.md)). Made by `tools/parity_page.py`.
+Every operator on every target against the float64 reference, as far as it was run: all cases or two short ones, as different
+as the operator's cases get. Made by `tools/parity_page.py` from [parity.json](parity.json), which `tvm_gdn parity --target all --json
+docs/parity.json` goes on with. Earlier whole runs stand in the [README](../README.md). `-`: not run.
 
 - **2 of 2**: cases within their limits on the target itself, and the error that comes nearest to its limit, with the limit.
 - *emulated* 2 of 2: the device's code (generated C) ran on a CPU, not on the device. `x86-amx-emulated` ran on a CPU, too: the
   schedules of `x86-amx` with the matrix unit in loops.
 - *built* 2: kernels compiled for the target; that they run is not said.
-- stale: made of other sources than those of this tree. +n: further cases, with a dtype that the target has not.
+- stale: made of other TIR or schedules than those of this tree. +n: further cases, with a dtype that the target has not.
 """
 #: What a code object states of its worst kernel.
 _FACTS = ("registers", "spills", "scratch", "lds")

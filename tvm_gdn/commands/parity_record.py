@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from tvm_gdn import build, parity, records
+from tvm_gdn import parity, records
 from tvm_gdn.commands.arguments import geometry_of_case
 from tvm_gdn.errors import ArgumentError, TargetError
 from tvm_gdn.ops import OPS
@@ -30,7 +30,9 @@ FORMAT = 1
 
 
 def made_of(spec: OpSpec, target: TargetSpec, selection: str) -> str:
-    """Digest of what an outcome depends on: sources of the kernels, target, tuned knobs, cases and tolerances.
+    """Digest of what an outcome depends on: the operator's TIR and schedules, target, tuned knobs, cases and tolerances.
+
+    What all kernels share (builder, launchers, the emulation) is left out: a change there would make every outcome stale.
 
     Parameters
     ----------
@@ -48,7 +50,12 @@ def made_of(spec: OpSpec, target: TargetSpec, selection: str) -> str:
     """
     cases = parity.selected(spec, selection)
     tuned = [records.lookup(spec, geometry_of_case(spec, case), target) for case in cases]
-    parts = [build.kernel_digest(spec, target), cases, dict(spec.tolerance), [record and record["knobs"] for record in tuned]]
+    parts = [
+        records.algorithm_digest(spec, target),
+        cases,
+        dict(spec.tolerance),
+        [record and record["knobs"] for record in tuned],
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
