@@ -24,8 +24,9 @@ from tvm_gdn.target import named, target_names
 _HEAD = """# Parity matrix
 
 Every operator on every target against the float64 reference, as far as it was run: all cases or two short ones, as different
-as the operator's cases get. Made by `tools/parity_page.py` from [parity.json](parity.json), which `tvm_gdn parity --target all --json
-docs/parity.json` goes on with. Earlier whole runs stand in the [README](../README.md). `-`: not run.
+as the operator's cases get. Made by `tools/parity_page.py` from [parity.json](parity.json), which
+`tvm_gdn parity --target all --json docs/parity.json` goes on with.
+Earlier whole runs stand in the [README](../README.md). `-`: not run.
 
 - **2 of 2**: cases within their limits on the target itself, and the error that comes nearest to its limit, with the limit.
 - *emulated* 2 of 2: the device's code (generated C) ran on a CPU, not on the device. `x86-amx-emulated` ran on a CPU, too: the
