@@ -141,6 +141,9 @@ class ChunkHopper(ChunkGpu):
             raise TargetError(f"groups {groups} needs {wanted}")
         if groups and not knobs["ahead"]:
             raise TargetError(f"groups {groups} needs chunks ahead")
+        alone = super().knobs(geometry)["warps"]
+        if not groups and knobs["warps"] not in alone:
+            raise TargetError(f"warps {knobs['warps']} without groups share out no tile; allowed: {', '.join(map(str, alone))}")
         return super().tiles(geometry, **knobs)
 
 

@@ -11,6 +11,7 @@ from tvm_gdn.schedules.gpu_chunk import ChunkHopper
 
 from tvm_gdn import cases, images, parity
 from tvm_gdn.commands.arguments import geometry_of_case
+from tvm_gdn.errors import TargetError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import EMULATED, resolve
 
@@ -135,6 +136,13 @@ def test_operands_lie_either_way_round(tmp_path, monkeypatch, turned):
 )  # fmt: skip
 def test_where_warps_multiply_together(change, groups):
     assert ChunkHopper.default(geometry_of_case(OPS[OP], {**CASE, **change}))["groups"] == groups
+
+
+def test_warps_of_groups_alone_are_refused():
+    geometry = geometry_of_case(OPS[OP], CASE)
+    knobs = {**ChunkHopper.default(geometry), "groups": 0, "warps": 12}
+    with pytest.raises(TargetError, match="warps 12 without groups share out no tile; allowed: 4, 8"):
+        ChunkHopper.tiles(geometry, **knobs)
 
 
 @needs_cxx
