@@ -29,10 +29,11 @@ def ways(monkeypatch):
     """Names of the ways that calls take from now on."""
     taken = []
     space = direct.call.packed_decode_gated_delta_rule.__globals__
-    implementations, operator = space["implementations"], space["operator"]
+    implementations = space["implementations"]
     spied = {name: lambda *values, f=f: (taken.append("direct"), f(*values))[1] for name, f in implementations.items()}
     monkeypatch.setitem(space, "implementations", spied)
-    monkeypatch.setitem(space, "operator", lambda *values: (taken.append("operator"), operator(*values))[1])
+    for name in ("operator", "converting"):
+        monkeypatch.setitem(space, name, lambda *values, f=space[name]: (taken.append("operator"), f(*values))[1])
     return taken
 
 
