@@ -1,4 +1,4 @@
-"""What benchmarks stand on: turns of contenders, weights that repeat."""
+"""What benchmarks stand on: turns of contenders, weights that repeat, calls of every operator."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import tvm_gdn
-from tvm_gdn.bench import experts, kt_kernel, layers, timing
+from tvm_gdn import cases, parity
+from tvm_gdn.bench import contenders, experts, kt_kernel, layers, timing
 from tvm_gdn.bench.side_by_side import Report
 from tvm_gdn.errors import TvmGdnError
+from tvm_gdn.ops import OPS
 
 SIZES = {"D": 96, "I": 40, "E": 5, "k": 2, "drawn": 2}
 
@@ -34,6 +36,16 @@ def test_a_slow_contender_takes_part_in_the_first_rounds_or_once():
     assert len(times["slowest"].rounds) == 1 and counts["slowest"] == 2
     assert times["slowest"].us >= 250_000
     assert timing.ratio(times["slow"], times["fast"]) > 1 < timing.ratio(times["slowest"], times["slow"])
+
+
+@pytest.mark.parametrize("kernel", [(op, parity.sample(OPS[op], 1)[0]) for op in OPS], ids=list(OPS))
+def test_every_operator_can_be_called_as_a_user_would(kernel):
+    spec, case = OPS[kernel[0]], kernel[1]
+    arguments = cases.draw(spec, case)
+    want = parity.expected(spec, arguments)
+    result = contenders.public_call(spec, arguments)()
+    name, got = next(iter(want)), result[0] if isinstance(result, tuple) else result
+    assert got.any() and parity.rms_ratio(got, want[name]) <= parity.limit(spec, name, got.dtype)
 
 
 def test_experts_that_are_not_drawn_repeat_the_others():

@@ -36,10 +36,15 @@ def settled(spec: OpSpec, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def public_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
-    """The package's public function, called as a user would: by position, defaults left out."""
+    """The package's public function, called as a user would: by position, defaults left out.
+
+    An operator that public functions lead to for some of their arguments (pools, packed weights) has none of its own name.
+    """
     import tvm_gdn
 
-    function = getattr(tvm_gdn, spec.name)
+    function = getattr(tvm_gdn, spec.name, None)
+    if function is None:
+        return operator_call(spec, arguments)
     positional, keywords = [], {}
     for parameter in inspect.signature(function).parameters.values():
         value = arguments.get(parameter.name, parameter.default)
