@@ -2,6 +2,7 @@
 
     python tools/sanitize.py --json sanitized.json           # memcheck, racecheck, synccheck, one after another
     python tools/sanitize.py --tool synccheck --op chunk_kda
+    python tools/sanitize.py --tuned                         # the kernels that tuned records shape, on short cases
     python tools/sanitize.py --build-only --target cuda-sm90 # only fill the cache of kernels; needs no device
 
 Cases are short ones of the SPECs, as different as they get, and those that reach what a kernel does only for other sizes or knobs
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 
 import tvm_gdn
-from tvm_gdn import build, cases, kernel_cache, parity
+from tvm_gdn import build, cases, kernel_cache, parity, records
 from tvm_gdn.bench import machine
 from tvm_gdn.commands.arguments import geometry_of_case, use_target
 from tvm_gdn.commands.parity import without_schedule
@@ -84,6 +85,10 @@ FORMS: dict[str, list[tuple[dict[str, Any], dict[str, Any] | None]]] = {
 }  # fmt: skip
 
 
+#: Sizes of the benchmark's shapes that may be as small as this without other code being run.
+_SHORT = {"B": 3, "T": 130, "S": 4, "SC": 4, "M": 70, "H": 1, "HV": 2, "E": 16, "k": 2}
+
+
 @dataclass(frozen=True)
 class Run:
     """A case of an operator, and the knobs of its kernel where they are not the default's."""
@@ -105,6 +110,18 @@ def chosen(ops: list[str], count: int, target: TargetSpec) -> list[Run]:
                 forms.append(Run(op, case, None if knobs is None else explicit(op, case, knobs, target)))
     first, *later = turns
     return [*first, *forms, *(run for turn in later for run in turn)]
+
+
+def tuned(ops: list[str], target: TargetSpec) -> list[Run]:
+    """A short case of every kernel whose knobs are a record's."""
+    found: dict[tuple[str, str], Run] = {}
+    for op, shape in ((name, shape) for name in ops for shape in reversed(OPS[name].bench)):  # small ones come first
+        short = {name: min(value, _SHORT[name]) if name in _SHORT else value for name, value in shape.items()}
+        case = {**short, **({"lengths": (63, 1, 40)} if "lengths" in shape else {})}
+        geometry = geometry_of_case(OPS[op], case)
+        if records.lookup(OPS[op], geometry, target):
+            found.setdefault((op, str(geometry)), Run(op, case))
+    return list(found.values())
 
 
 def explicit(op: str, case: dict[str, Any], knobs: dict[str, Any], target: TargetSpec) -> dict[str, Any]:
@@ -286,6 +303,7 @@ def main() -> int:
     parser.add_argument("--op", action="append", choices=list(OPS), metavar="OP")
     parser.add_argument("--tool", action="append", choices=(*_TOOLS, "initcheck"), help="default: the first three")
     parser.add_argument("--count", type=int, default=2, help="short cases per operator; default 2")
+    parser.add_argument("--tuned", action="store_true", help="instead: a short case of every kernel that a tuned record shapes")
     parser.add_argument("--target", default="cuda", help="default: cuda, the device that is present")
     parser.add_argument("--build-only", action="store_true", help="compile the cases' kernels into the cache, and run nothing")
     parser.add_argument("--jobs", type=int, default=machine.cores(), help="processes at once; default: one per core")
@@ -299,7 +317,8 @@ def main() -> int:
         run_cases(args.run, use_target(args.target))
         return 0
     args.target = resolve(args.target) if args.build_only else use_target(args.target)
-    runs = chosen(args.op or list(OPS), args.count, args.target)
+    ops = args.op or list(OPS)
+    runs = tuned(ops, args.target) if args.tuned else chosen(ops, args.count, args.target)
     if args.logs:
         args.logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
