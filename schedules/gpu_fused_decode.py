@@ -14,9 +14,10 @@ from tvm.script import tirx as T
 from tvm_gdn.schedules.gpu_portable import LoopTiles
 from tvm_gdn.schedules.gpu_recurrent import REGISTERS, SHARED, WARP, RecurrentGpu, RecurrentRocm
 from tvm_gdn.schedules.gpu_registers import RecurrentWarpTiles
-from tvm_gdn.schedules.gpu_staged import StagedWarpTiles
+from tvm_gdn.schedules.gpu_staged import PIECE, StagedWarpTiles
 from tvm_gdn.schedules.gpu_strips import StripColumns
 
+from tvm_gdn.errors import TargetError
 from tvm_gdn.schedule import schedule
 from tvm_gdn.spec import Geometry
 
@@ -106,12 +107,19 @@ class FusedWarpTiles(ConvolvedRow, RecurrentWarpTiles):
 class FusedStagedTiles(ConvolvedRow, StagedWarpTiles):
     """States in shared memory."""
 
+    @property
+    def memory(self) -> int:
+        """Bytes of shared memory of a block: a state tile per warp, and in fp32 k, q and the warps' value columns."""
+        return self.group * self.warp * self.pieces * PIECE + 4 * (2 * self.K + self.beside * self.v_tile)
+
 
 @schedule("fused_decode", "cuda")
 class FusedDecodeGpu(RecurrentGpu):
     """The recurrence's, with the warps of a block on the tiles of one q/k head. Not timed yet."""
 
     made = MappingProxyType({REGISTERS: FusedWarpTiles, SHARED: FusedStagedTiles})
+    #: Bytes of shared memory that a block may have.
+    shared = 99 * 1024
 
     @classmethod
     def placed(cls, geometry: Geometry) -> bool:
@@ -126,11 +134,26 @@ class FusedDecodeGpu(RecurrentGpu):
         whole = found["column_lanes"] * math.gcd(geometry.axis["K"], WARP // found["column_lanes"]) == WARP
         return {**found, "group": 4 if whole else 1}
 
+    @classmethod
+    def tiles(cls, geometry: Geometry, **knobs: Any) -> RecurrentWarpTiles:
+        """The recurrence's; a block's tiles are of any number of heads, so that their states may be too many."""
+        made = super().tiles(geometry, **knobs)
+        if isinstance(made, FusedStagedTiles) and made.memory > cls.shared:
+            raise TargetError(f"{knobs} need {made.memory} bytes of shared memory, a block has {cls.shared}")
+        return made
+
     @staticmethod
     def _side_by_side(tiles: int, group: int) -> bool:
         """Warps without a tile wait."""
         del tiles, group
         return True
+
+
+@schedule("fused_decode", "cuda-sm90")
+class FusedDecodeHopper(FusedDecodeGpu):
+    """With 227 KiB of shared memory."""
+
+    shared = 227 * 1024
 
 
 @schedule("fused_decode", "musa")

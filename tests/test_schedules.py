@@ -2,6 +2,9 @@
 
 import ast
 import contextlib
+import itertools
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +62,40 @@ def test_the_copy_engine_moves_states_that_fit(K, V, moved):
     space, _ = schedule.find_space("recurrent", named("cuda-sm90"))
     shape = geometry("packed_decode_gated_delta_rule", K, V, state_dtype="float32")
     assert (space.default(shape)["few"] < max(space.knobs(shape)["few"])) == moved
+
+
+@pytest.mark.parametrize(("target", "shared"), [("cuda-sm90", 227 * 1024), ("cuda-sm80", 99 * 1024)])
+@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+def test_a_fused_step_has_no_more_shared_memory_than_a_block(state, target, shared):
+    """A driver refuses to launch what needs more; a tuner is told before it compiles."""
+    spec, item = OPS["fused_conv_gated_delta_rule_update"], 4 if state == "float32" else 2
+    shape = geometry(spec.name, 128, 128, state_dtype=state)
+    space, _ = schedule.find_space(spec.algorithm, named(target))
+    refused, largest = [], (0, {})
+    choices = space.knobs(shape)
+    for values in itertools.product(*choices.values()):
+        knobs = dict(zip(choices, values, strict=True))
+        v_tile = knobs["column_lanes"] * knobs["columns"]
+        states = 128 * v_tile * knobs["group"] * item
+        try:
+            tiles = space.tiles(shape, **knobs)
+        except TargetError as error:
+            assert f"a block has {shared}" in str(error) and str(knobs) in str(error)
+            refused.append(knobs)
+            assert states + 4 * (2 * 128 + knobs["group"] * v_tile) > shared
+            continue
+        except ValueError:  # what a thread has is no vector: four columns of bf16, for one
+            continue
+        if knobs["place"] == "shared":
+            largest = max(largest, (tiles.memory, knobs), key=lambda found: found[0])
+    assert ({"column_lanes": 32, "columns": 4, "group": 4, "place": "shared"} in refused) == (item == 4)
+    text = prim_func(spec, shape, space.tiles(shape, **largest[1])).script()
+    made = re.findall(r'T\.alloc_(?:shared|buffer)\(\(([\d, ]+)\)(?:, "(\w+)")?(?:, scope="(\S+)")?\)', text)
+    made = [(sizes, dtype) for sizes, dtype, scope in made if scope in {"", "shared.dyn"}]
+    total = sum(
+        math.prod(int(n) for n in re.findall(r"\d+", sizes)) * (4 if dtype in {"", "float32"} else 2) for sizes, dtype in made
+    )
+    assert len(made) == 4 and total == largest[0] <= shared
 
 
 @pytest.mark.parametrize("target", target_names())
