@@ -11,7 +11,8 @@ import torch
 
 import tvm_gdn
 from tvm_gdn import cases, parity
-from tvm_gdn.bench import contenders, experts, kt_kernel, layers, timing
+from tvm_gdn.bench import command, contenders, experts, kt_kernel, layers, machine, timing
+from tvm_gdn.bench import text as bench_text
 from tvm_gdn.bench.side_by_side import Report
 from tvm_gdn.errors import TvmGdnError
 from tvm_gdn.ops import OPS
@@ -39,13 +40,20 @@ def test_a_slow_contender_takes_part_in_the_first_rounds_or_once():
 
 
 @pytest.mark.parametrize("kernel", [(op, parity.sample(OPS[op], 1)[0]) for op in OPS], ids=list(OPS))
-def test_every_operator_can_be_called_as_a_user_would(kernel):
+def test_every_operator_is_called_as_a_user_would_and_reported(kernel):
     spec, case = OPS[kernel[0]], kernel[1]
     arguments = cases.draw(spec, case)
     want = parity.expected(spec, arguments)
     result = contenders.public_call(spec, arguments)()
     name, got = next(iter(want)), result[0] if isinstance(result, tuple) else result
     assert got.any() and parity.rms_ratio(got, want[name]) <= parity.limit(spec, name, got.dtype)
+
+    row = command.measure(spec, case, 0.001, peers=False)
+    assert row["passed"] and row["us"]["tvm_gdn"]["median"] > 0
+    text = bench_text.render(
+        {**machine.stamp(), "target": "any", "threads": 1, "peers": False, "cases": [row], "calls": [], "first_call": None}
+    )
+    assert spec.name in text and "WRONG" not in text
 
 
 def test_experts_that_are_not_drawn_repeat_the_others():

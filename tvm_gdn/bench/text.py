@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tvm_gdn import parity
 from tvm_gdn.bench import machine
 from tvm_gdn.commands.text import split_common, table
 
@@ -99,7 +100,7 @@ def _operator(op: str, rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _error(row: Mapping[str, Any]) -> str:
-    worst = max(row["limits"], key=lambda name: row["errors"][name] / row["limits"][name])
+    worst = max(row["limits"], key=lambda name: parity.share(row["errors"][name], row["limits"][name]))
     return f"{row['errors'][worst]:.1e} ({row['limits'][worst]:.0e})"
 
 
