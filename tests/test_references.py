@@ -1,7 +1,7 @@
 """Against references that nobody here wrote: flash-linear-attention's naive functions, the ONNX project's node test cases.
 
-Neither is a dependency: ``pip install --no-deps fla-core einops`` and ``pip install onnx`` (in the ``test`` extra). The naive
-functions are loaded from their files, because the package around them imports triton.
+Both are in the ``test`` extra (``pip install fla-core onnx``). The naive functions are loaded from their files, because the package
+around them imports triton.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ if importlib.util.find_spec("onnx"):
 def naive(rule):
     """A function of fla/ops/<rule>/naive.py."""
     if not FLA:
-        pytest.skip("flash-linear-attention is not installed: pip install --no-deps fla-core einops")
+        pytest.skip("flash-linear-attention is not installed: pip install fla-core")
     path = Path(importlib.util.find_spec("fla").submodule_search_locations[0]) / "ops" / rule / "naive.py"
     spec = importlib.util.spec_from_file_location(f"fla_naive_{rule}", path)
     module = importlib.util.module_from_spec(spec)

@@ -56,6 +56,15 @@ def test_defaults_are_among_the_choices_for_any_shape(name, target, more, K, V):
     space.tiles(shape, **space.default(shape))
 
 
+@pytest.mark.parametrize(("K", "dtype", "ahead"), [(64, "float32", True), (128, "float32", False), (128, "bfloat16", True)])
+def test_chunks_go_ahead_of_states_where_there_is_room(K, dtype, ahead):
+    space, _ = schedule.find_space("chunk", named("cuda-sm80"))
+    shape = geometry("chunk_gated_delta_rule", K, K, dtype=dtype)
+    knobs = space.default(shape)
+    assert bool(knobs["ahead"]) == ahead
+    assert max(space.tiles(shape, **knobs).arenas.values()) <= space.shared
+
+
 @pytest.mark.parametrize(("K", "V", "moved"), [(128, 128, True), (192, 128, True), (256, 128, False), (96, 40, False)])
 def test_the_copy_engine_moves_states_that_fit(K, V, moved):
     """Two blocks share a multiprocessor's memory; other states stay in registers in every call."""

@@ -12,6 +12,7 @@ H, HV, K, V = 2, 4, 64, 32
 STATE = ("initial_state",)
 SHAPE = {"H": H, "HV": HV, "K": K, "V": V, "output_final_state": True, "use_qk_l2norm_in_kernel": True}
 CHUNK = "chunk_gated_delta_rule"
+CHUNKED = [CHUNK, "chunk_kda", "chunk_delta_rule"]
 FAMILY = [f"{form}_{rule}" for rule in ("gated_delta_rule", "kda", "delta_rule") for form in ("chunk", "fused_recurrent")]
 LAYOUTS = [(False, "float32"), (True, "bfloat16")]
 
@@ -37,8 +38,8 @@ KERNELS = [
         {"B": 2, "T": 1, **SHAPE, "S": 5, "with": ("initial_state_source", "initial_state_indices")},
     ),
     *(("fused_recurrent_gated_delta_rule", {"B": 1, "T": 4, **SHAPE, "with": given}) for given in (STATE, ())),
-    ("chunk_kda", {"B": 1, "T": 4, **SHAPE, "with": ()}),
-    ("chunk_delta_rule", {"B": 1, "T": 4, **SHAPE, "with": ()}),
+    *((op, {"B": 1, "T": 4, **SHAPE, "with": given}) for op in CHUNKED[1:] for given in (STATE, ())),
+    *((op, {"lengths": (2, 2), **SHAPE, "with": ("cu_seqlens",)}) for op in CHUNKED[1:]),
     *((f"{op}_update", pooled_case(v, dtype)) for op in FAMILY for v, dtype in LAYOUTS),
 ]
 
@@ -54,10 +55,8 @@ def exact(tensors, initial=None, **options):
     )
 
 
-def chunk(tensors, initial=None, **options):
-    return tvm_gdn.chunk_gated_delta_rule(
-        *tensors, initial_state=initial, output_final_state=True, use_qk_l2norm_in_kernel=True, **options
-    )
+def chunk(tensors, initial=None, op=CHUNK, **options):
+    return getattr(tvm_gdn, op)(*tensors, initial_state=initial, output_final_state=True, use_qk_l2norm_in_kernel=True, **options)
 
 
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 64, 65, 500, 1000])
@@ -71,12 +70,13 @@ def test_odd_lengths(T):
 
 
 @pytest.mark.parametrize("cuts", [(64,), (1, 2, 3), (63, 129), (100, 164, 165)])
-def test_any_split_equals_the_whole(cuts):
-    tensors = drawn(200)
-    whole, state = chunk(tensors)
+@pytest.mark.parametrize("op", CHUNKED)
+def test_any_split_equals_the_whole(op, cuts):
+    tensors = drawn(200, op=op)
+    whole, state = chunk(tensors, op=op)
     parts, carried = [], torch.zeros(1, HV, K, V)
     for first, last in zip((0, *cuts), (*cuts, 200), strict=True):
-        part, carried = chunk([x[:, first:last] for x in tensors], carried)
+        part, carried = chunk([x[:, first:last] for x in tensors], carried, op)
         parts.append(part)
     assert rms_ratio(torch.cat(parts, 1), whole) < 1e-5
     assert rms_ratio(carried, state) < 1e-5
@@ -107,20 +107,21 @@ def test_continuous_batching_with_a_pool():
     assert rms_ratio(pool[slots], want) < 1e-5
 
 
-def test_a_poisoned_neighbour_changes_nothing():
+@pytest.mark.parametrize("op", CHUNKED)
+def test_a_poisoned_neighbour_changes_nothing(op):
     bounds = torch.tensor([0, 70, 140, 210])
-    tensors = drawn(210)
-    clean, state = chunk(tensors, cu_seqlens=bounds)
+    tensors = drawn(210, op=op)
+    clean, state = chunk(tensors, op=op, cu_seqlens=bounds)
     for x in tensors:
         x[:, 70:140] = float("nan")
-    o, poisoned = chunk(tensors, cu_seqlens=bounds)
+    o, poisoned = chunk(tensors, op=op, cu_seqlens=bounds)
     for part in (slice(0, 70), slice(140, 210)):
         assert torch.equal(o[:, part], clean[:, part])
     assert torch.equal(poisoned[[0, 2]], state[[0, 2]])
     assert o[:, 70:140].isnan().all()
 
 
-@pytest.mark.parametrize("gate", [-20.0, -100.0, 0.0, 0.05])
+@pytest.mark.parametrize("gate", [-20.0, -100.0, 0.0, 0.05, 0.5])
 @pytest.mark.parametrize("op", [CHUNK, "chunk_kda"])
 def test_extreme_gates(gate, op):
     tensors = drawn(130, op=op)
