@@ -157,9 +157,8 @@ def with_knobs(target, folder, op, arguments, **knobs):
     assert not isinstance(built, BuildError), built
     pack.write(folder / "pack", target, [], [built], build.build_launcher(folder, target))
     found = pack.read(folder / "pack")
-    present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
     kernel = load.load_kernel(found, found.manifest.kernels[0])
-    return torch_ops.call_function(spec, present, geometry.axis, kernel)
+    return torch_ops.call_function(spec, geometry, kernel, "cpu")
 
 
 @needs_cxx

@@ -5,7 +5,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tvm_gdn
-from tvm_gdn import cases, direct, parity
+from tvm_gdn import cases, direct, parity, torch_ops
 from tvm_gdn.ops import OPS
 
 NAME = "packed_decode_gated_delta_rule"
@@ -56,9 +56,29 @@ def test_a_plain_call_goes_directly_and_leaves_what_the_operator_leaves(ways):
 
 
 def test_inference_mode_goes_directly(ways):
+    arguments = cases.draw(OPS[NAME], CASE)
     with torch.inference_mode():
-        call(cases.draw(OPS[NAME], CASE))
+        inside = call(arguments)
     assert ways == ["direct"]
+    assert inside.is_inference() and not call(arguments).is_inference()
+
+
+def test_outputs_are_allocated_on_the_device_of_the_tensors():
+    """Torch's fast function allocates on the current device."""
+
+    class Elsewhere:
+        def get_device(self):
+            return 7
+
+        def new_empty(self, shape, dtype):
+            return "elsewhere", shape, dtype
+
+    empty = torch_ops._allocator("cpu")
+    here = empty(torch.zeros(1), (2, 3), (3, 1), torch.bfloat16)
+    assert (here.shape, here.stride(), here.dtype) == ((2, 3), (3, 1), torch.bfloat16)
+    assert empty(Elsewhere(), (2, 3), (3, 1), torch.bfloat16) == ("elsewhere", (2, 3), torch.bfloat16)
+    none = torch_ops._allocator("a device that torch has no such function for")
+    assert none(Elsewhere(), (2, 3), (3, 1), torch.bfloat16) == ("elsewhere", (2, 3), torch.bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,6 @@ def test_a_barrier_deleted_from_a_real_kernel_shows(tmp_path):
     barriers = [match.span() for match in re.finditer(r"__syncthreads\(\);", source)]
     assert len(barriers) > 8
     want = parity.expected(spec, draw(spec, case))
-    present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
     launcher = build.build_launcher(tmp_path, target)
 
     def holds(text):
@@ -157,7 +156,7 @@ def test_a_barrier_deleted_from_a_real_kernel_shows(tmp_path):
         folder = tmp_path / f"pack-{abs(hash(text))}"
         pack.write(folder, target, [], [kernel], launcher)
         made = pack.read(folder)
-        function = torch_ops.call_function(spec, present, geometry.axis, load.load_kernel(made, made.manifest.kernels[0]))
+        function = torch_ops.call_function(spec, geometry, load.load_kernel(made, made.manifest.kernels[0]), "cpu")
         errors, limits = parity.compare(spec, parity.run(spec, draw(spec, case), function), want)
         return all(errors[name] <= limits[name] for name in limits)
 

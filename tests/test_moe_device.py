@@ -89,7 +89,7 @@ def test_products_of_four_warps(tmp_path, monkeypatch):
     pack.write(tmp_path / "pack", goal, [], [built], build.build_launcher(tmp_path, goal))
     stored = pack.read(tmp_path / "pack")
     kernel = load.load_kernel(stored, stored.manifest.kernels[0])
-    call = torch_ops.call_function(spec, frozenset(shape.dtype), shape.axis, kernel)
+    call = torch_ops.call_function(spec, shape, kernel, "cpu")
     for tokens in (3, 17, 22, 70, 400):
         x, w13, w2, weights, ids = make(tokens, torch.bfloat16, tokens, hidden=104, inner=72)
         out = call(x, w13, w2, weights, ids)

@@ -9,8 +9,9 @@ from compilers import needs_cxx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tvm_gdn
-from tvm_gdn import cases
+from tvm_gdn import cases, torch_ops
 from tvm_gdn.autograd import BackwardError
+from tvm_gdn.check import geometry_of
 from tvm_gdn.ops import OPS
 
 POOLED = {"B": 3, "T": 4, "H": 2, "HV": 4, "K": 64, "V": 32, "S": 6, "with": POOL, "use_qk_l2norm_in_kernel": True}
@@ -166,6 +167,21 @@ def test_fake_outputs_are_like_real_ones(kernel):
             strides = zip(value.shape, symbolic.stride(), value.stride(), strict=True)
             assert all(size == 1 or one == other for size, one, other in strides)
     assert (meta if isinstance(meta, torch.Tensor) else meta[0]).device.type == "meta"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_call_allocates_what_the_fake_kernel_says(op):
+    """What is known of a geometry's calls is written into their function; the fake kernel asks the arguments for all of it."""
+    spec = OPS[op]
+    for case in spec.cases:
+        a = draw(op, case)
+        taken = []
+        allocate = torch_ops.call_function(spec, geometry_of(spec, a), lambda *values, taken=taken: taken.append(values), "cpu")
+        results = [f(*a.values()) for f in (allocate, torch_ops.fake_function(spec))]
+        made, fake = (x if isinstance(x, tuple) else (x,) for x in results)
+        for output, one, other in zip(spec.outputs, made, fake, strict=True):
+            assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride()), (output.name, case)
+            assert any(one is value for value in taken[0]) == (not output.when or a[output.when])
 
 
 def test_public_functions_on_the_meta_device():

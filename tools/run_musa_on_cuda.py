@@ -84,8 +84,7 @@ def check(
 ) -> dict[str, Any]:
     """Run one case on the device and compare: a row of a parity report."""
     spec, geometry = OPS[op], geometry_of_case(OPS[op], case)
-    present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
-    function = torch_ops.call_function(spec, present, geometry.axis, kernel)
+    function = torch_ops.call_function(spec, geometry, kernel, "cuda")
     there = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
     errors, limits = parity.compare(spec, parity.run(spec, there, function), want)
     passed = all(errors[name] <= limit for name, limit in limits.items())

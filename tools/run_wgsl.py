@@ -135,8 +135,7 @@ def _run(op: str, dims: str) -> tuple[bool, str]:
     request = Request(spec, geometry)
     files = gpu_source.maker("webgpu")[0](request)
     kernel = _kernel(json.loads(files[f"{request.symbol}.json"]), files[f"{request.symbol}.wgsl"].decode())
-    present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
-    function = torch_ops.call_function(spec, present, geometry.axis, kernel)
+    function = torch_ops.call_function(spec, geometry, kernel, "cpu")
     sizes = {"B": 2, "T": 5, "H": 1, "HV": 2, "S": 4, "M": 65, "G": 3, "E": 8, "k": 2}
     values, want = draw(request, **{**sizes, **geometry.axis})
     check = compared(spec, "", "", parity.run(spec, values, function), want)

@@ -8,12 +8,13 @@ gradients, and arguments of other types than the schema's, which it converts or 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentTypeError
 from tvm_gdn.spec import OpSpec, Scalar, Tensor
 
@@ -30,8 +31,9 @@ def _questions() -> dict[str, Callable[[], Any]]:
     """What is asked of torch before every call; nothing where this version of torch lacks one of them."""
     functorch = getattr(torch._C, "_functorch", None)
     found = {
-        "compiling": getattr(torch.compiler, "is_compiling", None),
-        "tracing": getattr(torch._C, "_get_tracing_state", None),
+        # Dynamo alone: whatever else compiles or exports does it in a mode. Half the time of `is_compiling`.
+        "compiling": getattr(torch.compiler, "is_dynamo_compiling", None),
+        "tracing": getattr(torch._C, "_is_tracing", None),
         "transforms": getattr(functorch, "peek_interpreter_stack", None),
         "modes": getattr(torch._C, "_len_torch_dispatch_stack", None),
         "functions": getattr(torch._C, "_is_torch_function_mode_enabled", None),
@@ -48,6 +50,14 @@ def _plain(spec: OpSpec) -> str:
         optional = arg.optional if isinstance(arg, Tensor) else arg.default is None
         parts.append(f"({arg.name} is None or {test})" if optional else test)
     return " and ".join(parts)
+
+
+def _by_device(tensor: str, devices: Collection[str]) -> str:
+    """Expression of the implementation for a tensor's device, by torch's flags: a type's name costs ten times as much."""
+    flags = [
+        f"implementations['{device}'] if {tensor}.is_{device}" for device in devices if hasattr(torch.Tensor, f"is_{device}")
+    ]
+    return " else ".join([*flags, f"implementations.get({tensor}.device.type)"])
 
 
 def _wanted(arg: Tensor | Scalar) -> str:
@@ -89,7 +99,7 @@ def register(spec: OpSpec, parameters: str, implementations: Mapping[str, Callab
     implementations : mapping
         Functions of the operator's arguments by torch device type.
     """
-    operator = getattr(torch.ops.tvm_gdn, spec.name)
+    operator = forward_only(spec.name, getattr(torch.ops.tvm_gdn, spec.name))
     questions = _questions()
     if not questions:
         setattr(call, spec.name, operator)
@@ -102,10 +112,10 @@ def register(spec: OpSpec, parameters: str, implementations: Mapping[str, Callab
     )
     source = (
         f"def direct({parameters}):\n"
-        f"    if compiling() or modes() or functions() or profiling() or tracing() is not None or transforms() is not None:\n"
+        f"    if compiling() or modes() or functions() or profiling() or tracing() or transforms() is not None:\n"
         f"        return operator({names})\n"
         f"    if {_plain(spec)}:\n"
-        f"        implementation = implementations.get({first}.device.type)\n"
+        f"        implementation = {_by_device(first, implementations)}\n"
         f"        if implementation is None or (grad_enabled() and ({gradients})):\n"
         f"            return operator({names})\n"
         f"        return implementation({names})\n"

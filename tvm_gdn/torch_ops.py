@@ -18,7 +18,7 @@ import torch
 
 from tvm_gdn import check, direct, dispatch, env, reference
 from tvm_gdn.errors import ArgumentTypeError, KernelError, TvmGdnError
-from tvm_gdn.spec import Axis, OpSpec, Output, Scalar, Tensor
+from tvm_gdn.spec import Axis, Geometry, OpSpec, Output, Scalar, Tensor
 from tvm_gdn.target import dispatch_keys
 
 _LIBRARY = torch.library.Library("tvm_gdn", "DEF")
@@ -35,25 +35,32 @@ def _parameters(spec: OpSpec) -> str:
     return ", ".join(parts)
 
 
-def _by_layout(spec: OpSpec, text: Callable[[dict[str, Any]], str]) -> str:
-    """Python expression of what `text` writes for each layout of an operator's arguments; the call's arguments choose."""
+def _by_layout(spec: OpSpec, text: Callable[[dict[str, Any]], str], geometry: Geometry | None = None) -> str:
+    """Python expression of what `text` writes for each layout of an operator's arguments; the call's arguments choose.
+
+    Where the geometry of the calls is known it has chosen already, as far as it can.
+    """
     tensors = {tensor.name for tensor in spec.tensors}
 
     def choose(conditions: tuple[str, ...], args: dict[str, Any]) -> str:
         if not conditions:
             return text(args)
         first, *rest = conditions
+        if geometry is not None and (first in tensors or first in geometry.attr):
+            return choose(tuple(rest), {**args, first: first in geometry.dtype or bool(geometry.attr.get(first))})
         yes, no = (choose(tuple(rest), {**args, first: flag}) for flag in (True, False))
         return yes if yes == no else f"({yes} if {first}{' is not None' if first in tensors else ''} else {no})"
 
     return choose(spec.conditions, {})
 
 
-def _axis_expression(spec: OpSpec, axis: str, args: dict[str, Any]) -> str:
+def _axis_expression(spec: OpSpec, axis: str, args: dict[str, Any], geometry: Geometry | None = None) -> str:
     """Python expression for a size from the arguments of the generated function, in one layout."""
     size = Axis.parse(axis)
     if not size.name:
         return str(size.plus)
+    if geometry is not None and size.name in geometry.axis:
+        return str(size.size(geometry.axis))
     if size.name in {scalar.name for scalar in spec.scalars}:
         return size.expression(size.name)
     sources, order = spec.axis_sources(size.name, args), dict(spec.derived).get(size.name, ())
@@ -66,48 +73,69 @@ def _axis_expression(spec: OpSpec, axis: str, args: dict[str, Any]) -> str:
     return size.expression(text)
 
 
-def _shape_expression(spec: OpSpec, output: Output) -> str:
-    def shape(args: dict[str, Any]) -> str:
-        return "".join(f"{_axis_expression(spec, axis, args)}, " for axis in output.axis_names(args)).strip()
-
-    return _by_layout(spec, lambda args: f"({shape(args)})")
-
-
-def _dtype_expression(spec: OpSpec, output: Output) -> str:
+def _dtype_expression(spec: OpSpec, output: Output, geometry: Geometry | None) -> str:
     if output.like in check.TORCH_DTYPES:
         return output.like
     source = next(tensor for tensor in spec.tensors if tensor.dtype_role == output.like)
+    if geometry is not None:
+        return geometry.dtype.get(source.name, output.fallback)
     if not source.optional:
         return f"{source.name}.dtype"
     return f"({output.fallback} if {source.name} is None else {source.name}.dtype)"
 
 
-def _twin(spec: OpSpec, output: Output) -> str:
-    """Name of a required tensor of an output's axes and dtype: a tensor like another costs half of one of a shape."""
-    layout = output.axes, output.axes_if, output.like
-    names = (t.name for t in spec.tensors if not t.optional and (t.axes, t.axes_if, t.dtype_role) == layout)
-    return "" if output.when else next(names, "")
+def _tuple(parts: list[str]) -> str:
+    return f"({''.join(f'{part}, ' for part in parts)})"
 
 
-def _allocations(spec: OpSpec) -> list[str]:
+def _allocation(spec: OpSpec, output: Output, geometry: Geometry | None) -> str:
+    """Expression that allocates an output; sizes that are read get names, because strides are made of them."""
     first = next(t.name for t in spec.tensors if not t.optional)
-    lines = []
-    for output in spec.outputs:
-        dtype = _dtype_expression(spec, output)
-        if output.strides_of:
-            lines.append(f"{output.name} = empty_like({output.strides_of}, dtype={dtype})")
-            continue
-        twin = _twin(spec, output)
-        if twin:
-            lines.append(f"{output.name} = empty_like({twin}, memory_format=contiguous)")
-            continue
-        shape = _shape_expression(spec, output)
-        if output.when:
-            shape = f"{shape} if {output.when} else (0,)"
-        # On the first tensor's device: naming a device costs half a microsecond, naming a dtype too.
-        dtype = "" if dtype == f"{first}.dtype" else f", dtype={dtype}"
-        lines.append(f"{output.name} = {first}.new_empty({shape}{dtype})")
-    return lines
+    dtype = _dtype_expression(spec, output, geometry)
+    if output.strides_of:
+        like = next(tensor for tensor in spec.tensors if tensor.name == output.strides_of)
+        # Naming a dtype costs a quarter of the call.
+        return f"empty_like({like.name}{'' if like.dtype_role == output.like else f', dtype={dtype}'})"
+
+    def text(shape: list[str], strides: list[str]) -> str:
+        return f"empty({first}, {_tuple(shape)}, {_tuple(strides)}, {dtype})"
+
+    def made(args: dict[str, Any]) -> str:
+        texts = [_axis_expression(spec, axis, args, geometry) for axis in output.axis_names(args)]
+        sizes = [text if text.isdigit() else f"n{position}" for position, text in enumerate(texts)]
+        shape = [text if text == size else f"{size} := {text}" for text, size in zip(texts, sizes, strict=True)]
+        inner = [[size for size in sizes[position:] if size != "1"] for position in range(1, len(sizes) + 1)]
+        return text(shape, [" * ".join(factors) or "1" for factors in inner])
+
+    given, none = _by_layout(spec, made, geometry), text(["0"], ["1"])
+    if geometry is None:
+        return f"{given} if {output.when} else {none}" if output.when else given
+    return given if not output.when or geometry.attr[output.when] else none
+
+
+def _allocations(spec: OpSpec, geometry: Geometry | None = None) -> list[str]:
+    """Lines that allocate the outputs; where the geometry of the calls is known they read no more than its tensors' sizes."""
+    return [f"{output.name} = {_allocation(spec, output, geometry)}" for output in spec.outputs]
+
+
+def _new_empty(like: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A contiguous tensor on another's device, as torch says it; `strides` are those of `shape`."""
+    del strides
+    return like.new_empty(shape, dtype=dtype)
+
+
+def _allocator(device: str) -> Callable[..., torch.Tensor]:
+    """What allocates outputs on a device type: the function of torch's own generated code, in half of `_new_empty`'s time."""
+    made = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), f"_empty_strided_{device}", None)
+    if made is None:
+        return _new_empty
+
+    def empty(like: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        output = made(shape, strides, dtype)
+        # It allocates on the current device, which need not be the tensors'.
+        return output if output.get_device() == like.get_device() else _new_empty(like, shape, strides, dtype)
+
+    return empty
 
 
 def _returned(spec: OpSpec) -> str:
@@ -120,12 +148,11 @@ def _key_expression(spec: OpSpec) -> str:
     for tensor in spec.tensors:
         parts.append(f"None if {tensor.name} is None else {tensor.name}.dtype" if tensor.optional else f"{tensor.name}.dtype")
     parts.extend(spec.static_attrs)
-    return f"({', '.join(parts)},)"
+    return _tuple(parts)
 
 
 def _define(source: str, name: str, namespace: dict[str, Any]) -> Callable[..., Any]:
     namespace = {**check.TORCH_DTYPES, "empty_like": torch.empty_like, **namespace}
-    namespace["contiguous"] = torch.contiguous_format
     exec(compile(source, f"<tvm_gdn {name}>", "exec"), namespace)  # noqa: S102 - source is written from SPEC above
     return namespace[name]
 
@@ -135,30 +162,39 @@ def fake_function(spec: OpSpec) -> Callable[..., Any]:
     tensors = ", ".join(f"{tensor.name}={tensor.name}" for tensor in spec.tensors)
     # torch takes the meta device's implementation, this one, as soon as one of the tensors is there.
     body = "\n    ".join([f"one_device(spec, dict({tensors}))", *_allocations(spec), f"return {_returned(spec)}"])
-    return _define(f"def fake({_parameters(spec)}):\n    {body}\n", "fake", {"one_device": check.one_device, "spec": spec})
+    namespace = {"one_device": check.one_device, "spec": spec, "empty": _new_empty}
+    return _define(f"def fake({_parameters(spec)}):\n    {body}\n", "fake", namespace)
 
 
-def call_function(spec: OpSpec, present: frozenset[str], axes: dict[str, int], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """Function of the operator's arguments that allocates outputs and runs a loaded kernel."""
+def allocation_function(spec: OpSpec, device: str) -> Callable[..., Any]:
+    """Function of the operator's arguments, on a device type, that allocates outputs as a call does, and no more."""
+    body = "\n    ".join([*_allocations(spec), f"return {_returned(spec)}"])
+    return _define(f"def allocate({_parameters(spec)}):\n    {body}\n", "allocate", {"empty": _allocator(device)})
+
+
+def call_function(spec: OpSpec, geometry: Geometry, kernel: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Function of the operator's arguments, on a device type, that allocates outputs and runs a geometry's loaded kernel."""
+    present = geometry.dtype.keys() | {name for name, value in geometry.attrs if value}
     names, constants = [], {}
     for arg in spec.inputs:
         if isinstance(arg, Scalar):
             if arg.passed and not arg.static:
                 names.append(arg.name)
                 if arg.resolve is not None:
-                    constants[f"default_{arg.name}"] = arg.resolve(axes)
+                    constants[f"default_{arg.name}"] = arg.resolve(geometry.axis)
                     names[-1] = f"default_{arg.name} if {arg.name} is None else {arg.name}"
         elif arg.name in present:
             names.append(arg.name)
     names += [o.name for o in spec.outputs if not o.when or o.when in present]
-    # A kernel cannot see that memory is read-only.
+    # A kernel cannot see that memory is read-only; main memory may be.
     guards = [
         f"if {tensor.name}.data_ptr() not in writable: refuse_or_learn({tensor.name})"
         for tensor in spec.tensors
-        if tensor.mutated and tensor.name in present
+        if tensor.mutated and tensor.name in present and device == "cpu"
     ]
-    body = "\n    ".join([*guards, *_allocations(spec), f"kernel({', '.join(names)})", f"return {_returned(spec)}"])
-    namespace = {"kernel": kernel, "writable": check.WRITABLE, "refuse_or_learn": check.refuse_or_learn, **constants}
+    body = "\n    ".join([*guards, *_allocations(spec, geometry), f"kernel({', '.join(names)})", f"return {_returned(spec)}"])
+    namespace = {"kernel": kernel, "empty": _allocator(device), **constants}
+    namespace |= {"writable": check.WRITABLE, "refuse_or_learn": check.refuse_or_learn}
     return _define(f"def call({_parameters(spec)}):\n    {body}\n", "call", namespace)
 
 
@@ -188,11 +224,7 @@ def _implementation(spec: OpSpec, device: str) -> Callable[..., Any]:
         check.validate(spec, args)
         geometry = check.geometry_of(spec, args)
         served = dispatch.lookup(spec, geometry, device)
-        if served.kernel is None:
-            function = reference_function(spec)
-        else:
-            present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
-            function = call_function(spec, present, geometry.axis, served.kernel)
+        function = reference_function(spec) if served.kernel is None else call_function(spec, geometry, served.kernel, device)
         table[key] = function
         return function
 

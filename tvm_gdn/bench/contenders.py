@@ -87,7 +87,7 @@ def operator_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:
 
 def allocation_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Callable[[], Any]:
     """Nothing but the allocation of the operator's outputs."""
-    return functools.partial(torch_ops.fake_function(spec), *arguments.values())
+    return functools.partial(torch_ops.allocation_function(spec, device_of(arguments)), *arguments.values())
 
 
 def reference_call(spec: OpSpec, arguments: Mapping[str, Any]) -> Call:

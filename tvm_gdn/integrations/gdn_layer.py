@@ -116,7 +116,8 @@ def forward(
             mixed_qkv = mixed_qkv.contiguous()
         parts = mixed_qkv.split([layer.key_dim, layer.key_dim, layer.value_dim], -1)
         sizes = (layer.head_k_dim, layer.head_k_dim, layer.head_v_dim)
-        heads = tuple(x.unflatten(-1, (-1, size)) for x, size in zip(parts, sizes, strict=True))
+        q, k, v = (x.unflatten(-1, (-1, size)) for x, size in zip(parts, sizes, strict=True))
+        heads = q, k, v
         if state is not None and hidden_states.shape[1] == 1:
             output, final = _decode(layer, mark, heads, a, b, state, cache, bounds)
         else:
@@ -216,7 +217,7 @@ def _doubles(layer: Any) -> bool:
 def _decode(
     layer: Any,
     mark: Mark,
-    heads: tuple[torch.Tensor, ...],
+    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     a: torch.Tensor,
     b: torch.Tensor,
     state: torch.Tensor,
@@ -245,7 +246,7 @@ def _decode(
 def _prefill(
     layer: Any,
     mark: Mark,
-    heads: tuple[torch.Tensor, ...],
+    heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     a: torch.Tensor,
     b: torch.Tensor,
     state: torch.Tensor | None,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from tvm_gdn import direct
-from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import draws
 from tvm_gdn.ops.rules import check_bounds, check_slots
@@ -204,7 +203,6 @@ CAUSAL_CONV1D_UPDATE = OpSpec(
 SPECS = (CAUSAL_CONV1D_FN, CAUSAL_CONV1D_UPDATE)
 
 
-@forward_only
 def causal_conv1d_fn(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -268,7 +266,6 @@ def causal_conv1d_fn(
     )
 
 
-@forward_only
 def causal_conv1d_update(
     x: torch.Tensor,
     conv_state: torch.Tensor,

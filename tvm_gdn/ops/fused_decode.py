@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from tvm_gdn import direct
-from tvm_gdn.autograd import forward_only
 from tvm_gdn.ops import arguments, draws
 from tvm_gdn.ops.arguments import A_LOG, DT_BIAS, OWN_POOL, SCALE, SLOTS, V_FIRST
 from tvm_gdn.ops.conv import ACTIVATIONS, check_conv
@@ -116,7 +115,6 @@ FUSED_CONV_DECODE = OpSpec(
 SPECS = (FUSED_CONV_DECODE,)
 
 
-@forward_only
 def fused_conv_gated_delta_rule_update(
     mixed_qkv: torch.Tensor,
     conv_state: torch.Tensor,

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 
 from tvm_gdn import direct
-from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import draws
 from tvm_gdn.spec import ITEMSIZE, Geometry, OpSpec, Output, Scalar, Tensor
@@ -46,7 +45,6 @@ FUSED_GDN_GATING = OpSpec(
 SPECS = (FUSED_GDN_GATING,)
 
 
-@forward_only
 def fused_gdn_gating(
     A_log: torch.Tensor,
     a: torch.Tensor,

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from tvm_gdn import direct
-from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.spec import INTS, ITEMSIZE, Draw, Geometry, OpSpec, Output, Scalar, Tensor, named_sizes
 
@@ -157,7 +156,6 @@ EXPERT_STATS = OpSpec(
 SPECS = (MOE_ROUTE, MOE_SORT, EXPERT_STATS)
 
 
-@forward_only
 def moe_route(
     logits: torch.Tensor,
     top_k: int,

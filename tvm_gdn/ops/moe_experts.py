@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from tvm_gdn import direct
-from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops import draws
 from tvm_gdn.ops.moe import IDS, sizes
@@ -217,7 +216,6 @@ def _run_pack(
     )
 
 
-@forward_only
 def fused_experts(
     x: torch.Tensor,
     w13: torch.Tensor | PackedExperts,
@@ -274,7 +272,6 @@ def fused_experts(
     return direct.call.fused_experts(x, w13, w2, topk_weights, topk_ids, activation)
 
 
-@forward_only
 def shared_expert(
     x: torch.Tensor,
     w13: torch.Tensor | PackedExperts,
@@ -317,7 +314,7 @@ def shared_expert(
     if isinstance(w13, PackedExperts):
         if w13.experts != 1:
             raise ArgumentError(f"shared_expert: w13 is a pack of {w13.experts} experts; pass a pack of one")
-        weights: tuple[Any, ...] = (w13, w2)
+        weights: tuple[Any, Any] = (w13, w2)
     else:
         if not all(isinstance(weight, torch.Tensor) and weight.ndim == 2 for weight in (w13, w2)):
             raise ArgumentError("shared_expert: w13 is [2I, D] and w2 [D, I], or w13 a PackedExperts of one expert")

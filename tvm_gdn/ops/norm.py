@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from tvm_gdn import direct
-from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.spec import ITEMSIZE, Geometry, OpSpec, Output, Scalar, Tensor
 
@@ -78,7 +77,6 @@ def _rows(name: str, x: torch.Tensor) -> torch.Tensor:
         ) from None
 
 
-@forward_only
 def rms_norm_gated(
     x: torch.Tensor,
     weight: torch.Tensor,

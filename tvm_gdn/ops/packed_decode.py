@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from tvm_gdn import direct
-from tvm_gdn.autograd import forward_only
 from tvm_gdn.ops import draws
 from tvm_gdn.ops.arguments import A_LOG, DT_BIAS, FAMILY, OWN_POOL, SCALE, SLOTS, V_FIRST
 from tvm_gdn.ops.recurrent import DECODE_BENCH, POOLED
@@ -59,7 +58,6 @@ PACKED_DECODE = OpSpec(
 SPECS = (PACKED_DECODE,)
 
 
-@forward_only
 def packed_decode_gated_delta_rule(
     mixed_qkv: torch.Tensor,
     a: torch.Tensor,

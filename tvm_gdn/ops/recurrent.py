@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from tvm_gdn import direct
-from tvm_gdn.autograd import forward_only
 from tvm_gdn.ops.arguments import (
     A_LOG,
     BETA,
@@ -159,7 +158,6 @@ FUSED_SIGMOID_GATING_UPDATE = OpSpec(
 SPECS = (FUSED_RECURRENT_UPDATE, FUSED_SIGMOID_GATING_UPDATE)
 
 
-@forward_only
 def fused_recurrent_gated_delta_rule_update(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -239,7 +237,6 @@ def fused_recurrent_gated_delta_rule_update(
     return direct.call.fused_recurrent_gated_delta_rule_update(q, k, v, g, beta, *args)
 
 
-@forward_only
 def fused_sigmoid_gating_delta_rule_update(
     A_log: torch.Tensor,
     a: torch.Tensor,

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 
 from tvm_gdn import direct
-from tvm_gdn.autograd import forward_only
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops import draws
 from tvm_gdn.ops.arguments import (
@@ -230,7 +229,6 @@ def _documented(function: F) -> F:
     return function
 
 
-@forward_only
 @_documented
 def chunk_gated_delta_rule(
     q: torch.Tensor,
@@ -253,7 +251,6 @@ def chunk_gated_delta_rule(
     return _call(name, (q, k, v, *gates), *options)
 
 
-@forward_only
 @_documented
 def fused_recurrent_gated_delta_rule(
     q: torch.Tensor,
@@ -276,7 +273,6 @@ def fused_recurrent_gated_delta_rule(
     return _call(name, (q, k, v, *gates), *options)
 
 
-@forward_only
 @_documented
 def chunk_kda(
     q: torch.Tensor,
@@ -298,7 +294,6 @@ def chunk_kda(
     return _call("chunk_kda", (q, k, v, g, beta), *options)
 
 
-@forward_only
 @_documented
 def fused_recurrent_kda(
     q: torch.Tensor,
@@ -320,7 +315,6 @@ def fused_recurrent_kda(
     return _call("fused_recurrent_kda", (q, k, v, g, beta), *options)
 
 
-@forward_only
 @_documented
 def chunk_delta_rule(
     q: torch.Tensor,
@@ -341,7 +335,6 @@ def chunk_delta_rule(
     return _call("chunk_delta_rule", (q, k, v, beta), *options)
 
 
-@forward_only
 @_documented
 def fused_recurrent_delta_rule(
     q: torch.Tensor,

@@ -162,8 +162,7 @@ class Bench:
         if name not in self._functions:
             pack = packs.read(_place(self._built, self.spec, self.target, geometry, knobs))
             kernel = load.load_kernel(pack, pack.manifest.kernels[0])
-            present = frozenset(geometry.dtype) | {name for name, value in geometry.attrs if value}
-            self._functions[name] = torch_ops.call_function(self.spec, present, geometry.axis, kernel)
+            self._functions[name] = torch_ops.call_function(self.spec, geometry, kernel, self.target.device)
         return self._functions[name]
 
 
