@@ -117,6 +117,24 @@ def check(
     }  # fmt: skip
 
 
+def report_of(
+    kernels: list[tuple[str, Any]], rows: Mapping[tuple[str, int], Any], target: TargetSpec, *, compile_only: bool
+) -> dict[str, Any]:  # fmt: skip
+    """A parity report of the cases that are known so far, by operator and number; None of one that was compiled only."""
+    note = f"the .mu source and its launcher, compiled by nvcc through a shim header, on {device.name('cuda')}; not by mcc"
+    order = sorted(rows, key=lambda key: key[1])
+    ops = {
+        op: {
+            "kernels": sum(name == op for name, _ in kernels),
+            "ran": "built" if compile_only else "emulated",
+            "image": {"format": "mu", "built": True, "text": note},
+        }
+        for op, _ in order
+    }
+    found = [rows[key] for key in order if rows[key]]
+    return {"format": 1, **machine.stamp(), "target": target.name, "compile_only": compile_only, "ops": ops, "cases": found}
+
+
 def main() -> int:
     """Run the tool; exit status 1 if a case fails or a source does not compile."""
     parser = argparse.ArgumentParser(description="Run the MUSA sources on an NVIDIA device, through nvcc and a shim header.")
@@ -138,7 +156,7 @@ def main() -> int:
     geometries = [(op, geometry_of_case(OPS[op], case)) for op, case in wanted]
     # What takes longest to compile begins first; a case runs as soon as its kernel is there.
     unique = sorted(dict.fromkeys(geometries), key=lambda pair: not pair[0].startswith(_LONG))
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[tuple[str, int], dict[str, Any] | None] = {}
     failed, start = 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         built = {
@@ -163,22 +181,13 @@ def main() -> int:
                     "failure": str(error),
                 }  # fmt: skip
             failed += row is not None and not row["passed"]
-            if row:
-                rows[number] = row
+            rows[op, number] = row
+            if args.json:
+                args.json.write_text(
+                    as_json(report_of(unique, rows, target, compile_only=args.compile_only)) + "\n", encoding="utf-8"
+                )
             outcome = "compiled" if row is None else "passed" if row["passed"] else row["failure"] or row["errors"]
             print(f"{time.perf_counter() - start:5.0f} s, {op} [{cases.label(case)}]: {outcome}", flush=True)
-    if args.json:
-        note = f"the .mu source and its launcher, compiled by nvcc through a shim header, on {device.name('cuda')}; not by mcc"
-        ops = {
-            op: {
-                "kernels": sum(name == op for name, _ in unique),
-                "ran": "built" if args.compile_only else "emulated",
-                "image": {"format": "mu", "built": True, "text": note},
-            }
-            for op in dict.fromkeys(op for op, _ in wanted)
-        }
-        report = {"format": 1, **machine.stamp(), "target": target.name, "compile_only": args.compile_only, "ops": ops}
-        args.json.write_text(as_json({**report, "cases": [rows[number] for number in sorted(rows)]}) + "\n", encoding="utf-8")
     print(f"{len(wanted) - failed} of {len(wanted)} cases {'compiled' if args.compile_only else 'passed'}")
     return int(failed > 0)
 
