@@ -74,6 +74,33 @@ extern "C" __global__ void __launch_bounds__(256) bulk(float* __restrict__ x, fl
 }
 """
 
+# A matrix times its transpose; BELIEVED puts the sums down as if their places were known.
+WMMA = """
+extern "C" __global__ void __launch_bounds__(256) square(float* __restrict__ x, float* __restrict__ y);
+extern "C" __global__ void __launch_bounds__(256) square(float* __restrict__ x, float* __restrict__ y) {
+  __shared__ alignas(64) nv_bfloat16 tile[17 * 24];
+  __shared__ alignas(64) float sums[16 * 20];
+  for (int n = threadIdx.x; n < 256; n += 256) tile[n / 16 * 24 + n % 16] = nv_bfloat16(x[n] - 100);
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, nv_bfloat16, nvcuda::wmma::row_major> left[1];
+    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, nv_bfloat16, nvcuda::wmma::col_major> right[1];
+    nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> sum[1];
+    nvcuda::wmma::fill_fragment(sum[0], 0.f);
+    nvcuda::wmma::load_matrix_sync(left[0], tile, 24);
+    nvcuda::wmma::load_matrix_sync(right[0], tile, 24);
+    nvcuda::wmma::mma_sync(sum[0], left[0], right[0], sum[0]);
+    nvcuda::wmma::store_matrix_sync(sums, sum[0], 20, nvcuda::wmma::mem_row_major);
+    __syncwarp();
+    for (int n = threadIdx.x; n < 256; n += 32) y[n] = sums[n / 16 * 20 + n % 16];
+  }
+}
+"""
+STORED = "nvcuda::wmma::store_matrix_sync(sums, sum[0], 20, nvcuda::wmma::mem_row_major);"
+#: As a device of NVIDIA's has them.
+BELIEVED = """for (int n = 0; n < 8; ++n)
+      sums[(threadIdx.x / 4 + n / 2 % 2 * 8) * 20 + threadIdx.x % 4 * 2 + n % 2 + n / 4 * 8] = sum[0].x[n];"""
+
 
 def compiled(folder, source, name, target):
     image = folder / f"{name}-{target}-{len(list(folder.iterdir()))}.emulation"
@@ -215,5 +242,41 @@ def test_misused_copies_end_the_process(tmp_path, dropped, message):
     )
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=build.builder_environment())
+    assert done.returncode == -6
+    assert message in done.stderr
+
+
+@needs_cxx
+def test_fragments_of_wmma_have_no_places_that_could_be_known(tmp_path, monkeypatch):
+    image = compiled(tmp_path, WMMA, "square", "musa-mp31")
+    believing = compiled(tmp_path, WMMA.replace(STORED, BELIEVED), "square", "musa-mp31")
+    hasty = compiled(tmp_path, WMMA.replace("    __syncwarp();\n", ""), "square", "musa-mp31")
+    for seed in (0, 1, 2):
+        x, y = launched(image, "square", seed, monkeypatch)
+        matrix = x.view(16, 16) - 100
+        assert torch.equal(y.view(16, 16), matrix @ matrix.t())
+        for wrong in (believing, hasty):
+            x, y = launched(wrong, "square", seed, monkeypatch)
+            assert not torch.equal(y.view(16, 16), matrix @ matrix.t())
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    ("given", "wrong", "message"),
+    [
+        ("(left[0], tile, 24)", "(left[0], tile + 8, 24)", "not aligned"),
+        ("(left[0], tile, 24)", "(left[0], tile, 20)", "not aligned"),
+        ("(left[0], tile, 24)", "(left[0], tile + threadIdx.x % 2 * 16, 24)", "different addresses"),
+        ("nvcuda::wmma::load_matrix_sync(right", "if (threadIdx.x) nvcuda::wmma::load_matrix_sync(right", ""),
+    ],
+)
+def test_misused_fragments_of_wmma_end_the_process(tmp_path, given, wrong, message):
+    image = compiled(tmp_path, WMMA.replace(given, wrong), "square", "musa-mp31")
+    program = (
+        "import pytest, sys; sys.path.insert(0, 'tests'); import test_emulation as t; "
+        f"t.launched({str(image)!r}, 'square', 1, pytest.MonkeyPatch())"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=build.builder_environment(), timeout=120)
     assert done.returncode == -6
     assert message in done.stderr

@@ -65,7 +65,9 @@ def check_numbers(dtype, packed, hidden, inner, counts):
 
 
 @needs_cxx
-@pytest.mark.parametrize("target", ["cuda-sm80", "rocm-gfx942", pytest.param("rocm-gfx1100", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "target", ["cuda-sm80", "rocm-gfx942", "musa-mp31", pytest.param("rocm-gfx1100", marks=pytest.mark.slow)]
+)
 def test_numbers(on, target):
     """Few rows per expert and many, D and I no multiples of a tile; rows in pieces of 16 bytes."""
     on(target)

@@ -3,6 +3,7 @@
     python tools/run_musa_on_cuda.py --json parity-musa-mp31.json          # two short cases per operator
     python tools/run_musa_on_cuda.py --cases all --op chunk_kda
     python tools/run_musa_on_cuda.py --compile-only                        # no device needed
+    python tools/run_musa_on_cuda.py --compile-only --arch 90 --kept LIBS  # what is there is not compiled again
 
 What runs is the text of the `.mu` file, launcher included; only the names of the vendor's runtime are NVIDIA's
 (`tvm_gdn/csrc/musa_shim`). It shows that the source is right, and nothing about Moore Threads' compiler or devices: reports call
@@ -12,6 +13,8 @@ it emulated. Needs nvcc, apache-tvm and, to run, torch for CUDA.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,19 +67,37 @@ def chosen_cases(ops: list[str], selection: str, target: TargetSpec) -> list[tup
     return [(op, case) for op, found in chosen.items() for case in found]
 
 
-def build_one(request: build.Request, target: TargetSpec, folder: Path, arch: str) -> tuple[Path, str]:
-    """Generate and compile a kernel's source: its library and the name of its function.
+def library_name(request: build.Request, target: TargetSpec, arch: str) -> str:
+    """File of a kernel's library: other sources, shim or flags have another name."""
+    shim = sorted((resources.files("tvm_gdn") / "csrc" / "musa_shim").iterdir(), key=lambda entry: entry.name)
+    parts = build.kernel_digest(request.spec, target), str(request.knobs), *_FLAGS, *(entry.read_text("utf-8") for entry in shim)
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    return f"{build.symbol_of(request.spec, request.geometry)}-{digest}-{arch}.so"
+
+
+def build_one(
+    request: build.Request, target: TargetSpec, folder: Path, arch: str, kept: Path | None = None
+) -> tuple[Path, str]:  # fmt: skip
+    """Generate and compile a kernel's source: its library and the name of its function; one that is kept is taken as it is.
 
     Raises
     ------
     BuildError
         Either fails.
     """
+    name = library_name(request, target, arch)
+    if kept and (kept / name).is_file():
+        return kept / name, build.symbol_of(request.spec, request.geometry)
     folder.mkdir()
     (kernel,) = build.run_builder([request], target, folder)
     if isinstance(kernel, BuildError):
         raise kernel
-    return compile_with_nvcc(folder / f"{kernel.symbol}.mu", arch), kernel.symbol
+    library = compile_with_nvcc(folder / f"{kernel.symbol}.mu", arch)
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(library, kept / f"{name}.part")
+        library = (kept / f"{name}.part").rename(kept / name)
+    return library, kernel.symbol
 
 
 def check(
@@ -95,6 +116,24 @@ def check(
     }  # fmt: skip
 
 
+def report_of(
+    kernels: list[tuple[str, Any]], rows: Mapping[tuple[str, int], Any], target: TargetSpec, *, compile_only: bool
+) -> dict[str, Any]:  # fmt: skip
+    """A parity report of the cases that are known so far, by operator and number; None of one that was compiled only."""
+    note = f"the .mu source and its launcher, compiled by nvcc through a shim header, on {device.name('cuda')}; not by mcc"
+    order = sorted(rows, key=lambda key: key[1])
+    ops = {
+        op: {
+            "kernels": sum(name == op for name, _ in kernels),
+            "ran": "built" if compile_only else "emulated",
+            "image": {"format": "mu", "built": True, "text": note},
+        }
+        for op, _ in order
+    }
+    found = [rows[key] for key in order if rows[key]]
+    return {"format": 1, **machine.stamp(), "target": target.name, "compile_only": compile_only, "ops": ops, "cases": found}
+
+
 def main() -> int:
     """Run the tool; exit status 1 if a case fails or a source does not compile."""
     parser = argparse.ArgumentParser(description="Run the MUSA sources on an NVIDIA device, through nvcc and a shim header.")
@@ -104,6 +143,7 @@ def main() -> int:
     parser.add_argument("--arch", help="compute capability, such as 90; default: that of the device, or 80")
     parser.add_argument("--compile-only", action="store_true", help="run nothing")
     parser.add_argument("--jobs", type=int, default=machine.cores(), help="processes that compile at once")
+    parser.add_argument("--kept", metavar="FOLDER", type=Path, help="where libraries stay; what is there is not compiled again")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write a parity report")
     args = parser.parse_args()
     present = device.architecture("cuda")
@@ -115,11 +155,13 @@ def main() -> int:
     geometries = [(op, geometry_of_case(OPS[op], case)) for op, case in wanted]
     # What takes longest to compile begins first; a case runs as soon as its kernel is there.
     unique = sorted(dict.fromkeys(geometries), key=lambda pair: not pair[0].startswith(_LONG))
-    rows: dict[int, dict[str, Any]] = {}
+    rows: dict[tuple[str, int], dict[str, Any] | None] = {}
     failed, start = 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         built = {
-            pool.submit(build_one, build.Request(OPS[pair[0]], pair[1]), target, Path(folder) / str(number), arch): pair
+            pool.submit(
+                build_one, build.Request(OPS[pair[0]], pair[1]), target, Path(folder) / str(number), arch, args.kept
+            ): pair
             for number, pair in enumerate(unique)
         }
         torch.set_num_threads(1)  # the other cores compile
@@ -138,22 +180,13 @@ def main() -> int:
                     "failure": str(error),
                 }  # fmt: skip
             failed += row is not None and not row["passed"]
-            if row:
-                rows[number] = row
+            rows[op, number] = row
+            if args.json:
+                args.json.write_text(
+                    as_json(report_of(unique, rows, target, compile_only=args.compile_only)) + "\n", encoding="utf-8"
+                )
             outcome = "compiled" if row is None else "passed" if row["passed"] else row["failure"] or row["errors"]
             print(f"{time.perf_counter() - start:5.0f} s, {op} [{cases.label(case)}]: {outcome}", flush=True)
-    if args.json:
-        note = f"the .mu source and its launcher, compiled by nvcc through a shim header, on {device.name('cuda')}; not by mcc"
-        ops = {
-            op: {
-                "kernels": sum(name == op for name, _ in unique),
-                "ran": "built" if args.compile_only else "emulated",
-                "image": {"format": "mu", "built": True, "text": note},
-            }
-            for op in dict.fromkeys(op for op, _ in wanted)
-        }
-        report = {"format": 1, **machine.stamp(), "target": target.name, "compile_only": args.compile_only, "ops": ops}
-        args.json.write_text(as_json({**report, "cases": [rows[number] for number in sorted(rows)]}) + "\n", encoding="utf-8")
     print(f"{len(wanted) - failed} of {len(wanted)} cases {'compiled' if args.compile_only else 'passed'}")
     return int(failed > 0)
 

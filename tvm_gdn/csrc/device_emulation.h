@@ -216,7 +216,8 @@ static inline int bulk_wait(void* barrier);
 #define TVM_GDN_WRITE emulation::bulk_write
 #define TVM_GDN_TEAM_SYNC emulation::team_sync
 #define TVM_GDN_PAIR_SYNC emulation::pair_sync
-static inline void* dynamic_shared() { return block->shared.data(); }
+// Begins where generated code says that it does, at a multiple of 64 bytes.
+static inline void* dynamic_shared() { return (void*)(((uintptr_t)block->shared.data() + 63) & ~(uintptr_t)63); }
 
 static void entry() {
   Block* own = block;
@@ -358,7 +359,7 @@ static int launch(const Body& body, dim3_ grid, dim3_ threads, unsigned shared, 
     Block own;
     own.fibers.resize((size_t)count);
     for (Fiber& fiber : own.fibers) fiber.stack.resize(1 << 17);
-    own.shared.resize(shared + 64);
+    own.shared.resize(shared + 64 + 63);
     own.body = [&] { body(parameters); };
     std::mt19937 random(seed * 7919 + worker);
     blockDim = threads;

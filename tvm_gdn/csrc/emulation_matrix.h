@@ -1,4 +1,4 @@
-// Matrix units of AMD devices, for `device_emulation.h`.
+// Matrix units of AMD devices, and wmma, for `device_emulation.h`.
 #pragma once
 // AMD's matrix units: D = A B + C, 16 x 16 x 16, of bytes x 32. A row of A has eight words, and so has one of B's transpose; a thread has
 // W of them, of row lane % 16, and of C and D S numbers of column lane % 16. With S = 4 these are rows lane / 16 * 4 + 0..3, with S = 8
@@ -59,3 +59,108 @@ EMULATED_PRODUCT(tvm_gdn_wmma_half, float, 8, 8, 2, half_of)
 EMULATED_PRODUCT(tvm_gdn_wmma_bytes, int, 8, 8, 4, byte_of)
 #endif
 #undef EMULATED_PRODUCT
+
+// wmma of warps of 32: 16 x 16 x 16, bf16 or fp16 with fp32 sums. Its fragments' layouts are nobody's business, so they are drawn:
+// one per kind of fragment and seed. What is loaded has the addresses that CUDA's manual asks for, and all threads name the same.
+#if EMULATED_WARP == 32
+namespace nvcuda {
+namespace wmma {
+struct matrix_a { enum { kind = 0 }; };
+struct matrix_b { enum { kind = 1 }; };
+struct accumulator { enum { kind = 2 }; };
+struct row_major { enum { kind = 4 }; };
+struct col_major { enum { kind = 8 }; };
+enum layout_t { mem_row_major, mem_col_major };
+enum { SIDE = 16, WARP = 32, SIZE = SIDE * SIDE, OWN = SIZE / WARP };
+// Which element, row * 16 + column, a thread's numbers are: those of thread n from 8 n on.
+struct Layout {
+  int places[SIZE];
+  explicit Layout(unsigned kind) {
+    const char* text = getenv("TVM_GDN_EMULATION_SEED");
+    std::mt19937 random(kind + 16 * (text ? (unsigned)atoi(text) : 1));
+    for (int n = 0; n < SIZE; ++n) places[n] = n;
+    std::shuffle(places, places + SIZE, random);
+  }
+};
+template <class Use, int M, int N, int K, class T, class Order = accumulator>
+struct fragment {
+  static_assert(M == SIDE && N == SIDE && K == SIDE, "wmma of 16 x 16 x 16");
+  enum { num_elements = OWN };
+  T x[OWN];
+  // What was neither filled nor loaded is no number.
+  fragment() {
+    for (T& number : x) number = __builtin_nanf("");
+  }
+  static const Layout& layout() {
+    static const Layout drawn(Use::kind + Order::kind);
+    return drawn;
+  }
+  static int place(int n) { return layout().places[emulation::lane() * OWN + n]; }
+};
+template <class T>
+static inline void check_address(const T* memory, unsigned stride) {
+  struct Address {
+    const T* memory;
+    unsigned stride;
+  } own = {memory, stride};
+  if ((uintptr_t)memory % 32 || stride * sizeof(T) % 16) emulation::fail("a fragment of wmma whose address or rows are not aligned");
+  emulation::exchange(own, [=] {
+    const Address first = emulation::shown<Address>(0);
+    if (first.memory != memory || first.stride != stride) emulation::fail("a fragment of wmma whose threads name different addresses");
+    return 0;
+  });
+}
+template <class F>
+static inline void fill_fragment(F& to, float value) {
+  for (auto& number : to.x) number = value;
+}
+template <class Use, class T, class Order>
+static inline void load_matrix_sync(fragment<Use, 16, 16, 16, T, Order>& to, const T* from, unsigned stride) {
+  check_address(from, stride);
+  for (int n = 0; n < OWN; ++n) {
+    const int i = to.place(n) / SIDE, j = to.place(n) % SIDE;
+    to.x[n] = std::is_same<Order, row_major>::value ? from[i * stride + j] : from[j * stride + i];
+  }
+}
+template <class T>
+static inline void store_matrix_sync(T* to, const fragment<accumulator, 16, 16, 16, T>& from, unsigned stride, layout_t order) {
+  check_address(to, stride);
+  for (int n = 0; n < OWN; ++n) {
+    const int i = from.place(n) / SIDE, j = from.place(n) % SIDE;
+    to[order == mem_row_major ? i * stride + j : j * stride + i] = from.x[n];
+  }
+}
+// The first thread that looks multiplies for its warp.
+template <class T, class A, class B>
+static inline void mma_sync(fragment<accumulator, 16, 16, 16, float>& to, const fragment<matrix_a, 16, 16, 16, T, A>& left,
+                            const fragment<matrix_b, 16, 16, 16, T, B>& right, const fragment<accumulator, 16, 16, 16, float>& from) {
+  struct Operands {
+    T a[OWN], b[OWN];
+  } own;
+  memcpy(own.a, left.x, sizeof own.a);
+  memcpy(own.b, right.x, sizeof own.b);
+  static thread_local std::map<int, std::pair<int, std::vector<float>>> made;
+  auto& product = made[emulation::block->current / WARP];
+  emulation::exchange(own, [&] {
+    if (!product.first) {
+      product = {WARP, std::vector<float>(SIZE)};
+      float a[SIZE], b[SIZE];
+      for (int thread = 0; thread < WARP; ++thread) {
+        const Operands theirs = emulation::shown<Operands>(thread);
+        for (int n = 0; n < OWN; ++n) {
+          a[left.layout().places[thread * OWN + n]] = theirs.a[n];
+          b[right.layout().places[thread * OWN + n]] = theirs.b[n];
+        }
+      }
+      for (int i = 0; i < SIDE; ++i)
+        for (int k = 0; k < SIDE; ++k)
+          for (int j = 0; j < SIDE; ++j) product.second[i * SIDE + j] += a[i * SIDE + k] * b[k * SIDE + j];
+    }
+    --product.first;
+    return 0;
+  });
+  for (int n = 0; n < OWN; ++n) to.x[n] = from.x[n] + product.second[to.place(n)];
+}
+}  // namespace wmma
+}  // namespace nvcuda
+#endif

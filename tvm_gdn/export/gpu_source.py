@@ -155,11 +155,12 @@ def _source(spec: OpSpec, geometry: Geometry, language: str, *, as_cuda: bool = 
         ((device_target, device),) = devices.items()
         launch = gpu_launch.description(host.script(), device)
         source = tool.codegen_build(finalize()(device), device_target).inspect_source("cuda" if native else "")
+        restricted = subset.has_subset(target) and not as_cuda
+        # The generated launcher cannot allocate what passes from kernel to kernel; the description says it.
+        host_source = images.launcher_source(function, target) if restricted and not launch["workspaces"] else ""
     if native:
         source = images.with_functions(source)
-    if subset.has_subset(target) and not as_cuda:
-        # The generated launcher cannot allocate what passes from kernel to kernel; the description says it.
-        host_source = "" if launch["workspaces"] else images.launcher_source(function, target)
+    if restricted:
         source = subset.translated(source, host_source, target, builder.symbol_of(spec, geometry))
     return {"source": source, "launch": launch}
 
