@@ -30,7 +30,8 @@ Earlier whole runs stand in the [README](../README.md). `-`: not run.
 
 - **2 of 2**: cases within their limits on the target itself, and the error that comes nearest to its limit, with the limit.
 - *emulated* 2 of 2: the device's code (generated C) ran on a CPU, not on the device. `x86-amx-emulated` ran on a CPU, too: the
-  schedules of `x86-amx` with the matrix unit in loops.
+  schedules of `x86-amx` with the matrix unit in loops. Of `musa-mp31` all but one ran on an NVIDIA device: the `.mu` source,
+  compiled by nvcc through a shim header (`tools/run_musa_on_cuda.py`).
 - *built* 2: kernels compiled for the target; that they run is not said.
 - stale: made of other TIR or schedules than those of this tree. +n: further cases, with a dtype that the target has not.
 """

@@ -30,12 +30,13 @@ import tvm_ffi
 
 from tvm_gdn import build, cases, device, parity, torch_ops
 from tvm_gdn.bench import machine
+from tvm_gdn.commands import parity_record
 from tvm_gdn.commands.arguments import geometry_of_case
-from tvm_gdn.commands.parity import without_schedule
+from tvm_gdn.commands.parity import summary, without_schedule
 from tvm_gdn.commands.text import as_json
 from tvm_gdn.errors import BuildError
 from tvm_gdn.ops import OPS
-from tvm_gdn.target import TargetSpec, named
+from tvm_gdn.target import TargetSpec, emulation_of, named
 
 _FLAGS = ("-x", "cu", "-w", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC")
 #: Beginnings of the operators whose sources are longest.
@@ -117,21 +118,30 @@ def check(
 
 
 def report_of(
-    kernels: list[tuple[str, Any]], rows: Mapping[tuple[str, int], Any], target: TargetSpec, *, compile_only: bool
+    wanted: list[tuple[str, dict[str, Any]]], rows: Mapping[tuple[str, int], Any], target: TargetSpec, selection: str, *,
+    compile_only: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    """A parity report of the cases that are known so far, by operator and number; None of one that was compiled only."""
+    """A parity report of the cases that are known so far, by operator and number; None of one that was compiled only.
+
+    `tvm_gdn parity --merge` takes it into a matrix; an operator that is not whole yet counts as stale there.
+    """
     note = f"the .mu source and its launcher, compiled by nvcc through a shim header, on {device.name('cuda')}; not by mcc"
-    order = sorted(rows, key=lambda key: key[1])
-    ops = {
-        op: {
-            "kernels": sum(name == op for name, _ in kernels),
-            "ran": "built" if compile_only else "emulated",
+    ran, order = "built" if compile_only else "emulated", sorted(rows, key=lambda key: key[1])
+    ops: dict[str, dict[str, Any]] = {}
+    for op in dict.fromkeys(op for op, _ in order):
+        own = [case for name, case in wanted if name == op]
+        found = [rows[key] for key in order if key[0] == op]
+        ops[op] = {
+            **summary(own, op, [row for row in found if row]), "ran": ran,
             "image": {"format": "mu", "built": True, "text": note},
-        }
-        for op, _ in order
-    }
-    found = [rows[key] for key in order if rows[key]]
-    return {"format": 1, **machine.stamp(), "target": target.name, "compile_only": compile_only, "ops": ops, "cases": found}
+        }  # fmt: skip
+        if len(found) == len(own):
+            made = target if compile_only else emulation_of(target)
+            ops[op]["made_of"] = parity_record.made_of(OPS[op], made, selection)
+    return {
+        "format": 1, **machine.stamp(), "target": target.name, "ran": ran, "compile_only": compile_only, "selection": selection,
+        "ops": ops, "cases": [rows[key] for key in order if rows[key]],
+    }  # fmt: skip
 
 
 def main() -> int:
@@ -183,7 +193,7 @@ def main() -> int:
             rows[op, number] = row
             if args.json:
                 args.json.write_text(
-                    as_json(report_of(unique, rows, target, compile_only=args.compile_only)) + "\n", encoding="utf-8"
+                    as_json(report_of(wanted, rows, target, args.cases, compile_only=args.compile_only)) + "\n", encoding="utf-8"
                 )
             outcome = "compiled" if row is None else "passed" if row["passed"] else row["failure"] or row["errors"]
             print(f"{time.perf_counter() - start:5.0f} s, {op} [{cases.label(case)}]: {outcome}", flush=True)

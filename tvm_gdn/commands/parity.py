@@ -112,7 +112,7 @@ def report_of(target: TargetSpec, chosen: Chosen, *, compile_only: bool = False)
     lacking |= bare
     wanted = {op: cases for op, cases in wanted.items() if op not in lacking}
     rows = list(_run(wanted, target, refused, compile_only=compile_only))
-    ops = {op: {**_summary(cases, op, [row for row in rows if row["op"] == op]), "ran": ran} for op, cases in chosen.items()}
+    ops = {op: {**summary(cases, op, [row for row in rows if row["op"] == op]), "ran": ran} for op, cases in chosen.items()}
     for op, reason in lacking.items():
         ops[op] |= {"kernels": 0, "ran": "none", "reason": reason}
     for op, told in unsupported.items():
@@ -197,7 +197,7 @@ def _run(chosen: Chosen, target: TargetSpec, refused: str, *, compile_only: bool
                 }  # fmt: skip
 
 
-def _summary(cases: list[dict[str, Any]], op: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(cases: list[dict[str, Any]], op: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Counts of an operator and the output that came nearest to its limit, or furthest above it."""
     outputs = [
         {
