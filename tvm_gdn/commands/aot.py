@@ -98,9 +98,10 @@ def selection(args: argparse.Namespace) -> tuple[list[Wanted], str]:
         wanted = [pair for pair in models.kernels(args.model) if not args.op or pair[0].name in args.op]
         return wanted, "-".join([args.model, *(args.op or ())])
     if not explicit or not args.op or len(args.op) != 1:
+        example = OPS[(args.op or ["packed_decode_gated_delta_rule"])[0]]
         raise ArgumentError(
-            "say what to build: --model NAME, or one --op OP with --dims (for example --op "
-            "packed_decode_gated_delta_rule --dims K=128,V=128,dtype=bfloat16) or --geometry"
+            f"say what to build: --model NAME, or one --op OP with --dims (for example --op {example.name} --dims "
+            f"{arguments.example_dims(example)}) or --geometry"
         )
     spec = OPS[args.op[0]]
     geometries = [arguments.parse_dims(spec, text) for text in args.dims]
