@@ -110,7 +110,7 @@ def _first_results(args: argparse.Namespace, target: TargetSpec) -> int:
 
 def _chosen(args: argparse.Namespace) -> list[tuple[OpSpec, Case]]:
     model = models.model(args.model) if args.model else None
-    shapes = [
+    shapes: list[tuple[OpSpec, Case]] = [
         (OPS[name], case)
         for name in args.op or OPS
         for case in models.bench(OPS[name], args.model)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm_gdn import dispatch, schedule
 from tvm_gdn.commands import arguments
-from tvm_gdn.commands.text import as_json, emit, table
+from tvm_gdn.commands.text import as_json, counted, emit, table
 from tvm_gdn.digest import version_of
 from tvm_gdn.errors import TargetError, TvmGdnError
 from tvm_gdn.ops import OPS
@@ -187,7 +187,7 @@ def _packs_text(found: dict[str, Any]) -> str:
     lines = [f"packs are looked for in {', '.join(found['pack_folders'])}"]
     for pack in found["packs"]:
         ops = ", ".join(f"{op} {count}" for op, count in pack["ops"].items())
-        lines.append(f"  {pack['folder']}: {pack['target']}, {pack['kernels']} kernels ({ops})")
+        lines.append(f"  {pack['folder']}: {pack['target']}, {counted(pack['kernels'], 'kernel')} ({ops})")
     lines += [f"  not used: {reason}" for reason in found["refused_packs"]]
     if not found["packs"] and not found["refused_packs"]:
         lines.append("  none; kernels are compiled at the first call. Build one with: tvm_gdn build --model qwen3-next")
