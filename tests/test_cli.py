@@ -25,6 +25,7 @@ from tvm_gdn.target import named, resolve
 ROOT = Path(__file__).resolve().parent.parent
 GATING = "fused_gdn_gating"
 PACKED = "packed_decode_gated_delta_rule"
+FUSED = "fused_conv_gated_delta_rule_update"
 DECODE = next(case for case in OPS[PACKED].bench if case["dtype"] == "float32")
 KERNELS = [
     *((GATING, case) for case in (OPS[GATING].bench[0], *OPS[GATING].cases[:4])),
@@ -116,16 +117,21 @@ def test_module_runs_as_a_command():
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):
     monkeypatch.setenv("TVM_GDN_LOG", "DEBUG")
-    status, _, err = run(capsys, "bench", "--case", "no such shape")
+    status, _, err = run(capsys, "bench", "--op", GATING, "--case", "no such shape")
     assert status == 2
     assert "Traceback" in err
-    assert err.splitlines()[-1].startswith("tvm_gdn: error: no benchmark shape is left")
+    assert err.splitlines()[-1].startswith("tvm_gdn: error: --case 'no such shape': no benchmark shape has all of these words")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["build"], "say what to build: --model NAME"),
+        (["build", "--op", GATING], f"for example --op {GATING} --dims dtype=bfloat16)"),
+        (["build", "--op", FUSED], "--dims K=128,V=128,W=4,L=3,dtype=bfloat16)"),
+        (["export", "--op", PACKED, "--format", "c", "-o", "unwritten"], "for example --dims K=128,V=128,dtype="),
+        (["bench", "--op", GATING, "--case", "fp33"], "allowed: "),
+        (["bench", "--op", GATING, "--model", "qwen3-moe"], f"--model qwen3-moe has no benchmark shape of {GATING}"),
         (["build", "--model", "qwen0"], "model 'qwen0' is not known; allowed: qwen3-next"),
         (["build", "--model", "qwen3-next", "--dims", "K=8"], "--model already says which geometries"),
         (["build", "--op", PACKED, "--dims", "K=0"], "each at least 1; got {'K': 0"),
@@ -164,6 +170,12 @@ def test_unknown_command_and_operator(capsys):
             cli.main(argv)
         assert error.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_dims_of_a_message_are_those_of_a_shape(op):
+    shape = arguments.geometry_of_case(OPS[op], OPS[op].bench[0])
+    assert arguments.parse_dims(OPS[op], arguments.example_dims(OPS[op])).key == shape.key
 
 
 def test_dims_and_bench_shape_give_the_same_geometry():
@@ -273,6 +285,10 @@ def test_list_names_every_operator_and_target(capsys, packs_only):
     titles = shown.splitlines()[0].split()[1:]
     grouped = {name for line in legend.splitlines() for name in line.partition(": ")[2].removesuffix(" (not here)").split(", ")}
     assert targets <= grouped | set(titles)
+    table = text[text.index("\ntarget ") :].split("\n\n")[0].strip().splitlines()[1:]
+    assert [line.split()[0] for line in table] == [target["name"] for target in found["targets"]]
+    words = {" ".join(line.split()[2:4]).removesuffix(" and") for line in table}
+    assert all(word.startswith(("yes", "when named", "lacks ")) for word in words), words
     assert "why:" not in text and f"  {GATING} on " in run(capsys, "list", "--op", GATING)[1].partition("why:")[2]
     assert str(packs_only / "mine") in text
 

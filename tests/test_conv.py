@@ -14,7 +14,14 @@ from tvm_gdn.parity import rms_ratio
 D, W = 70, 4
 FN, UPDATE, NORM = "causal_conv1d_fn", "causal_conv1d_update", "rms_norm_gated"
 STATE = {"D": D, "W": W}
+#: Widths beyond the 2 to 4 of models.
+WIDTHS = (1, 5, 8)
+WIDE = [
+    *((FN, {"D": D, "W": W, "B": 2, "T": 5, "with": ("conv_states", "has_initial_state") if W > 1 else ()}) for W in WIDTHS),
+    *((UPDATE, {"D": D, "W": W, "B": 2, "T": 1, "activation": "silu", "with": ()}) for W in WIDTHS if W > 1),
+]
 KERNELS = [
+    *WIDE,
     (FN, {**STATE, "B": 2, "T": 5, "with": ()}),
     (FN, {**STATE, "B": 2, "T": 5, "with": ("conv_states",)}),
     (FN, {**STATE, "B": 2, "T": 5, "with": ("conv_states", "has_initial_state")}),
@@ -71,6 +78,36 @@ def test_against_transformers():
     with torch.no_grad():
         got = tvm_gdn.rms_norm_gated(x, layer.weight, z)
         assert rms_ratio(got, layer(x, z)) < 1e-5
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_widths_beyond_those_of_models(width):
+    x, weight, before = drawn(2, D, 37), drawn(D, width, seed=1), drawn(2, D, width - 1, seed=2)
+    pool, flags = before.clone(), torch.tensor([True, False])
+    o = tvm_gdn.causal_conv1d_fn(x, weight, None, pool, None, None, flags)
+    history = before * flags[:, None, None]
+    assert rms_ratio(o, torch.stack([exact(x[n], weight, history=history[n]) for n in range(2)])) < 1e-5
+    assert torch.equal(pool, torch.cat([history, x], 2)[:, :, 37:])
+    if width == 1:
+        return  # nothing to remember: no state to update
+    step, history = drawn(2, D, seed=3), pool.clone()
+    o = tvm_gdn.causal_conv1d_update(step, pool, weight, None, "silu")
+    want = torch.stack([exact(step[n][:, None], weight, history=history[n])[:, 0] for n in range(2)])
+    assert rms_ratio(o, want) < 1e-5
+    assert torch.equal(pool, torch.cat([history, step[:, :, None]], 2)[:, :, 1:])
+    assert dispatch.served_by(FN).startswith("compiled") and dispatch.served_by(UPDATE).startswith("compiled")
+
+
+@pytest.mark.parametrize("width", [0, 9])
+def test_other_widths_are_refused(width):
+    pool = torch.ones(1, D, 8)
+    for call in (
+        lambda weight: tvm_gdn.causal_conv1d_fn(drawn(1, D, 7), weight, None, pool),
+        lambda weight: tvm_gdn.causal_conv1d_update(drawn(1, D), pool, weight),
+    ):
+        with pytest.raises(ArgumentError, match=rf"weight has {width} taps \(axis 1\); allowed: 1 to 8"):
+            call(drawn(D, width))
+    assert (pool == 1).all()
 
 
 @pytest.mark.parametrize("split", [(65,), (1, 64), (2, 1, 62), (1, 1, 1, 62), (40, 0, 25)])
@@ -139,8 +176,12 @@ def test_states_of_any_strides():
         pool.copy_(drawn(2, D, W - 1, seed=2))
         outputs.append(tvm_gdn.causal_conv1d_update(x, pool, weight, None, "silu"))
         states.append(pool)
+    history = drawn(2, D, W - 1, seed=2)
+    want = torch.stack([exact(x[n][:, None], weight, history=history[n])[:, 0] for n in range(2)])
+    assert rms_ratio(outputs[0], want) < 1e-5
     assert torch.equal(*outputs)
     assert torch.equal(*states)
+    assert torch.equal(states[0], torch.cat([history, x[:, :, None]], 2)[:, :, 1:])
 
 
 def test_a_poisoned_neighbour_changes_nothing():

@@ -15,8 +15,10 @@ FUSED = "fused_conv_gated_delta_rule_update"
 SLOTS = ("conv_state_indices", "initial_state_indices")
 STEP = {"B": 3, "H": 2, "HV": 4, "K": 16, "V": 24, "S": 5, "SC": 6, "with": SLOTS}
 BIASED = {**STEP, "L": 5, "W": 3, "with": (*SLOTS, "conv_bias"), "state_v_first": True}
+#: As many taps as a convolution may have; models have four.
+LONG = {**STEP, "W": 8, "L": 7, "with": (*SLOTS, "conv_bias")}
 SPLIT = {"D": 160, "B": 3, "with": ("conv_state_indices",), "activation": "silu"}
-KERNELS = [(FUSED, STEP), (FUSED, BIASED), (PACKED, {**STEP, "with": SLOTS[1:]}), ("causal_conv1d_update", SPLIT)]
+KERNELS = [(FUSED, STEP), (FUSED, BIASED), (FUSED, LONG), (PACKED, {**STEP, "with": SLOTS[1:]}), ("causal_conv1d_update", SPLIT)]
 CONV = ("conv_state", "conv_weight", "conv_bias", "activation", "conv_state_indices", "pad_slot_id")
 
 
@@ -35,7 +37,7 @@ def convolved(arguments):
     return F.silu(out), after
 
 
-@pytest.mark.parametrize("case", [STEP, BIASED], ids=["plain", "biased"])
+@pytest.mark.parametrize("case", [STEP, BIASED, LONG], ids=["plain", "biased", "long"])
 @pytest.mark.parametrize("change", ["", "padding", "other pad", "strided", "states transposed"])
 def test_against_torch_and_oracle(case, change):
     a = draw(FUSED, case, seed=3)

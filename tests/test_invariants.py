@@ -48,6 +48,16 @@ def test_an_operator_has_a_reference_with_its_arguments(op):
     assert parameters["exact"].default is False
 
 
+def test_the_map_of_modules_is_complete_and_true():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text[text.index("| module |") : text.index("Two tiers:")]
+    package = ROOT / "tvm_gdn"
+    mapped = set(re.findall(r"`([\w/]+\.py|\w+/)`", table))
+    there = {path.name for path in package.glob("*.py")} | {f"{path.parent.name}/" for path in package.glob("*/*.*")}
+    assert there - mapped == {"__init__.py"} | ({"__pycache__/"} & there)
+    assert all((package / name).exists() for name in mapped)
+
+
 @each_op
 def test_bench_shapes_have_a_floor(op):
     spec = OPS[op]

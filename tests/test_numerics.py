@@ -84,7 +84,7 @@ def test_growing_states_keep_their_digits_in_chunks(seed):
 def test_a_large_decay_forgets_exactly(tokens):
     a = draw(RECURRENT, {**SEPARATE, "T": tokens})
     a["g"][:, 0] = -200.0
-    fresh = call(RECURRENT, {**a, "initial_state": torch.zeros_like(a["initial_state"])})
+    fresh = check(RECURRENT, {**a, "initial_state": torch.zeros_like(a["initial_state"])})
     got = call(RECURRENT, a)
     assert torch.equal(got["o"], fresh["o"]) and torch.equal(got["final_state"], fresh["final_state"])
 
@@ -141,7 +141,7 @@ def test_scale(scale, v_first):
 def test_one_bad_sequence_leaves_its_neighbours_alone(op, case, value, v_first):
     a = draw(op, {**(POOLED if case == "dense" else VARLEN), "state_v_first": v_first})
     slots = a["initial_state_indices"].tolist()
-    clean = call(op, {**a, "initial_state_source": a["initial_state_source"].clone()})
+    clean = check(op, {**a, "initial_state_source": a["initial_state_source"].clone()})
     bad_gate = {UPDATE: "g", SIGMOID: "a"}[op]
     rows = slice(1, 2) if case == "dense" else slice(0, 1)
     tokens = slice(2, 4) if case == "dense" else slice(6, 9)  # from the bad token to the end of sequence 1

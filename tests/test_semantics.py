@@ -237,7 +237,7 @@ def test_state_dtypes_of_separate_states():
 @pytest.mark.parametrize("cut", [0, 1, 3, 7])
 def test_split_equals_whole(cut, v_first):
     a = draw(RECURRENT, {**SEPARATE, "state_v_first": v_first})
-    whole = call(RECURRENT, a)
+    whole = check(RECURRENT, a)
     parts, state = [], a["initial_state"]
     for rows in (slice(0, cut), slice(cut, 7)):
         part = call(RECURRENT, {**a, **{n: a[n][:, rows] for n in ("q", "k", "v", "g", "beta")}, "initial_state": state})
@@ -367,7 +367,7 @@ def test_one_token_sequences_on_the_batch_axis():
 
 def test_a_pool_given_to_the_recurrent_form():
     a = draw(UPDATE, POOLED)
-    want = call(UPDATE, {**a, "initial_state_source": a["initial_state_source"].clone()})
+    want = check(UPDATE, {**a, "initial_state_source": a["initial_state_source"].clone()})
     pool = a["initial_state_source"]
     o, final = tvm_gdn.fused_recurrent_gated_delta_rule(
         *(a[name] for name in ("q", "k", "v", "g", "beta")), initial_state=pool,
@@ -430,7 +430,7 @@ def test_packed_decode_rows_may_be_strided():
 def test_one_layer_of_a_pool_of_layers(op, v_first, variant):
     a = draw(op, {**POOLED, **VARIANTS[variant], "state_v_first": v_first})
     pool = a["initial_state_source"].clone()
-    want = call(op, a)
+    want = check(op, a)
     layers = torch.empty(6, 3, *pool.shape[1:], dtype=pool.dtype)
     poison(layers)
     layers[:, 1] = pool
@@ -442,7 +442,7 @@ def test_one_layer_of_a_pool_of_layers(op, v_first, variant):
 
 def test_buffer_and_initial_state_may_be_strided():
     a = draw(UPDATE, VERIFY)
-    want = call(UPDATE, {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in a.items()})
+    want = check(UPDATE, {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in a.items()})
     wide = torch.full((3, 2, 8, *a["intermediate_states_buffer"].shape[2:]), torch.nan)
     view = wide[:, 0, :5]
     assert not view.is_contiguous()
@@ -451,7 +451,7 @@ def test_buffer_and_initial_state_may_be_strided():
     assert wide[:, 1].isnan().all() and wide[:, 0, 5:].isnan().all()
     a = draw(RECURRENT, SEPARATE)
     wide = torch.stack([a["initial_state"], a["initial_state"] * torch.nan], 1)
-    assert same_bits(call(RECURRENT, {**a, "initial_state": wide[:, 0]})["o"], call(RECURRENT, a)["o"])
+    assert same_bits(call(RECURRENT, {**a, "initial_state": wide[:, 0]})["o"], check(RECURRENT, a)["o"])
 
 
 @each_pool_op
@@ -502,7 +502,7 @@ def test_tensors_aligned_to_one_element(op, variant):
 
     moved = {name: shifted(x) for name, x in a.items()}
     assert moved["q"].data_ptr() % 64 and moved["initial_state_source"].data_ptr() % 64
-    want = call(op, a)
+    want = check(op, a)
     got = call(op, moved)
     assert same_bits(got["o"], want["o"]) and same_bits(got["initial_state_source"], want["initial_state_source"])
 
@@ -517,7 +517,7 @@ def test_offsets_beyond_2_to_the_31():
     far = huge.as_strided((2, 4, 64, 32), (2**31, 2048, 32, 1))
     rows = huge[8192 * 2 :].as_strided((1, 2, 2, 64), (0, 2**31, 64, 1))
     far[1], rows[...] = a["initial_state_source"][1], a["q"]
-    want = call(UPDATE, a)
+    want = check(UPDATE, a)
     got = call(UPDATE, {**a, "initial_state_source": far, "q": rows})
     assert same_bits(got["o"], want["o"]) and same_bits(far[1], want["initial_state_source"][1])
 
@@ -546,7 +546,7 @@ def test_the_same_call_gives_the_same_bits_on_any_number_of_threads():
     try:
         for count in (1, 2, 3, 2):
             torch.set_num_threads(count)
-            results.append(call(UPDATE, {**a, "initial_state_source": a["initial_state_source"].clone()}))
+            results.append(check(UPDATE, {**a, "initial_state_source": a["initial_state_source"].clone()}))
     finally:
         torch.set_num_threads(threads)
     for got in results[1:]:

@@ -210,7 +210,7 @@ def test_calls_from_several_threads():
         for n in range(4)
         for op, case in ((UPDATE, POOLED), (SIGMOID, POOLED), (RECURRENT, SEPARATE))
     ]
-    want = [call(op, cases.clone(a)) for op, a in work]
+    want = [check(op, cases.clone(a)) for op, a in work]
     for _ in range(3):
         dispatch.reset()  # the first calls race too: for the table of kernels, and for loading
         with ThreadPoolExecutor(4) as pool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import logging
 import subprocess
 import sys
 
@@ -20,9 +21,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 import tvm_gdn
+from tvm_gdn import logs
 from tvm_gdn.commands import demo
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError, TvmGdnError
-from tvm_gdn.integrations import gdn_layer
 from tvm_gdn.integrations.transformers import patch
 
 STEPS = 24
@@ -402,8 +403,8 @@ def test_saved_and_reloaded(calls, family, tmp_path):
 
 def test_gradients_keep_the_function_of_transformers(model, calls, monkeypatch):
     messages = []
-    monkeypatch.setattr(gdn_layer.logger, "warning", messages.append)
-    gdn_layer._warn_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("tvm_gdn"), "warning", messages.append)
+    logs.warn_once.cache_clear()
     ids, _ = prompt(1)
     with patch(model):
         cache = model(ids, use_cache=True).past_key_values

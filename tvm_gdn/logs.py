@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from tvm_gdn import env
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time that it is given."""
+    logging.getLogger("tvm_gdn").warning(message)
 
 
 def configure() -> None:

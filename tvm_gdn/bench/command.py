@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,7 @@ def main(args: argparse.Namespace) -> int:
     if args.first_result is not None:
         return _first_results(args, target)
     kind = target.device
-    chosen = list(_chosen(args))
-    if not chosen:
-        raise ArgumentError("no benchmark shape is left: --op, --model and --case exclude all of them")
+    chosen = _chosen(args)
     tiny = (
         []
         if args.no_calls or kind != "cpu"
@@ -104,21 +102,28 @@ def _first_results(args: argparse.Namespace, target: TargetSpec) -> int:
         raise ArgumentError(f"--first-result {args.first_result}: give at least 1")
     args.op = args.op or list(first_result.OPERATORS)
     # An operator's first shape stands for it: what counts is loading, not running.
-    chosen = list({spec.name: (spec, case) for spec, case in reversed(list(_chosen(args)))}.values())[::-1]
-    if not chosen:
-        raise ArgumentError("no benchmark shape is left: --op, --model and --case exclude all of them")
+    chosen = list({spec.name: (spec, case) for spec, case in reversed(_chosen(args))}.values())[::-1]
     report = first_result.measure(chosen, target, args.first_result)
     deliver(report, first_result.render(report), args.json)
     return 0
 
 
-def _chosen(args: argparse.Namespace) -> Iterator[tuple[OpSpec, Case]]:
+def _chosen(args: argparse.Namespace) -> list[tuple[OpSpec, Case]]:
     model = models.model(args.model) if args.model else None
-    for name in args.op or OPS:
-        for case in models.bench(OPS[name], args.model):
-            words = cases.label(case).split()
-            if (model is None or model.has(case)) and all(word in words for word in args.case.split()):
-                yield OPS[name], case
+    shapes: list[tuple[OpSpec, Case]] = [
+        (OPS[name], case)
+        for name in args.op or OPS
+        for case in models.bench(OPS[name], args.model)
+        if model is None or model.has(case)
+    ]
+    wanted = set(args.case.split())
+    found = [(spec, case) for spec, case in shapes if wanted <= set(cases.label(case).split())]
+    if not found and not shapes:
+        raise ArgumentError(f"--model {args.model} has no benchmark shape of {', '.join(args.op)}; leave one of them out")
+    if not found:
+        words = dict.fromkeys(word for _, case in shapes for word in cases.label(case).split())
+        raise ArgumentError(f"--case {args.case!r}: no benchmark shape has all of these words; allowed: {' '.join(words)}")
+    return found
 
 
 def _compile_together(wanted: list[tuple[OpSpec, Case]]) -> None:

@@ -15,7 +15,7 @@ from tvm_gdn import build, dispatch, env, kernel_cache, models
 from tvm_gdn import pack as packs
 from tvm_gdn.bench import machine
 from tvm_gdn.commands import arguments
-from tvm_gdn.commands.text import emit, size_text, table
+from tvm_gdn.commands.text import counted, emit, size_text, table
 from tvm_gdn.digest import version_of
 from tvm_gdn.errors import ArgumentError, BuildError, PackError
 from tvm_gdn.ops import OPS
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> int:
         schedules = ", ".join(f"{origins.count(origin)} {origin}" for origin in dict.fromkeys(origins))
         size = sum(kernel.file.stat().st_size for kernel in own)
         rows.append((op, str(len(own)), size_text(size), schedules))
-    emit(f"{target.name}: {len(kernels)} kernels\n")
+    emit(f"{target.name}: {counted(len(kernels), 'kernel')}\n")
     emit(table(("operator", "geometries", "size", "schedule"), rows, right=(1, 2)))
     emit(f"\n{folder}")
     if inside_cache or any(folder in (path, *path.glob("*")) for path in dispatch.pack_folders()):
@@ -98,9 +98,10 @@ def selection(args: argparse.Namespace) -> tuple[list[Wanted], str]:
         wanted = [pair for pair in models.kernels(args.model) if not args.op or pair[0].name in args.op]
         return wanted, "-".join([args.model, *(args.op or ())])
     if not explicit or not args.op or len(args.op) != 1:
+        example = OPS[(args.op or ["packed_decode_gated_delta_rule"])[0]]
         raise ArgumentError(
-            "say what to build: --model NAME, or one --op OP with --dims (for example --op "
-            "packed_decode_gated_delta_rule --dims K=128,V=128,dtype=bfloat16) or --geometry"
+            f"say what to build: --model NAME, or one --op OP with --dims (for example --op {example.name} --dims "
+            f"{arguments.example_dims(example)}) or --geometry"
         )
     spec = OPS[args.op[0]]
     geometries = [arguments.parse_dims(spec, text) for text in args.dims]

@@ -113,6 +113,13 @@ def parse_dims(spec: OpSpec, text: str) -> Geometry:
     return checked_geometry(spec, geometry_of_case(spec, case))
 
 
+def example_dims(spec: OpSpec) -> str:
+    """A ``--dims`` text of an operator's first benchmark shape, for messages."""
+    case = (spec.bench or spec.cases)[0]
+    axes = geometry_of_case(spec, case).axis
+    return ",".join([*(f"{axis}={size}" for axis, size in axes.items()), f"dtype={case.get('dtype', 'float32')}"])
+
+
 def _check_data_dtype(spec: OpSpec, case: Mapping[str, Any]) -> None:
     """Refuse a dtype that no data tensor takes; tensors that have a dtype of their own keep it."""
     data = [tensor for tensor in spec.tensors if not tensor.usual and tensor.dtypes != INTS]

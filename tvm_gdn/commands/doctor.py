@@ -15,7 +15,7 @@ import torch
 from tvm_gdn import build, device, dispatch, env, images, load, torch_modules
 from tvm_gdn import pack as packs
 from tvm_gdn.bench import machine
-from tvm_gdn.commands.text import as_json, emit, size_text
+from tvm_gdn.commands.text import as_json, counted, emit, size_text
 from tvm_gdn.errors import PackError, TvmGdnError
 from tvm_gdn.ops import OPS
 from tvm_gdn.target import dispatch_keys, host_cpu, host_features, named, resolve, runnable, target_names
@@ -113,10 +113,11 @@ def _cpu() -> Iterator[Check]:
     unable = [f"{target.name} lacks {', '.join(target.missing())}" for target in targets if target.missing()]
     try:
         chosen = runnable(resolve(env.target_name())).name
-        text = [f"runnable: {', '.join(able)}", f"calls use {chosen}", *(f"not here: {line}" for line in unable)]
-        yield Check("targets", "ok", "; ".join(text))
+        yield Check("targets", "ok", f"runnable: {', '.join(able)}; calls use {chosen}")
     except TvmGdnError as error:
         yield Check("targets", "fail", str(error), f"set TVM_GDN_TARGET to auto or one of: {', '.join(able)}")
+    if unable:
+        yield Check("targets not here", "ok", "; ".join(unable))
 
 
 def _devices() -> Iterator[Check]:
@@ -171,7 +172,7 @@ def _cache() -> Iterator[Check]:
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if existing == folder else 0
     kernels = sum(1 for _ in (folder / "kernels").glob(f"*/{packs.MANIFEST}"))
-    text = f"{folder}: {kernels} kernels, {size_text(size)}" if existing == folder else f"{folder}: not there yet"
+    text = f"{folder}: {counted(kernels, 'kernel')}, {size_text(size)}" if existing == folder else f"{folder}: not there yet"
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
@@ -208,7 +209,7 @@ def _intact(pack: packs.Pack) -> Check:
     old = {
         entry.op for entry in entries if entry.op not in OPS or entry.spec_digest != build.spec_digest(OPS[entry.op])
     }  # fmt: skip
-    text = f"{pack.folder}: {pack.manifest.target}, {len(entries)} kernels"
+    text = f"{pack.folder}: {pack.manifest.target}, {counted(len(entries), 'kernel')}"
     if old:
         text += f"; built from another version of {', '.join(sorted(old))}"
         return Check("packs", "warn", text, "rebuild it with `tvm_gdn build`")

@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm_gdn import dispatch, schedule
 from tvm_gdn.commands import arguments
-from tvm_gdn.commands.text import as_json, emit, table
+from tvm_gdn.commands.text import as_json, counted, emit, table
 from tvm_gdn.digest import version_of
 from tvm_gdn.errors import TargetError, TvmGdnError
 from tvm_gdn.ops import OPS
@@ -21,7 +21,7 @@ default  a schedule shaped by hand for the target or one that it inherits from; 
 generic  the portable fallback: right, but slow; the target has no schedule of its own for this operator
 none     no schedule yet: calls on the target raise, or under auto run the torch reference and say so
 A device's schedule may still refuse a geometry for its shared memory when it is built, and says so then.
-(not here) marks a target that this machine cannot run; the table of targets says what it lacks
+(not here) marks a target that this machine cannot run; the table of targets says what it lacks, `tvm_gdn doctor` all of it
 `tvm_gdn list --op OP` says why an operator has these schedules, `--json` all of it"""
 
 
@@ -114,7 +114,7 @@ def _schedule_of(spec: OpSpec, target: TargetSpec) -> dict[str, Any]:
     if none:
         reason = refused if none == total else f"{none} of {total} benchmark geometries: {refused}"
     elif space.startswith(schedule.GENERIC):
-        reason = f"no schedule of {spec.algorithm!r} for {' or '.join(target.lineage)}"
+        reason = f"the portable schedule ({space}); no schedule of {spec.algorithm!r} for {' or '.join(target.lineage)}"
     elif tuned == total:
         reason = f"schedule of {space}, tuned for all {total} benchmark geometries"
     else:
@@ -133,10 +133,18 @@ def _text(found: dict[str, Any], *, reasoned: bool) -> str:
     else:
         parts.append(_schedules_text(found, reasoned=reasoned))
     parts.append(f"auto means {found['auto']} on this machine" if found["auto"] else "auto finds no target that fits this CPU")
-    rows = [(target["name"], target["device"], target["description"], target["reason"]) for target in found["targets"]]
-    parts.append(table(("target", "device", "", ""), rows))
+    rows = [(target["name"], target["device"], _runs(target), target["description"]) for target in found["targets"]]
+    parts.append(table(("target", "device", "runs here", ""), rows))
     parts.append(_packs_text(found))
     return "\n\n".join(parts)
+
+
+def _runs(target: dict[str, Any]) -> str:
+    """Whether a target runs here, in few words; its reason has all of them."""
+    missing = target["missing"]
+    if not missing:
+        return "yes" if target["reason"] == "runnable here" else "when named"
+    return f"lacks {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
 
 
 def _schedules_text(found: dict[str, Any], *, reasoned: bool) -> str:
@@ -179,7 +187,7 @@ def _packs_text(found: dict[str, Any]) -> str:
     lines = [f"packs are looked for in {', '.join(found['pack_folders'])}"]
     for pack in found["packs"]:
         ops = ", ".join(f"{op} {count}" for op, count in pack["ops"].items())
-        lines.append(f"  {pack['folder']}: {pack['target']}, {pack['kernels']} kernels ({ops})")
+        lines.append(f"  {pack['folder']}: {pack['target']}, {counted(pack['kernels'], 'kernel')} ({ops})")
     lines += [f"  not used: {reason}" for reason in found["refused_packs"]]
     if not found["packs"] and not found["refused_packs"]:
         lines.append("  none; kernels are compiled at the first call. Build one with: tvm_gdn build --model qwen3-next")

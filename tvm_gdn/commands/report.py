@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tvm_gdn.commands.text import emit
+from tvm_gdn.commands.text import counted, emit
 from tvm_gdn.errors import ArgumentError, TvmGdnError
 from tvm_gdn.records import write_atomic
 from tvm_gdn.report.compare import THRESHOLD, Change, compare, percent
@@ -52,7 +52,8 @@ def main(args: argparse.Namespace) -> int:
     write_atomic(args.output, page)
     changes = compare(bench, others)
     regressed = [change for change in changes.values() if change.regressed(threshold)]
-    emit(f"wrote {args.output}: {len(bench.cases)} shapes, {len(parities)} parity runs, {len(others)} further benchmarks")
+    parts = counted(len(bench.cases), "shape"), counted(len(parities), "parity run"), counted(len(others), "further benchmark")
+    emit(f"wrote {args.output}: {', '.join(parts)}")
     emit(_verdict(changes, regressed, threshold))
     return 1 if regressed and args.fail_on_regression is not None else 0
 

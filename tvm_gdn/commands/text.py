@@ -92,6 +92,11 @@ def deliver(data: Any, text: str, destination: str | None) -> None:
         Path(destination).write_text(as_json(data) + "\n", encoding="utf-8")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: ``1 kernel``, ``2 kernels``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def size_text(count: float) -> str:
     """A number of bytes for people."""
     for unit in ("B", "KiB", "MiB"):

@@ -118,7 +118,10 @@ def _geometry(args: argparse.Namespace, spec: OpSpec, pack: PackedExperts | None
         # Of a model's calls: one that takes a state, of sequences of one length.
         return max(called, key=lambda one: ("initial_state" in one.dtype) - 2 * ("cu_seqlens" in one.dtype))
     if not (args.dims or args.geometry):
-        raise ArgumentError(f"say what to export: --dims, --geometry, or --model (one of: {', '.join(models.MODELS)})")
+        raise ArgumentError(
+            f"say what to export: --dims (for example --dims {arguments.example_dims(spec)}), --geometry, or --model (one of: "
+            f"{', '.join(models.MODELS)})"
+        )
     return arguments.parse_dims(spec, args.dims[0]) if args.dims else arguments.parse_geometry(spec, args.geometry[0])
 
 

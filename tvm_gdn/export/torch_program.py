@@ -111,7 +111,9 @@ def to_onnx(program: torch.export.ExportedProgram, profile: str = "ort") -> Any:
     try:
         for node in nodes:
             node.target = table[node.target]
-        translated = program.run_decompositions({})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its tree specs
+            translated = program.run_decompositions({})
     finally:
         for node, target in zip(nodes, targets, strict=True):
             node.target = target

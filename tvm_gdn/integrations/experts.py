@@ -6,8 +6,6 @@ those names. :class:`Served` sets it for one model, and takes it back.
 
 from __future__ import annotations
 
-import functools
-import logging
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -15,16 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from tvm_gdn.logs import warn_once
 from tvm_gdn.packed_experts import PackedExperts, pack_experts
 
 NAME = "tvm_gdn"
-logger = logging.getLogger("tvm_gdn")
 _packs: weakref.WeakKeyDictionary[nn.Module, PackedExperts] = weakref.WeakKeyDictionary()
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def unsupported(experts: nn.Module) -> str:
@@ -70,7 +63,7 @@ def forward(self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Ten
         reason = f"activations are {hidden_states.dtype}, weights {layout.gate_up_proj.dtype}"
     if reason:
         if not torch.compiler.is_compiling():
-            _warn_once(f"{type(self).__name__} runs on transformers' grouped_mm: {reason}")
+            warn_once(f"{type(self).__name__} runs on transformers' grouped_mm: {reason}")
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if pack is not None:
         return tvm_gdn.fused_experts(hidden_states, pack, topk_weights=top_k_weights, topk_ids=top_k_index)

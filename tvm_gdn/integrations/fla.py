@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import sequence
+from tvm_gdn.ops.arguments import full_strength
 
 __all__ = [
     "chunk_delta_rule",
@@ -136,7 +137,7 @@ def fused_recurrent_gated_delta_rule(
     _no_more(kwargs)
     if use_gate_in_kernel:
         g = _log_decay(g, A_log, dt_bias)
-    beta = _write_strength(_ones(beta, v), use_beta_sigmoid_in_kernel, allow_neg_eigval)
+    beta = _write_strength(full_strength(beta, v), use_beta_sigmoid_in_kernel, allow_neg_eigval)
     function: Callable[..., Any] = sequence.fused_recurrent_gated_delta_rule
     if gk is not None:
         function, g = sequence.fused_recurrent_kda, gk if g is None else gk.float() + g.float().unsqueeze(-1)
@@ -277,7 +278,7 @@ def fused_recurrent_delta_rule(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`tvm_gdn.fused_recurrent_delta_rule` as ``fla.ops.delta_rule.fused_recurrent_delta_rule``; `beta` defaults to ones."""
     return _call(
-        sequence.fused_recurrent_delta_rule, (q, k, v, _ones(beta, v)), scale, initial_state, output_final_state,
+        sequence.fused_recurrent_delta_rule, (q, k, v, full_strength(beta, v)), scale, initial_state, output_final_state,
         cu_seqlens, use_qk_l2norm_in_kernel, False,
     )  # fmt: skip
 
@@ -321,10 +322,6 @@ def _write_strength(beta: torch.Tensor, sigmoid: bool, allow_neg_eigval: bool) -
     if allow_neg_eigval and not sigmoid:
         raise ArgumentError("allow_neg_eigval=True needs use_beta_sigmoid_in_kernel=True")
     return beta if not sigmoid else beta.float().sigmoid() * (2.0 if allow_neg_eigval else 1.0)
-
-
-def _ones(beta: torch.Tensor | None, v: torch.Tensor) -> torch.Tensor:
-    return v.new_ones(v.shape[:-1]) if beta is None else beta
 
 
 def _layout(state_v_first: bool, kwargs: dict[str, Any]) -> bool:

@@ -7,8 +7,6 @@ one operator from projection to norm. What an operator does not serve runs on th
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,8 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from tvm_gdn.integrations import packing
-
-logger = logging.getLogger("tvm_gdn")
+from tvm_gdn.logs import warn_once
 
 #: Operator of tvm_gdn -> the function of the modeling module in whose place it runs; the gates have none.
 FUNCTIONS = {
@@ -70,17 +67,12 @@ def _no_mark() -> None:
     return None
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
 def needs_gradients(what: str, tensors: Iterable[torch.Tensor | None]) -> bool:
     """Whether transformers' own forward must run, because the operators have no backward pass; said once."""
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None)):
         return False
     if not torch.compiler.is_compiling():
-        _warn_once(
+        warn_once(
             f"a patched {what} runs with gradients enabled: transformers' own functions run, since tvm_gdn's"
             " operators have no backward pass; run under torch.no_grad() to use tvm_gdn"
         )

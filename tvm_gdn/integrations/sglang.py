@@ -18,6 +18,7 @@ import torch
 import tvm_gdn
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.ops import sequence
+from tvm_gdn.ops.arguments import full_strength
 
 __all__ = [
     "chunk_gated_delta_rule",
@@ -133,7 +134,7 @@ def fused_recurrent_gated_delta_rule(
     """
     _one_batch(q, cu_seqlens)
     o, final = sequence.fused_recurrent_gated_delta_rule(
-        q, k, v, g, ones(beta, v), scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel,
+        q, k, v, g, full_strength(beta, v), scale, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel,
         state_v_first=True,
     )  # fmt: skip
     return o, None if final is None else final.float()
@@ -304,15 +305,10 @@ def update(
     if beta is not None and beta.ndim == v.ndim:
         raise ArgumentError("beta has a value per channel, [B, T, HV, V]; allowed: [B, T, HV]")
     o = tvm_gdn.fused_recurrent_gated_delta_rule_update(
-        q, k, v, g, ones(beta, v), scale, pool, slots, cu_seqlens, l2norm, disable_state_update, *verify,
+        q, k, v, g, full_strength(beta, v), scale, pool, slots, cu_seqlens, l2norm, disable_state_update, *verify,
         state_v_first=state_v_first,
     )  # fmt: skip
     return q.new_empty(1, 1, 1, 1) if disable_output_calculation else o
-
-
-def ones(beta: torch.Tensor | None, v: torch.Tensor) -> torch.Tensor:
-    """SGLang's default write strength."""
-    return v.new_ones(v.shape[:-1]) if beta is None else beta
 
 
 def gather(pool: torch.Tensor, slots: torch.Tensor | None) -> torch.Tensor:

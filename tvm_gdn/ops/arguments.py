@@ -24,6 +24,11 @@ def no_steps(axes: Mapping[str, int]) -> int:
     return NO_STEPS
 
 
+def full_strength(beta: torch.Tensor | None, v: torch.Tensor) -> torch.Tensor:
+    """Write strength; ones where a neighbour's function has it left out."""
+    return v.new_ones(v.shape[:-1]) if beta is None else beta
+
+
 def cost(sizes: Mapping[str, int], geometry: Geometry) -> tuple[int, int]:
     """Floor of a call: every state read and written once, every token's rows once; 3 multiply-adds per state element."""
     tokens, sequences = sizes["B"] * sizes["T"], sizes["N"]

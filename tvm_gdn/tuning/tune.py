@@ -270,7 +270,8 @@ def main(args: argparse.Namespace) -> int:
     )  # fmt: skip
     report_text.emit(report.table())
     written = sum(result.record is not None for result in report.results)
-    report_text.emit(f"\n{written} records for {report.target} in {report.file}" if written else "\nno record was written")
+    stored = f"{report_text.counted(written, 'record')} for {report.target} in {report.file}"
+    report_text.emit(f"\n{stored if written else 'no record was written'}")
     if report.interrupted:
         return 130
     for result in report.results:
