@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -54,6 +55,17 @@ def test_every_operator_is_called_as_a_user_would_and_reported(kernel):
         {**machine.stamp(), "target": "any", "threads": 1, "peers": False, "cases": [row], "calls": [], "first_call": None}
     )
     assert spec.name in text and "WRONG" not in text
+
+
+@pytest.mark.parametrize(("fewer", "order", "runs"), [(None, "op" * 10, 6), (3, "opo" * 5, 3), (1, "oooo" + "op" + "ooooo", 1)])
+def test_who_is_slow_takes_fewer_turns(fewer, order, runs):
+    taken = []
+    calls = {name: functools.partial(taken.append, name[0]) for name in ("ours", "peer")}
+    times = timing.turns(calls, 4, 6, {"peer"}, fewer)
+    assert "".join(taken) == order
+    assert {name: found.samples for name, found in times.items()} == {"ours": 6, "peer": runs}
+    # Ratios are taken within rounds, so both have the same.
+    assert len(times["ours"].rounds) == len(times["peer"].rounds) == runs
 
 
 def test_experts_that_are_not_drawn_repeat_the_others():

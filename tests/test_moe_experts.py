@@ -215,6 +215,21 @@ def test_no_memory_is_taken_row_by_row():
             assert not any(name.startswith(("r", "t")) for _, name in loops), line
 
 
+@pytest.mark.parametrize(
+    ("target", "instructions"),
+    [("x86-avx2", ["tvm_gdn_dot_pairs"]), ("x86-avx512-bf16", ["vpdpbusd"]), ("x86-amx", ["vpdpbusd", "tdpbsud"])],
+)
+def test_integers_are_multiplied_as_integers(target, instructions):
+    """int8 is no float product of widened weights: what multiplies are dot products of bytes, or on AVX2 of 16 bits each."""
+    from tvm_gdn import build
+
+    op, case = next(kernel for kernel in KERNELS if kernel[1].get("scheme") == "int8")
+    geometry = check.geometry_of(OPS[op], cases.draw(OPS[op], case))
+    text = build.scheduled(build.Request(OPS[op], geometry, None), resolve(target))[1].script()
+    assert all(name in text for name in instructions)
+    assert "dpbf16" not in text
+
+
 def test_output_of_one_group_of_columns():
     """D of 24: the threads beyond the first have no output columns."""
     x, w13, w2, weights, ids = make(5, hidden=24, inner=40)

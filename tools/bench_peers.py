@@ -59,6 +59,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of these prefills")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], help="of decode")
     parser.add_argument("--suite", action="store_true", help="experts on the model suite's shapes, 10 warm-ups and 100 runs")
+    parser.add_argument("--peer-runs", type=int, default=layers.RUNS, metavar="N", help="of the suite, where peers are slow: "
+                        f"whoever is not this package's runs so often, evenly spread; a divisor of {layers.RUNS}")  # fmt: skip
     parser.add_argument("--scaling", type=int, nargs="+", metavar="N", help="this package's times for these numbers of threads")
     parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument("--seconds", type=float, default=0.2, help="for each contender and shape (default 0.2)")
@@ -80,6 +82,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.kt_cores and max(options.kt_threads, default=1) >= len(options.kt_cores):
         parser.error(f"--kt-cores: {len(options.kt_cores)} cores; give at least one more than --kt-threads")
+    if options.peer_runs < 1 or layers.RUNS % options.peer_runs:
+        parser.error(f"--peer-runs: {options.peer_runs}; give a divisor of {layers.RUNS}, the runs of this package")
     if options.quick:
         options.experts, options.tokens, options.schemes = 16, [1, 64], ["bf16", "int8"]
         options.batches, options.lengths, options.rounds, options.seconds = [1, 8], [512], 3, 0.05
@@ -101,7 +105,7 @@ def expert_rows(options: argparse.Namespace, report: Report) -> Iterator[dict[st
     layer = experts.Layer(sizes, options.schemes, options.peers, report, **kt_kernel_runs)
     try:
         cases = layers.SUITE if options.suite else [(f"T {tokens}", tokens) for tokens in options.tokens]
-        suite = (layers.WARMUP, layers.RUNS) if options.suite else None
+        suite = (layers.WARMUP, layers.RUNS, options.peer_runs) if options.suite else None
         for case, tokens in cases:
             yield from layer.measure(tokens, case, seconds=options.seconds, rounds=options.rounds, most=options.most, suite=suite)
     finally:
@@ -156,10 +160,11 @@ def show(rows: Iterator[dict[str, Any]], report: Report, keep: Callable[[], None
                 print(f"; peak memory {row['peak_memory_mb']:.0f} MB", end="")
                 if every_load:
                     print("\n  rows of each expert: " + " ".join(map(str, loads)), end="")
-            print(f"\n  {'contender':30s} {'ms':>9s} {'quartiles':>17s} {'least':>8s} {'error':>8s} {'x ours':>7s} of floor")
+            print(f"\n  {'contender':30s} {'runs':>5s} {'ms':>9s} {'quartiles':>17s} {'least':>8s} {'error':>8s} {'x ours':>7s} "
+                  "of floor")  # fmt: skip
         ms, ratio = row["ms"], row["ratio"]
         line = (
-            f"  {row['contender']:30s} {ms['median']:9.3f} {ms['q1']:8.3f}-{ms['q3']:8.3f} {ms['least']:8.3f} "
+            f"  {row['contender']:30s} {row['runs']:5d} {ms['median']:9.3f} {ms['q1']:8.3f}-{ms['q3']:8.3f} {ms['least']:8.3f} "
             f"{row['error']:8.1e} {'-' if ratio is None else f'{ratio:.2f}':>7s} {row['share_of_floor']:5.0%} {row['floor']:>6s}"
             f" {row['gbytes_per_s']:7.1f} GB/s {row['gflop_per_s']:8.0f} GFLOP/s"
         )

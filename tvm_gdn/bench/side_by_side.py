@@ -94,7 +94,7 @@ def measure(
     seconds: float = 0.2,
     rounds: int = 5,
     most: float = float("inf"),
-    suite: tuple[int, int] | None = None,
+    suite: tuple[int, int, int] | None = None,
     copied: int = COPY_BYTES,
     facts: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def measure(
     seconds, rounds, most
         As in `timing.interleaved`.
     suite : tuple of int, optional
-        Warm-ups and runs of each instead: see `timing.turns`.
+        Warm-ups and runs of each instead, and runs of everybody but this package's contenders: see `timing.turns`.
     copied : int
         Bytes of the copy: as many as the contenders move where these stay in caches from call to call.
     facts : dict, optional
@@ -118,14 +118,18 @@ def measure(
     Returns
     -------
     list of dict
-        ``ms`` (median, q1, q3, least), ``error``, ``ratio`` (median over the rounds of its time over this package's in its
-        group; above 1: we are faster), ``share_of_floor``, ``floor`` (what binds), rates.
+        ``ms`` (median, q1, q3, least) of so many ``runs``, ``error``, ``ratio`` (median over the rounds of its time over this
+        package's in its group; above 1: we are faster), ``share_of_floor``, ``floor`` (what binds), rates.
     """
     calls: dict[str, Callable[[], object]] = {contender.name: contender.call for contender in found}
     multiplied = {dtype: fastest(dtype) for dtype in dict.fromkeys(contender.peak for contender in found)}
     peaks = {dtype: f"peak {kind}" for dtype, kind in multiplied.items()}
     calls |= {"copy": contenders.copy_call(copied), **{peaks[dtype]: product(kind) for dtype, kind in multiplied.items()}}
-    times = timing.turns(calls, *suite) if suite else timing.interleaved(calls, seconds, rounds, most)
+    if suite:
+        warmup, runs, fewer = suite
+        times = timing.turns(calls, warmup, runs, calls.keys() - {each.name for each in found if each.ours}, fewer)
+    else:
+        times = timing.interleaved(calls, seconds, rounds, most)
     bandwidth = copied / times["copy"].us
     operations = 2 * PRODUCT[0] * PRODUCT[1] * PRODUCT[2]
     rows = []
@@ -136,8 +140,8 @@ def measure(
         rows.append(
             {
                 "work": work, "case": case, "contender": contender.name, "group": contender.group, "ours": contender.ours,
-                "ms": {name: value / 1e3 for name, value in _spread(took).items()}, "error": contender.error,
-                "ratio": None if ours is None else timing.ratio(took, times[ours.name]),
+                "ms": {name: value / 1e3 for name, value in _spread(took).items()}, "runs": took.samples,
+                "error": contender.error, "ratio": None if ours is None else timing.ratio(took, times[ours.name]),
                 "share_of_floor": max(memory, arithmetic) / took.us, "floor": "copy" if memory > arithmetic else "matmul",
                 "gbytes_per_s": contender.moved / took.us / 1e3, "gflop_per_s": contender.flops / took.us / 1e3,
                 "copy_gbytes_per_s": bandwidth / 1e3, "matmul_gflop_per_s": operations / times[peaks[contender.peak]].us / 1e3,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -13,13 +13,14 @@ _SAMPLE_SECONDS = 20e-6
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds per call: median, quartiles and least of all samples, and the median of every round."""
+    """Microseconds per call: median, quartiles and least of all samples, the median of every round, how many samples."""
 
     us: float
     q1: float
     q3: float
     rounds: tuple[float, ...]
     least: float = 0.0
+    samples: int = 1
 
     def to_json(self) -> dict[str, float]:
         """Plain data for reports."""
@@ -71,7 +72,9 @@ def interleaved(
     return {name: summary(taken) for name, taken in samples.items()}
 
 
-def turns(calls: Mapping[str, Callable[[], object]], warmup: int, runs: int) -> dict[str, Timing]:
+def turns(
+    calls: Mapping[str, Callable[[], object]], warmup: int, runs: int, seldom: Collection[str] = (), fewer: int | None = None
+) -> dict[str, Timing]:
     """Time calls one after the other, `runs` times; the first `warmup` times do not count.
 
     Parameters
@@ -80,17 +83,24 @@ def turns(calls: Mapping[str, Callable[[], object]], warmup: int, runs: int) -> 
         Callables without arguments, by name.
     warmup, runs : int
         Calls of each that are not measured, and that are.
+    seldom : collection of str
+        Who takes part in `fewer` of the runs only, evenly spread, and in as small a share of the warm-ups.
+    fewer : int, optional
+        A divisor of `runs`; default all of them.
 
     Returns
     -------
     dict of Timing
+        A round lasts from one turn of the seldom to the next.
     """
-    samples: dict[str, list[list[float]]] = {name: [] for name in calls}
-    for turn in range(warmup + runs):
+    every = runs // (fewer or runs)
+    samples: dict[str, list[list[float]]] = {name: [[] for _ in range(runs // every)] for name in calls}
+    for turn in range(-warmup, runs):
         for name, call in calls.items():
-            took = timed(call, 1)
-            if turn >= warmup:
-                samples[name].append([took])
+            if turn % every == 0 or name not in seldom:
+                took = timed(call, 1)
+                if turn >= 0:
+                    samples[name][turn // every].append(took)
     return {name: summary(taken) for name, taken in samples.items()}
 
 
@@ -128,4 +138,5 @@ def summary(taken: list[list[float]]) -> Timing:
     """Median and quartiles of samples, which are given by round."""
     everything = [sample for part in taken for sample in part]
     q1, middle, q3 = quantiles(everything, n=4, method="inclusive") if len(everything) > 1 else everything * 3
-    return Timing(us=middle, q1=q1, q3=q3, rounds=tuple(median(part) for part in taken), least=min(everything))
+    rounds = tuple(median(part) for part in taken)
+    return Timing(us=middle, q1=q1, q3=q3, rounds=rounds, least=min(everything), samples=len(everything))
