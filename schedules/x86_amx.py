@@ -8,7 +8,6 @@ follows a product, and the operands made of its results, are computed while the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 from tvm.script import tirx as T
@@ -20,8 +19,10 @@ from tvm_gdn.schedules.x86_operands import MatrixOperand, OperandTiles
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
 
-#: What is done with rows 2 p and 2 p + 1 of a block, given p.
-Elements = Callable[[Any], None]
+#: What is done with rows 2 p and 2 p + 1 of half y of a block's columns, given p and y.
+Elements = Callable[[Any, Any], None]
+#: Where 16 x 16 results go, given which rows and columns of a block they are: buffer, its rows, and how far apart they are.
+Place = Callable[[int, Any], tuple[Any, Rows, int]]
 
 
 class AmxChunkTiles(OperandTiles):
@@ -46,7 +47,7 @@ class AmxChunkTiles(OperandTiles):
         into: tuple[Any, ...] = (),
         wanted: Expr | None = None,
     ) -> None:
-        """32 x 32 results in four tile registers, two more for each side."""
+        """Blocks of 32 x 32 results."""
         if isinstance(a, Operand):
             super().mma(
                 dst, a, b, rows=rows, cols=cols, depth=depth, lower=lower, start=start, finish=finish, sources=sources
@@ -61,16 +62,16 @@ class AmxChunkTiles(OperandTiles):
         fetch = self._fetcher(dst.rows // GRANULE * (dst.cols // GRANULE))
         added = start is keep and finish is None and not into
 
-        def products(io: Expr, jo: Expr, meanwhile: Elements | None = None) -> None:
+        def products(io: Expr, jo: Expr, place: Place, meanwhile: Elements | None = None) -> None:
             fetch(jo * (dst.rows // GRANULE) + io)
             steps = io + 1 if lower == "left" else full
-            self._products(dst, a, b, io, jo, steps, added, self._tall(rows, io), meanwhile)
+            limit = 2 if dst.buffer in self.exact else self.parts
+            self._products(a, b, io, jo, steps, limit, place, added, self._tall(rows, io), meanwhile)
 
         if added or (start is None and finish is None and not into):
 
             def block(io: Expr, jo: Expr) -> None:
-                products(io, jo)
-                self._results(lambda n, x, y: self.unit.store(n, dst.buffer, *self._place(dst, io, jo, x, y)))
+                products(io, jo, lambda x, y: (dst.buffer, self._rows_of(dst, io, jo, x, y), dst.width))
 
             if lower == "result":
                 with T.serial(row_blocks) as io, T.serial(io + 1) as jo:
@@ -86,19 +87,19 @@ class AmxChunkTiles(OperandTiles):
         count = T.Bind(T.Cast("int32", col_blocks) * height)
 
         def begin(n: Expr, meanwhile: Elements | None = None) -> None:
-            products(T.Bind(T.truncmod(n, height)), T.Bind(T.truncdiv(n, height)), meanwhile)
-            self._results(lambda n, x, y: self.unit.store(n, self.scratch, lambda r: [x * ROWS + r, y * ROWS], GRANULE))
+            place: Place = lambda x, y: (self.scratch, lambda r: [x * ROWS + r, y * ROWS], GRANULE)  # noqa: E731
+            products(T.Bind(T.truncmod(n, height)), T.Bind(T.truncdiv(n, height)), place, meanwhile)
 
         def elements(n: Expr) -> Elements:
             io, jo = T.Bind(T.truncmod(n, height)), T.Bind(T.truncdiv(n, height))
-            return lambda p: self._finish(dst, io, jo, p, start, finish, sources, into, wanted, self._tall(rows, io))
+            return lambda p, y: self._finish(dst, io, jo, p, y, start, finish, sources, into, wanted, self._tall(rows, io))
 
         begin(T.int32(0))
         with T.serial(count - 1) as n:
             begin(n + 1, elements(n))
         last = elements(count - 1)
-        with T.serial(ROWS) as p:
-            last(p)
+        with T.serial(2) as y, T.serial(ROWS) as p:
+            last(p, y)
 
     @staticmethod
     def _tall(rows: Expr | None, io: Expr) -> Expr | None:
@@ -106,56 +107,57 @@ class AmxChunkTiles(OperandTiles):
         return None if rows is None else rows - io * GRANULE > ROWS
 
     @staticmethod
-    def _results(each: Callable[[int, int, int], None]) -> None:
-        for x in (0, 1):
-            for y in (0, 1):
-                each(2 * x + y, x, y)
-
-    @staticmethod
-    def _place(dst: Tile, io: Expr, jo: Expr, x: int, y: int) -> tuple[Rows, int]:
-        """Where the tile has 16 x 16 of its elements."""
-        return lambda r: dst.at(io * GRANULE + x * ROWS + r, jo, GRANULE, y * ROWS), dst.width
+    def _rows_of(dst: Tile, io: Expr, jo: Expr, x: int, y: Expr) -> Rows:
+        """Where the tile has rows of 16 x 16 of its elements."""
+        return lambda r: dst.at(io * GRANULE + x * ROWS + r, jo * 2 + y, ROWS)
 
     def _products(
         self,
-        dst: Tile,
         a: MatrixOperand,
         b: MatrixOperand,
         io: Expr,
         jo: Expr,
         steps: Expr,
+        limit: int,
+        place: Place,
         added: bool,
         tall: Expr | None,
         meanwhile: Elements | None,
     ) -> None:
         """Result rows 32 io to 32 io + 31, columns 32 jo to 32 jo + 31; unless `tall`, the lower 16 rows of `a` are zero.
 
-        `meanwhile`: what is done 16 times between the products.
+        Sixteen columns at a time, in five registers: a core whose other thread is at work has few to rename them to, and with
+        all eight in use every instruction waits for the one before (docs/performance.md).
+
+        `limit`: of parts that the result takes; `added`: to what stands there; `meanwhile`: what is done 16 times between the
+        products.
         """
         unit = self.unit
-        if added:
-            self._results(lambda n, x, y: unit.load(n, dst.buffer, *self._place(dst, io, jo, x, y)))
-        else:
-            self._results(lambda n, _x, _y: unit.clear(n))
         # The rest of the pairs are below the rounding that the split leaves.
-        limit = min(max(a.parts, b.parts), 2 if dst.buffer in self.exact else self.parts)
+        limit = min(max(a.parts, b.parts), limit)
         pairs = [(part, other) for part in range(a.parts) for other in range(min(b.parts, limit - part))]
-        turns = 2 * len(pairs)
-        each = T.Bind(T.truncdiv(T.int32(ROWS - 1), T.Cast("int32", steps) * turns) + 1) if meanwhile else 0
-        with T.serial(steps) as kk:
-            for number, (part, other) in enumerate(pairs):
-                for y in (0, 1):
-                    unit.load(6 + y, b.buffer, lambda r, y=y, other=other: b.row(other, kk, jo * 2 + y, r), b.stride)
-                for x in (0, 1):
-                    with where(tall if x else None):
-                        if other == 0:
+        each = T.Bind(T.truncdiv(T.int32(ROWS - 1), T.Cast("int32", steps) * len(pairs)) + 1) if meanwhile else 0
+        with T.serial(2) as y:
+            for x in (0, 1):
+                if added:
+                    unit.load(x, *place(x, y))
+                else:
+                    unit.clear(x)
+            with T.serial(steps) as kk:
+                for number, (part, other) in enumerate(pairs):
+                    unit.load(6, b.buffer, lambda r, other=other: b.row(other, kk, jo * 2 + y, r), b.stride)
+                    for x in (0, 1) if other == 0 else ():
+                        with where(tall if x else None):
                             unit.load(4 + x, a.buffer, lambda r, x=x, part=part: a.row(part, io * 2 + x, kk, r), a.stride)
-                        for y in (0, 1):
-                            unit.dot(2 * x + y, 4 + x, 6 + y)
+                    for x in (0, 1):
+                        with where(tall if x else None):
+                            unit.dot(x, 4 + x, 6)
                     if meanwhile:
-                        first = (T.Cast("int32", kk) * turns + (2 * number + x)) * each
+                        first = (T.Cast("int32", kk) * len(pairs) + number) * each
                         with T.serial(T.max(0, T.min(each, ROWS - first))) as p:
-                            meanwhile(first + p)
+                            meanwhile(first + p, y)
+            for x in (0, 1):
+                unit.store(x, *place(x, y))
 
     def _finish(
         self,
@@ -163,6 +165,7 @@ class AmxChunkTiles(OperandTiles):
         io: Expr,
         jo: Expr,
         p: Expr,
+        y: Expr,
         start: ElementFunction | None,
         finish: ElementFunction | None,
         sources: tuple[Tile, ...],
@@ -170,13 +173,13 @@ class AmxChunkTiles(OperandTiles):
         wanted: Expr | None,
         tall: Expr | None,
     ) -> None:
-        """Two rows from sums in the scratch tile to elements of the result, and to operands made of it.
+        """Two rows of half the columns from sums in the scratch tile to elements of the result, and to operands made of it.
 
         Unless `tall`, the lower 16 rows are nobody's tokens: zeros in operands, which products meet with zeros of the other side.
         """
         written = not into or start is not None
 
-        def value(i: Expr, r: Expr, y: Expr, lane: Expr) -> Any:
+        def value(i: Expr, r: Expr, lane: Expr) -> Any:
             values = [source.get(i, jo * 2 + y, ROWS, lane) for source in sources]
             total = self.scratch[r, y * ROWS + lane]
             column = (jo * 2 + y) * ROWS + lane
@@ -186,18 +189,17 @@ class AmxChunkTiles(OperandTiles):
 
         with where(None if tall is None else T.Or(tall, p < ROWS // 2)):
             pair = local_array(2, ROWS)
-            for y in (0, 1):
-                i = io * GRANULE + p * 2
-                for n in (0, 1):
+            i = io * GRANULE + p * 2
+            for n in (0, 1):
+                with T.vectorized(ROWS) as lane:
+                    T.buffer_store(pair, value(i + n, p * 2 + n, lane), [n, lane])
+                if written:
                     with T.vectorized(ROWS) as lane:
-                        T.buffer_store(pair, value(i + n, p * 2 + n, y, lane), [n, lane])
-                    if written:
-                        with T.vectorized(ROWS) as lane:
-                            dst.put(pair[n, lane], i + n, jo * 2 + y, ROWS, lane)
-                with where(wanted):
-                    for operand in into:
-                        self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])
+                        dst.put(pair[n, lane], i + n, jo * 2 + y, ROWS, lane)
+            with where(wanted):
+                for operand in into:
+                    self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])
         if tall is not None and into:
             with where(T.And(T.Not(tall), p >= ROWS // 2)):
-                for operand, y in product(into, (0, 1)):
+                for operand in into:
                     operand.clear([io, jo * 2 + y, p])

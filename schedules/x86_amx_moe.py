@@ -47,7 +47,7 @@ class AmxExpertTiles(ExpertTiles):
     def begin(self, steps: int) -> None:
         """Configure the tiles; memory for weights that have to be laid out anew."""
         super().begin(steps)
-        self.unit.enter(self.depth, self.weights.sum)
+        self.unit.enter(self.depth, self.weights.sum, range(8) if self.widened else (0, 1, 2, 3, 4, 6, 7))
         if self.widened:
             self.panel = T.alloc_buffer((1, 1, steps, 1024), "int32")
 
@@ -90,15 +90,15 @@ class AmxExpertTiles(ExpertTiles):
         """Registers += step s of 16 `height` rows times step s of the weights."""
         unit, lines = self.unit, self.weights.lines
         for line in range(0, lines, self.depth):
-            for x in range(height):
-                row = lambda r, x=x, line=line: [first + x * ROWS + r, s * lines + line]  # noqa: E731
-                unit.load(4 + x, A, row, int(A.shape[1]))
             for y in range(2):
                 column = lambda r, y=y, line=line: [e, n, s, (y * lines + line + r) * LANES]  # noqa: E731
                 unit.load(6 + y, W, column, LANES)
+            # The second rows take the first ones' register: a core whose other thread is awake has few to rename them to.
             for x in range(height):
+                row = lambda r, x=x, line=line: [first + x * ROWS + r, s * lines + line]  # noqa: E731
+                unit.load(4, A, row, int(A.shape[1]))
                 for y in range(2):
-                    unit.dot(2 * x + y, 4 + x, 6 + y, self.weights.matrix)
+                    unit.dot(2 * x + y, 4, 6 + y, self.weights.matrix)
 
     def _store(self, C: Any, height: int) -> None:
         for x in range(height):

@@ -6,7 +6,7 @@ operands) and in 6 and 7 (right operands, whose row k holds elements k * n to k 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm.script import tirx as T
@@ -22,7 +22,7 @@ LANES = T.ramp(0, 1, ROWS)
 class MatrixUnit:
     """The instructions of AMX."""
 
-    def enter(self, depth: int = ROWS, sums: str = "float32") -> None:
+    def enter(self, depth: int = ROWS, sums: str = "float32", used: Sequence[int] = range(8)) -> None:
         """Configure the thread's registers (palette 1).
 
         Parameters
@@ -31,11 +31,13 @@ class MatrixUnit:
             Words of the reduction axis that a product takes: columns of left operands, rows of right ones.
         sums : str
             Dtype of the sums.
+        used : sequence of int
+            Registers; what the others would hold in the core is left to instructions that run at once.
         """
         del sums
         left, right = (4, 5), (6, 7)
         values = {0: 1}
-        for n in range(8):
+        for n in used:
             values[16 + 2 * n] = 4 * depth if n in left else 4 * ROWS
             values[48 + n] = depth if n in right else ROWS
         config = local_array(64, dtype="uint8")
@@ -71,8 +73,9 @@ class MatrixUnit:
 class EmulatedMatrixUnit(MatrixUnit):
     """The same as loops over arrays, for CPUs without AMX: to test what is computed, not how fast."""
 
-    def enter(self, depth: int = ROWS, sums: str = "float32") -> None:
+    def enter(self, depth: int = ROWS, sums: str = "float32", used: Sequence[int] = range(8)) -> None:
         """Registers of sums, and of operands."""
+        self.used = frozenset(used)
         self.depth, self.zero = depth, T.Cast(sums, 0)
         self.sums = local_array(4, ROWS, ROWS, dtype=sums)
         self.words = local_array(8, ROWS, ROWS, dtype="int32")
@@ -80,14 +83,21 @@ class EmulatedMatrixUnit(MatrixUnit):
     def leave(self) -> None:
         """Nothing to give back."""
 
+    def _expect(self, *registers: int) -> None:
+        """One that is not configured is an illegal instruction on the unit."""
+        if not self.used.issuperset(registers):
+            raise ValueError(f"registers {registers} are not all among those configured, {sorted(self.used)}")
+
     def clear(self, n: int) -> None:
         """Register n = 0."""
+        self._expect(n)
         with T.serial(ROWS) as r:
             T.buffer_store(self.sums, T.broadcast(self.zero, ROWS), [n, r, LANES])
 
     def load(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
         """Register n from memory."""
         del stride
+        self._expect(n)
         width = self.depth if n in (4, 5) else ROWS
         with T.serial(self.depth if n in (6, 7) else ROWS) as r:
             *outer, lane = row(r)
@@ -97,12 +107,14 @@ class EmulatedMatrixUnit(MatrixUnit):
     def store(self, n: int, buffer: Any, row: Rows, stride: int) -> None:
         """Register n to memory."""
         del stride
+        self._expect(n)
         with T.serial(ROWS) as r:
             *outer, lane = row(r)
             T.buffer_store(buffer, self.sums[n, r, LANES], [*outer, T.ramp(lane, 1, ROWS)])
 
     def dot(self, c: int, a: int, b: int, kind: str = "bf16ps") -> None:
         """Register c += a b, word by word of the reduction axis."""
+        self._expect(c, a, b)
         with T.serial(ROWS) as r:
             with T.serial(self.depth) as k:
                 left, right = T.broadcast(self.words[a, r, k], ROWS), self.words[b, k, LANES]

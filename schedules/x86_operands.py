@@ -174,6 +174,7 @@ class EmulatedUnit(EmulatedMatrixUnit):
         if buffer.dtype != "uint16":
             super().load(n, buffer, row, stride)
             return
+        self._expect(n)
         with T.serial(ROWS) as r:
             words = T.call_extern("int32x16", "tvm_gdn_words", T.address_of(buffer[tuple(row(r))]))
             T.buffer_store(self.words, words, [n, r, LANES])
@@ -209,7 +210,7 @@ class OperandTiles(ChunkTiles):
     def enter(self, lane: Expr) -> None:
         """Allocate, and configure the thread's tile registers."""
         super().enter(lane)
-        self.unit.enter()
+        self.unit.enter(used=(0, 1, 4, 5, 6))
         self.scratch = self.array(GRANULE, GRANULE)
         self.state_operands = self._blocks(self.span * self.state_parts, self.K // 32, self.v_tile // 16)
 
