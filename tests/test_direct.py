@@ -81,6 +81,16 @@ def test_outputs_are_allocated_on_the_device_of_the_tensors():
     assert none(Elsewhere(), (2, 3), (3, 1), torch.bfloat16) == ("elsewhere", (2, 3), torch.bfloat16)
 
 
+def test_outputs_are_full_of_nan_where_torch_is_to_be_deterministic():
+    """Parity relies on it: a kernel that skips elements cannot pass on what an earlier one left in its memory."""
+    empty = torch_ops._allocator("cpu")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert all(empty(torch.zeros(1), (50, 3), (3, 1), torch.float32).isnan().all() for _ in range(3))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(
     "change",
     [

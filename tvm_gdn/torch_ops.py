@@ -127,10 +127,13 @@ def _new_empty(like: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, .
 def _allocator(device: str) -> Callable[..., torch.Tensor]:
     """What allocates outputs on a device type: the function of torch's own generated code, in half of `_new_empty`'s time."""
     made = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), f"_empty_strided_{device}", None)
-    if made is None:
+    deterministic = getattr(torch._C, "_get_deterministic_algorithms", None)
+    if made is None or deterministic is None:
         return _new_empty
 
     def empty(like: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if deterministic():  # torch fills new memory with NaN then, that function does not; parity relies on it
+            return _new_empty(like, shape, strides, dtype)
         output = made(shape, strides, dtype)
         # It allocates on the current device, which need not be the tensors'.
         return output if output.get_device() == like.get_device() else _new_empty(like, shape, strides, dtype)
