@@ -1,5 +1,7 @@
 """Calls past torch's dispatcher: the same results and marks on tensors, and only where the dispatcher has nothing to do."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -74,11 +76,22 @@ def test_outputs_are_allocated_on_the_device_of_the_tensors():
             return "elsewhere", shape, dtype
 
     empty = torch_ops._allocator("cpu")
+    hollow = empty(torch.zeros(1), (2, 0, 4), (0, 4, 1), torch.bfloat16)
+    assert hollow.stride() == torch.zeros(2, 0, 4).stride()
     here = empty(torch.zeros(1), (2, 3), (3, 1), torch.bfloat16)
     assert (here.shape, here.stride(), here.dtype) == ((2, 3), (3, 1), torch.bfloat16)
     assert empty(Elsewhere(), (2, 3), (3, 1), torch.bfloat16) == ("elsewhere", (2, 3), torch.bfloat16)
     none = torch_ops._allocator("a device that torch has no such function for")
     assert none(Elsewhere(), (2, 3), (3, 1), torch.bfloat16) == ("elsewhere", (2, 3), torch.bfloat16)
+
+
+def test_operators_take_names_where_torch_cannot_be_asked(monkeypatch):
+    """As with a version of torch that lacks a function which a direct call asks."""
+    arguments, want = cases.draw(OPS[NAME], CASE), call(cases.draw(OPS[NAME], CASE))
+    monkeypatch.setattr(direct, "_questions", dict)
+    monkeypatch.setattr(direct, "call", SimpleNamespace())
+    direct.register(OPS[NAME], "", {})
+    assert torch.equal(getattr(direct.call, NAME)(**arguments), want)
 
 
 def test_outputs_are_full_of_nan_where_torch_is_to_be_deterministic():

@@ -49,8 +49,8 @@ def drawn(T, B=1, seed=0, op=CHUNK, **more):
     return [arguments[name] for name in ("q", "k", "v", "g", "beta") if name in arguments]
 
 
-def exact(tensors, initial=None, **options):
-    return reference.chunk_gated_delta_rule(
+def exact(tensors, initial=None, op=CHUNK, **options):
+    return getattr(reference, op)(
         *tensors, initial_state=initial, output_final_state=True, use_qk_l2norm_in_kernel=True, exact=True, **options
     )
 
@@ -74,6 +74,7 @@ def test_odd_lengths(T):
 def test_any_split_equals_the_whole(op, cuts):
     tensors = drawn(200, op=op)
     whole, state = chunk(tensors, op=op)
+    assert rms_ratio(whole, exact(tensors, op=op)[0]) < 1e-5
     parts, carried = [], torch.zeros(1, HV, K, V)
     for first, last in zip((0, *cuts), (*cuts, 200), strict=True):
         part, carried = chunk([x[:, first:last] for x in tensors], carried, op)
@@ -112,6 +113,7 @@ def test_a_poisoned_neighbour_changes_nothing(op):
     bounds = torch.tensor([0, 70, 140, 210])
     tensors = drawn(210, op=op)
     clean, state = chunk(tensors, op=op, cu_seqlens=bounds)
+    assert rms_ratio(clean, exact(tensors, op=op, cu_seqlens=bounds)[0]) < 1e-5
     for x in tensors:
         x[:, 70:140] = float("nan")
     o, poisoned = chunk(tensors, op=op, cu_seqlens=bounds)

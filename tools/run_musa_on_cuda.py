@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import tvm_ffi
 
-from tvm_gdn import build, cases, device, parity, torch_ops
+from tvm_gdn import build, cases, device, parity, records, torch_ops
 from tvm_gdn.bench import machine
 from tvm_gdn.commands import parity_record
 from tvm_gdn.commands.arguments import geometry_of_case
@@ -71,7 +71,8 @@ def chosen_cases(ops: list[str], selection: str, target: TargetSpec) -> list[tup
 def library_name(request: build.Request, target: TargetSpec, arch: str) -> str:
     """File of a kernel's library: other sources, shim or flags have another name."""
     shim = sorted((resources.files("tvm_gdn") / "csrc" / "musa_shim").iterdir(), key=lambda entry: entry.name)
-    parts = build.kernel_digest(request.spec, target), str(request.knobs), *_FLAGS, *(entry.read_text("utf-8") for entry in shim)
+    knobs = request.knobs or records.lookup(request.spec, request.geometry, target)
+    parts = build.kernel_digest(request.spec, target), str(knobs), *_FLAGS, *(entry.read_text("utf-8") for entry in shim)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
     return f"{build.symbol_of(request.spec, request.geometry)}-{digest}-{arch}.so"
 

@@ -27,8 +27,8 @@ def forward_only(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
             f"tvm_gdn.reference.{name}, which is differentiable"
         )
 
-    def call(*args: Any) -> Any:
-        result = operator(*args)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = operator(*args, **kwargs)
         for output in result if isinstance(result, tuple) else (result,):
             if output.requires_grad and not torch.compiler.is_compiling():
                 output.register_hook(refuse)

@@ -132,7 +132,9 @@ def _allocator(device: str) -> Callable[..., torch.Tensor]:
         return _new_empty
 
     def empty(like: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        if deterministic():  # torch fills new memory with NaN then, that function does not; parity relies on it
+        # In deterministic mode torch fills new memory with NaN, that function does not; parity relies on it. Without elements its
+        # strides are others than those of sizes.
+        if deterministic() or 0 in shape:
             return _new_empty(like, shape, strides, dtype)
         output = made(shape, strides, dtype)
         # It allocates on the current device, which need not be the tensors'.

@@ -97,7 +97,8 @@ def turns(
     samples: dict[str, list[list[float]]] = {name: [[] for _ in range(runs // every)] for name in calls}
     for turn in range(-warmup, runs):
         for name, call in calls.items():
-            if turn % every == 0 or name not in seldom:
+            # Who is seldom is warm all the same: once before anything counts.
+            if turn % every == 0 or name not in seldom or (turn == -1 and every > warmup):
                 took = timed(call, 1)
                 if turn >= 0:
                     samples[name][turn // every].append(took)
