@@ -362,6 +362,14 @@ def test_nothing_measured_is_an_error(monkeypatch, scripted, tmp_path):
     assert not records.user_file(TARGET).exists()
 
 
+def test_what_a_second_algorithm_serves_is_tuned_elsewhere(scripted, monkeypatch):
+    monkeypatch.setitem(OPS, OP, dataclasses.replace(OPS[OP], second=OPS["fused_recurrent_kda"]))
+    monkeypatch.setattr(schedule, "choose", lambda *_: schedule.Choice("recurrent", None, "default", {}, "no room"))
+    with pytest.raises(TuneError, match="no room: fused_recurrent_kda's algorithm serves"):
+        tune.tune(TARGET, OP, options=QUICK)
+    assert lines(scripted) == []
+
+
 def test_no_time_is_an_error(scripted):
     with pytest.raises(TuneError, match="no time was left"):
         tune.tune(TARGET, OP, timeout=0.0)

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,8 @@ def scheduled(request: Request, target: TargetSpec) -> tuple[Any, Any]:
     from tvm_gdn import schedule
 
     choice = schedule.choose(request.spec, request.geometry, target, request.knobs)
-    function: Any = prim_func(request.spec, request.geometry, choice.tiles(request.geometry))
+    spec = replace(request.spec, algorithm=choice.algorithm)
+    function: Any = prim_func(spec, request.geometry, choice.tiles(request.geometry))
     if dict(target.codegen)["kind"] == "c":
         # The generator's only storage scope is "global"; small arrays become C arrays by their annotation.
         function = tvm.ir.load_json(tvm.ir.save_json(function).replace('"local"', '"global"'))
@@ -157,9 +158,10 @@ def compile_kernel(request: Request, target: TargetSpec, folder: Path) -> BuiltK
         geometry=request.geometry,
         file=path,
         symbol=symbol,
-        schedule=choice.origin,
+        schedule=choice.words,
         knobs=choice.knobs,
         source=kernel_digest(request.spec, target),
+        refusal=choice.refusal,
         **device,
     )
 
@@ -176,15 +178,18 @@ def kernel_digest(spec: OpSpec, target: TargetSpec) -> str:
         compilers += ["tvm_gdn.images", "tvm_gdn.subset"]
     if "lowering" in dict(target.compiler):
         compilers.append(f"tvm_gdn.schedules.{dict(target.compiler)['lowering']}")
-    parts = algorithm_digest(spec, target), source_digest(*compilers), seam
+    # Which of its algorithms serves is known when a kernel is built, and its place in the cache before that.
+    algorithms = [algorithm_digest(one, target) for one in (spec, spec.second) if one]
+    parts = *algorithms, source_digest(*compilers), seam
     return f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}-{spec_digest(spec)}"
 
 
 def spec_digest(spec: OpSpec) -> str:
-    """Digest of an operator's kernel interface and maths: its arguments and outputs in order, and its TIR."""
+    """Digest of an operator's kernel interface and maths: its arguments and outputs in order, and the TIR that may serve it."""
     interface = repr((spec.name, spec.inputs, spec.outputs, spec.static_axes))
     interface = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", interface)
-    return hashlib.sha256((interface + source_digest(f"tvm_gdn.ops.tir.{spec.algorithm}")).encode()).hexdigest()[:16]
+    modules = [f"tvm_gdn.ops.tir.{one.algorithm}" for one in (spec, spec.second) if one]
+    return hashlib.sha256((interface + source_digest(*modules)).encode()).hexdigest()[:16]
 
 
 def _compiler() -> str:
@@ -275,6 +280,7 @@ def run_builder(
             schedule=entry["schedule"],
             knobs=entry["knobs"],
             source=entry["source"],
+            refusal=entry["refusal"],
             image=Path(entry["image"]) if entry["image"] else None,
             table=tuple(entry["table"]),
         )
@@ -324,6 +330,7 @@ def _main() -> None:
                 "schedule": kernel.schedule,
                 "knobs": kernel.knobs,
                 "source": kernel.source,
+                "refusal": kernel.refusal,
                 "image": None if kernel.image is None else str(kernel.image),
                 "table": list(kernel.table),
             }

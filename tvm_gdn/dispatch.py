@@ -191,13 +191,24 @@ def _from_packs(spec: OpSpec, geometry: Geometry, target: TargetSpec, *, explici
                     "`tvm_gdn build`"
                 )
             packs.check_device(pack)
-            served = Served(load.load_kernel(pack, entry), manifest.target, entry.schedule)
-            _compare_record(pack, entry, spec, geometry)
+            served = _load(pack, entry)
+            _compare_record(pack, entry, spec.second or spec if entry.refusal else spec, geometry)
             return served, refused
         except PackError as error:
             _log.warning("%s", error)
             refused.append(str(error))
     return None, refused
+
+
+def _load(pack: packs.Pack, entry: Entry) -> Served:
+    """A kernel of a pack; that it is one of the operator's second algorithm is never silent."""
+    served = Served(load.load_kernel(pack, entry), pack.manifest.target, entry.schedule)
+    if entry.refusal:
+        _log.warning(
+            "%s [%s] on %s is served by its second algorithm (%s), right but slower: %s",
+            entry.op, entry.geometry, served.target, entry.schedule, entry.refusal,
+        )  # fmt: skip
+    return served
 
 
 def _compare_record(pack: packs.Pack, entry: Entry, spec: OpSpec, geometry: Geometry) -> None:
@@ -262,7 +273,7 @@ def _load_single(folder: Path) -> Served | None:
     try:
         pack = packs.read(folder)
         entry = pack.manifest.kernels[0]
-        return Served(load.load_kernel(pack, entry), pack.manifest.target, entry.schedule)
+        return _load(pack, entry)
     except PackError as error:
         _log.warning("%s%s", error, "" if env.jit_disabled() else "; compiling it again")
         return None

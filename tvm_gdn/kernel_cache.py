@@ -34,7 +34,7 @@ def folder_of(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> Path:
 
 def kernel_key(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> str:
     """Name of a kernel's folder in the cache: everything that decides its code."""
-    record = records.lookup(spec, geometry, target)
+    tuned = [records.lookup(one, geometry, target) for one in (spec, spec.second) if one]
     parts = [
         spec.name,
         geometry.key,
@@ -43,7 +43,7 @@ def kernel_key(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> str:
         build.kernel_digest(spec, target),
         version_of("apache-tvm"),
         version_of("apache-tvm-ffi"),
-        json.dumps(record["knobs"] if record else None, sort_keys=True),
+        json.dumps([record and record["knobs"] for record in tuned], sort_keys=True),
     ]
     return f"{spec.name}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 

@@ -42,7 +42,10 @@ class Image(File):
 
 @dataclass(frozen=True)
 class Entry(File):
-    """A kernel: the function `symbol` of a library serves `geometry` of the operator `op`; its device code is `image`."""
+    """A kernel: the function `symbol` of a library serves `geometry` of the operator `op`; its device code is `image`.
+
+    `refusal` is why the target has no plan of the operator's own algorithm, where the second one serves.
+    """
 
     op: str
     geometry: Geometry
@@ -51,6 +54,7 @@ class Entry(File):
     knobs: Mapping[str, Any]
     source: str
     image: Image | None
+    refusal: str
 
     @property
     def spec_digest(self) -> str:
@@ -135,6 +139,7 @@ def _entry(value: Any, where: str) -> Entry:
         knobs=_field(data, "knobs", dict, where),
         source=_text(data, "source", _SOURCE, "two digests as A-B", where),
         image=_image(_is(data["image"], dict, f"{where}image"), f"{where}image.") if data.get("image") is not None else None,
+        refusal=_field(data, "refusal", str, where) if "refusal" in data else "",
     )
 
 

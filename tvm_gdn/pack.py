@@ -41,7 +41,10 @@ _IMAGES = ("elf-so", "cubin", "hsaco", "emulation")
 
 @dataclass(frozen=True)
 class BuiltKernel:
-    """A compiled library and what it is; on accelerators also the image of its device code, and that image's kernels."""
+    """A compiled library and what it is; on accelerators also the image of its device code, and that image's kernels.
+
+    `refusal` is why the operator's own algorithm does not serve the geometry, where its second one does.
+    """
 
     spec: OpSpec
     geometry: Geometry
@@ -52,6 +55,7 @@ class BuiltKernel:
     source: str
     image: Path | None = None
     table: tuple[str, ...] = ()
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,8 @@ def write(folder: Path, target: TargetSpec, requires: Iterable[str], kernels: li
                 "knobs": kernel.knobs,
                 "source": kernel.source,
             }
+            if kernel.refusal:
+                entry["refusal"] = kernel.refusal
             if kernel.image is not None:
                 images.check(kernel.image, target.image)
                 entry["image"] = {**_store(kernel.image, temporary, kernel.symbol), "kernels": list(kernel.table)}

@@ -9,7 +9,8 @@ A module of `schedules/` named after a target registers its spaces::
         def tiles(geometry, **knobs): # the target's tile operations
 
 Resolution for a target walks its lineage, nearest first, and ends at the target's device (``generic-cpu``): a tuned record of the
-space wins over its hand-shaped default; a space of ``generic-...`` is the portable fallback, reported as such.
+space wins over its hand-shaped default; a space of ``generic-...`` is the portable fallback, reported as such. Where a space has
+no plan for a geometry (its memory does not suffice), the operator's second algorithm serves, if its SPEC names one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -32,11 +33,21 @@ _SPACES: dict[tuple[str, str], type] = {}
 
 @dataclass(frozen=True)
 class Choice:
-    """A schedule that was chosen for a kernel: the space, its knobs, and where they came from."""
+    """A schedule that was chosen for a kernel: the space, its knobs, and where they came from.
 
+    `refusal` is why the operator's own algorithm has no plan, where another one is chosen.
+    """
+
+    algorithm: str
     space: Any
     origin: str
     knobs: dict[str, Any]
+    refusal: str = ""
+
+    @property
+    def words(self) -> str:
+        """What listings say of it: the origin, after the algorithm where that is not the operator's own."""
+        return f"{self.algorithm} {self.origin}" if self.refusal else self.origin
 
     def tiles(self, geometry: Geometry) -> Any:
         """The target's tile operations for a geometry."""
@@ -102,18 +113,34 @@ def choose(spec: OpSpec, geometry: Geometry, target: TargetSpec, knobs: Mapping[
     spec, geometry, target
         What the kernel is for.
     knobs : mapping, optional
-        Explicit knobs (a tuning trial); records and defaults are then not looked at.
+        Explicit knobs (a tuning trial) of the operator's own algorithm; records and defaults are then not looked at.
 
     Returns
     -------
     Choice
         With ``origin`` ``"trial"``, ``"tuned"``, ``"default"`` or ``"generic"``.
+
+    Raises
+    ------
+    TargetError
+        There is no schedule, or it has no plan for the geometry and the operator no second algorithm.
     """
     space, _ = find_space(spec.algorithm, target)
     if knobs is not None:
-        return Choice(space, "trial", dict(knobs))
+        return Choice(spec.algorithm, space, "trial", dict(knobs))
+    try:
+        return _plan(spec, geometry, target)
+    except TargetError as error:
+        if spec.second is None:
+            raise
+        return replace(_plan(spec.second, geometry, target), refusal=str(error))
+
+
+def _plan(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> Choice:
+    """The tuned record or the default of an operator's own algorithm."""
+    space, _ = find_space(spec.algorithm, target)
     found, record = origin(spec, geometry, target)
-    return Choice(space, found, space.default(geometry) if record is None else dict(record["knobs"]))
+    return Choice(spec.algorithm, space, found, space.default(geometry) if record is None else dict(record["knobs"]))
 
 
 def origin(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> tuple[str, dict[str, Any] | None]:

@@ -337,6 +337,9 @@ class OpSpec:
         ``reference_arguments(arguments)`` gives the arguments of the operator's reference by name; default: the same.
     storage_matters_with : str, optional
         Name of an argument that makes the dtype of a mutated tensor part of the result: what is written is read again.
+    second : OpSpec, optional
+        Another operator that computes the same of the same arguments, by an algorithm that needs less. Where a target has no plan
+        of this operator's own algorithm for a geometry, that one's kernel serves under this one's name, and says so.
     """
 
     name: str
@@ -360,6 +363,7 @@ class OpSpec:
     steady: Callable[[dict[str, Any]], None] | None = None
     reference_arguments: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
     storage_matters_with: str = ""
+    second: OpSpec | None = field(default=None, repr=False)
 
     @cached_property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -75,6 +75,9 @@ def main(args: argparse.Namespace) -> int:
         rows.append((op, str(len(own)), size_text(size), schedules))
     emit(f"{target.name}: {counted(len(kernels), 'kernel')}\n")
     emit(table(("operator", "geometries", "size", "schedule"), rows, right=(1, 2)))
+    for kernel in kernels:
+        if kernel.refusal:
+            emit(f"\n{kernel.spec.name} [{kernel.geometry}]: {kernel.schedule}, right but slower: {kernel.refusal}")
     emit(f"\n{folder}")
     if inside_cache or any(folder in (path, *path.glob("*")) for path in dispatch.pack_folders()):
         emit("Calls find this pack.")
@@ -162,7 +165,7 @@ def build_pack(wanted: Iterable[Wanted], target: TargetSpec, folder: Path, jobs:
         kernels.append(
             packs.BuiltKernel(
                 spec=spec, geometry=geometry, file=pack.file(entry), symbol=entry.symbol, schedule=entry.schedule,
-                knobs=dict(entry.knobs), source=entry.source,
+                knobs=dict(entry.knobs), source=entry.source, refusal=entry.refusal,
                 image=pack.file(entry.image) if entry.image else None, table=entry.image.kernels if entry.image else (),
             )
         )  # fmt: skip

@@ -210,6 +210,9 @@ def _intact(pack: packs.Pack) -> Check:
         entry.op for entry in entries if entry.op not in OPS or entry.spec_digest != build.spec_digest(OPS[entry.op])
     }  # fmt: skip
     text = f"{pack.folder}: {pack.manifest.target}, {counted(len(entries), 'kernel')}"
+    second = sum(bool(entry.refusal) for entry in entries)
+    if second:
+        text += f", {second} of a second algorithm, right but slower"
     if old:
         text += f"; built from another version of {', '.join(sorted(old))}"
         return Check("packs", "warn", text, "rebuild it with `tvm_gdn build`")

@@ -20,7 +20,8 @@ tuned    knobs that `tvm_gdn tune` measured as the fastest; tuned*: on some of t
 default  a schedule shaped by hand for the target or one that it inherits from; `tvm_gdn tune` may find faster knobs
 generic  the portable fallback: right, but slow; the target has no schedule of its own for this operator
 none     no schedule yet: calls on the target raise, or under auto run the torch reference and say so
-A device's schedule may still refuse a geometry for its shared memory when it is built, and says so then.
+A device's schedule may still refuse a geometry for its shared memory when it is built, and says so then; of the chunked rules
+the token recurrence serves what is refused ("recurrent default" in `tvm_gdn build`, a pack's manifest and the log)
 (not here) marks a target that this machine cannot run; the table of targets says what it lacks, `tvm_gdn doctor` all of it
 `tvm_gdn list --op OP` says why an operator has these schedules, `--json` all of it"""
 

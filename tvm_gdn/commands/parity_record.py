@@ -32,7 +32,8 @@ FORMAT = 1
 def made_of(spec: OpSpec, target: TargetSpec, selection: str) -> str:
     """Digest of what an outcome depends on: the operator's TIR and schedules, target, tuned knobs, cases and tolerances.
 
-    What all kernels share (builder, launchers, the emulation) is left out: a change there would make every outcome stale.
+    What all kernels share (builder, launchers, the emulation) is left out: a change there would make every outcome stale. So is
+    an operator's second algorithm, which may serve some of the cases: the outcomes of the operator that it belongs to have it.
 
     Parameters
     ----------

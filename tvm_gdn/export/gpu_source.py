@@ -9,6 +9,7 @@ where there is a runtime for it (`opencl_run.py`).
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 import subprocess
@@ -26,6 +27,7 @@ from tvm_gdn.export.artifact import Check, ExportError, Request, compared, draw
 from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, resolve
 
+_log = logging.getLogger("tvm_gdn")
 #: Language -> suffix of its files, target that supplies the schedule, and dtypes that its source was generated for.
 LANGUAGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "cuda": (".cu", "cuda-sm80", ("float32", "bfloat16", "float16", "int32", "int64", "bool")),
@@ -59,6 +61,8 @@ def maker(language: str) -> tuple[Callable[[Request], dict[str, bytes]], Callabl
         """The source, and ``<symbol>.json`` that says how to launch it."""
         _supported(request, language)
         made = _process({"do": "source", "language": language, **_text(request)})
+        if made["refusal"]:
+            _log.warning("%s: source of its second algorithm, right but slower: %s", request.spec.name, made["refusal"])
         launch = {"operator": request.spec.name, "geometry": request.geometry.to_json(), **made["launch"]}
         return {
             f"{request.symbol}{suffix}": made["source"].encode(),
@@ -119,10 +123,11 @@ def _process(job: dict[str, Any], timeout: float = 600.0) -> dict[str, Any]:
     return made
 
 
-def _knobs(spec: OpSpec, geometry: Geometry, target: TargetSpec, language: str) -> dict[str, Any]:
+def _knobs(spec: OpSpec, geometry: Geometry, target: TargetSpec) -> dict[str, Any]:
+    """Knobs of the mapping that every language can say."""
     from tvm_gdn import schedule
 
-    if language in _NATIVE or spec.algorithm not in {"recurrent", "norm"}:
+    if spec.algorithm not in {"recurrent", "norm"}:
         return schedule.choose(spec, geometry, target).knobs
     if spec.algorithm == "norm":
         return {"alone": True}
@@ -139,10 +144,14 @@ def _source(spec: OpSpec, geometry: Geometry, language: str, *, as_cuda: bool = 
     from tvm_gdn.target import concrete, emulation_of
 
     target = resolve(LANGUAGES[language][1])
-    # The routing's schedules for CUDA work in warps.
-    portable = language not in _NATIVE and spec.algorithm.startswith("moe_")
-    space, _ = schedule.find_space(spec.algorithm, target, portable=portable)
-    function = builder.prim_func(spec, geometry, space.tiles(geometry, **_knobs(spec, geometry, target, language)))
+    refusal = ""
+    if language in _NATIVE:
+        choice, function = builder.scheduled(builder.Request(spec, geometry), target)
+        refusal = choice.refusal
+    else:
+        # The routing's schedules for CUDA work in warps.
+        space, _ = schedule.find_space(spec.algorithm, target, portable=spec.algorithm.startswith("moe_"))
+        function = builder.prim_func(spec, geometry, space.tiles(geometry, **_knobs(spec, geometry, target)))
     native = as_cuda or language in _NATIVE
     goal = images.tvm_target(
         dict((emulation_of(concrete(target)) if as_cuda else target).codegen) if native else {"kind": language}
@@ -162,7 +171,7 @@ def _source(spec: OpSpec, geometry: Geometry, language: str, *, as_cuda: bool = 
         source = images.with_functions(source)
     if restricted:
         source = subset.translated(source, host_source, target, builder.symbol_of(spec, geometry))
-    return {"source": source, "launch": launch}
+    return {"source": source, "launch": launch, "refusal": refusal}
 
 
 def _verify(spec: OpSpec, geometry: Geometry, language: str, launch: dict[str, Any], text: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ Six functions of one signature; each has two torch operators: functional (initia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -36,6 +36,7 @@ from tvm_gdn.ops.arguments import (
     is_one_token_batch,
     tokens_first,
 )
+from tvm_gdn.ops.recurrent import FUSED_RECURRENT_UPDATE
 from tvm_gdn.spec import OpSpec, Tensor
 
 CHANNEL_GATE = Tensor("g", "B T HV K", strides="inner", usual="float32", values=draws.log_decay)
@@ -84,7 +85,7 @@ def _bench_pool(form: str) -> tuple[Mapping[str, Any], ...]:
     return tuple({**size, **model, "use_qk_l2norm_in_kernel": True, "dtype": dtype} for dtype in ("bfloat16", "float32"))
 
 
-def _spec(form: str, rule: str, pool: bool) -> OpSpec:
+def _spec(form: str, rule: str, pool: bool, second: OpSpec | None = None) -> OpSpec:
     states = (POOL, SLOTS) if pool else (INITIAL, OUTPUT_FINAL)
     final = (FINAL_TOO,) if pool else ()
     return OpSpec(
@@ -97,18 +98,23 @@ def _spec(form: str, rule: str, pool: bool) -> OpSpec:
         traits=(("channel_gate", True),) if rule == "kda" else (),
         cases=_cases(pool),
         bench=_bench_pool(form) if pool else _bench((512, 4096), (64,)) if form == "chunk" else _bench((64,)),
+        second=second,
         **FAMILY,
     )
 
 
-#: `fused_recurrent_gated_delta_rule_update` has verification arguments too and stands in `recurrent.py`.
-SPECS = tuple(
-    _spec(form, rule, pool)
-    for rule in _GATES
-    for form in ("chunk", "fused_recurrent")
-    for pool in (False, True)
-    if (form, rule, pool) != ("fused_recurrent", "gated_delta_rule", True)
-)
+def _specs() -> Iterator[OpSpec]:
+    """Chunked rules, each with its token recurrence as the second choice, and those recurrences."""
+    for rule in _GATES:
+        recurrences = [_spec("fused_recurrent", rule, pool) for pool in (False, True)]
+        if rule == "gated_delta_rule":
+            # It has verification arguments too and stands in `recurrent.py`.
+            recurrences[1] = FUSED_RECURRENT_UPDATE
+        yield from (_spec("chunk", rule, pool, recurrences[pool]) for pool in (False, True))
+        yield from (spec for spec in recurrences if spec is not FUSED_RECURRENT_UPDATE)
+
+
+SPECS = tuple(_specs())
 
 
 def _empty_states(pool: Any, indices: Any) -> torch.Tensor | None:
@@ -204,6 +210,7 @@ g : torch.Tensor
     "delta_rule": "",
 }
 _CHUNKED = """; chunks of tokens are computed with matrix products.
+Where a device has no room for a chunk of these K, V and dtypes, it goes token by token, with a warning.
 A NaN or an infinity of a token reaches the tokens before it in its chunk too, never another sequence or head"""
 _SOURCES = {
     "gated_delta_rule": "Gated Delta Networks (arXiv:2412.06464)",

@@ -157,8 +157,12 @@ class Search:
             except TuneError as error:
                 self.result.failures[str(error)] += 1
                 return self.result
-            default = schedule.find_space(self.spec.algorithm, self.target)[0].default(self.geometry)
             current = schedule.choose(self.spec, self.geometry, self.target)
+            if current.refusal and self.spec.second:
+                told = f"{current.refusal}: {self.spec.second.name}'s algorithm serves, with that operator's records: tune it"
+                self.result.failures[told] += 1
+                return self.result
+            default = schedule.find_space(self.spec.algorithm, self.target)[0].default(self.geometry)
             first = [default, current.knobs] if current.origin == "tuned" and current.knobs != default else [default]
             now = time.monotonic()
             share = (deadline - now) / remaining * min(remaining, GENEROSITY)
