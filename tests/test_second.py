@@ -8,12 +8,12 @@ import torch
 from compilers import needs_cxx
 
 import tvm_gdn
-from tvm_gdn import build, cases, check, dispatch, pack, parity
+from tvm_gdn import build, cases, check, dispatch, kernel_cache, pack, parity, records, schedule
 from tvm_gdn.autograd import BackwardError
 from tvm_gdn.commands import aot
 from tvm_gdn.errors import PackError, TargetError
 from tvm_gdn.ops import OPS
-from tvm_gdn.target import EMULATED, resolve
+from tvm_gdn.target import EMULATED, named, resolve
 
 CHUNK, KDA, UPDATE = "chunk_gated_delta_rule", "chunk_kda", "chunk_delta_rule_update"
 STATES = {"with": ("initial_state",), "output_final_state": True}
@@ -70,6 +70,17 @@ def test_knobs_that_were_asked_for_are_still_refused(emulated):
     geometry = check.geometry_of(OPS[CHUNK], cases.draw(OPS[CHUNK], WIDE))
     with pytest.raises(TargetError, match=r"'chunk': 64.* bytes of shared memory, a block has 101376"):
         build.scheduled(build.Request(OPS[CHUNK], geometry, knobs), emulated)
+
+
+def test_records_of_the_second_operator_apply(monkeypatch):
+    spec, target = OPS[KDA], named("rocm-gfx942")
+    geometry = check.geometry_of(spec, cases.draw(spec, NARROW))
+    before, place = schedule.choose(spec, geometry, target), kernel_cache.folder_of(spec, geometry, target)
+    tuned = next({**before.knobs, "group": n} for n in (1, 2) if n != before.knobs["group"])
+    monkeypatch.setattr(records, "lookup", lambda op, *_: {"knobs": tuned} if op is spec.second else None)
+    found = schedule.choose(spec, geometry, target)
+    assert (before.words, found.words, found.knobs) == ("recurrent default", "recurrent tuned", tuned)
+    assert kernel_cache.folder_of(spec, geometry, target) != place
 
 
 @needs_cxx

@@ -87,7 +87,8 @@ def served_by(op: str, geometry: Geometry | None = None, device: str = "cpu") ->
     Returns
     -------
     str
-        For example ``"compiled (x86-avx512, tuned)"``, ``"fallback (torch reference): ..."`` or ``"not called yet"``.
+        For example ``"compiled (x86-avx512, tuned)"``, ``"compiled (cuda-sm80, recurrent default)"`` where the target has no room
+        for the operator's own algorithm and its second one serves, ``"fallback (torch reference): ..."`` or ``"not called yet"``.
     """
     with _lock:
         key = _latest.get(op) if geometry is None else (op, geometry.key, device)
@@ -192,7 +193,7 @@ def _from_packs(spec: OpSpec, geometry: Geometry, target: TargetSpec, *, explici
                 )
             packs.check_device(pack)
             served = _load(pack, entry)
-            _compare_record(pack, entry, spec.second or spec if entry.refusal else spec, geometry)
+            _compare_record(pack, entry, spec.second if entry.refusal and spec.second else spec, geometry)
             return served, refused
         except PackError as error:
             _log.warning("%s", error)
