@@ -206,7 +206,7 @@ def _load(pack: packs.Pack, entry: Entry) -> Served:
     served = Served(load.load_kernel(pack, entry), pack.manifest.target, entry.schedule)
     if entry.refusal:
         _log.warning(
-            "%s [%s] on %s is served by its second algorithm (%s), right but slower: %s",
+            "%s [%s] on %s is served by its second algorithm (%s), right but slow on long sequences: %s",
             entry.op, entry.geometry, served.target, entry.schedule, entry.refusal,
         )  # fmt: skip
     return served

@@ -77,7 +77,8 @@ def main(args: argparse.Namespace) -> int:
     emit(table(("operator", "geometries", "size", "schedule"), rows, right=(1, 2)))
     for kernel in kernels:
         if kernel.refusal:
-            emit(f"\n{kernel.spec.name} [{kernel.geometry}]: {kernel.schedule}, right but slower: {kernel.refusal}")
+            told = f"{kernel.schedule}, right but slow on long sequences: {kernel.refusal}"
+            emit(f"\n{kernel.spec.name} [{kernel.geometry}]: {told}")
     emit(f"\n{folder}")
     if inside_cache or any(folder in (path, *path.glob("*")) for path in dispatch.pack_folders()):
         emit("Calls find this pack.")

@@ -212,7 +212,7 @@ def _intact(pack: packs.Pack) -> Check:
     text = f"{pack.folder}: {pack.manifest.target}, {counted(len(entries), 'kernel')}"
     second = sum(bool(entry.refusal) for entry in entries)
     if second:
-        text += f", {second} of a second algorithm, right but slower"
+        text += f", {second} of a second algorithm, right but slow on long sequences"
     if old:
         text += f"; built from another version of {', '.join(sorted(old))}"
         return Check("packs", "warn", text, "rebuild it with `tvm_gdn build`")

@@ -62,7 +62,8 @@ def maker(language: str) -> tuple[Callable[[Request], dict[str, bytes]], Callabl
         _supported(request, language)
         made = _process({"do": "source", "language": language, **_text(request)})
         if made["refusal"]:
-            _log.warning("%s: source of its second algorithm, right but slower: %s", request.spec.name, made["refusal"])
+            told = "%s: source of its second algorithm, right but slow on long sequences: %s"
+            _log.warning(told, request.spec.name, made["refusal"])
         launch = {"operator": request.spec.name, "geometry": request.geometry.to_json(), **made["launch"]}
         return {
             f"{request.symbol}{suffix}": made["source"].encode(),
