@@ -8,6 +8,7 @@ follows a product, and the operands made of its results, are computed while the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from tvm.script import tirx as T
@@ -15,7 +16,7 @@ from tvm_gdn.schedules.cpu import local_array
 from tvm_gdn.schedules.cpu_chunk import Operand
 from tvm_gdn.schedules.cpu_tiles import Tile, ceil_div, where
 from tvm_gdn.schedules.x86_matrix import LANES, ROWS, Rows
-from tvm_gdn.schedules.x86_operands import MatrixOperand, OperandTiles
+from tvm_gdn.schedules.x86_operands import MatrixOperand, OperandTiles, State
 
 from tvm_gdn.ops.tir.tiles import GRANULE, ElementFunction, Expr, keep
 
@@ -47,16 +48,17 @@ class AmxChunkTiles(OperandTiles):
         into: tuple[Any, ...] = (),
         wanted: Expr | None = None,
     ) -> None:
-        """Blocks of 32 x 32 results."""
+        """Blocks of 32 x 32 results. `into` is made whether `wanted` or not: asking for every row would cost more."""
+        del wanted
         if isinstance(a, Operand):
             super().mma(
                 dst, a, b, rows=rows, cols=cols, depth=depth, lower=lower, start=start, finish=finish, sources=sources
             )  # fmt: skip
             return
-        full = b.source.rows // 32 if depth is None else ceil_div(depth, 32)
-        if b.transposed:
-            full = b.source.cols // 32
-        row_blocks = dst.rows // GRANULE if rows is None else ceil_div(rows, GRANULE)
+        most = (b.source.cols if b.transposed else b.source.rows) // GRANULE
+        # A chunk has a token: where one step is the most, it is known to be one, and so are the addresses between products.
+        full = most if most == 1 or depth is None or b.transposed else ceil_div(depth, GRANULE)
+        row_blocks = dst.rows // GRANULE if rows is None or dst.rows == GRANULE else ceil_div(rows, GRANULE)
         col_blocks = self.units(GRANULE, dst)
 
         fetch = self._fetcher(dst.rows // GRANULE * (dst.cols // GRANULE))
@@ -64,7 +66,7 @@ class AmxChunkTiles(OperandTiles):
 
         def products(io: Expr, jo: Expr, place: Place, meanwhile: Elements | None = None) -> None:
             fetch(jo * (dst.rows // GRANULE) + io)
-            steps = io + 1 if lower == "left" else full
+            steps = io + 1 if lower == "left" and most > 1 else full
             limit = 2 if dst.buffer in self.exact else self.parts
             self._products(a, b, io, jo, steps, limit, place, added, self._tall(rows, io), meanwhile)
 
@@ -81,25 +83,50 @@ class AmxChunkTiles(OperandTiles):
                     block(io, jo)
             return
 
-        # On busy cores every product waits for the one before (docs/performance.md): the elements of a block are computed between
-        # the next block's products. Behind them all they would be out of the core's sight.
-        height = T.Bind(T.Cast("int32", row_blocks))
+        height = row_blocks if isinstance(row_blocks, int) else T.Bind(T.Cast("int32", row_blocks))
         count = T.Bind(T.Cast("int32", col_blocks) * height)
+
+        def at(n: Expr) -> tuple[Any, Any]:
+            if isinstance(height, int) and height == 1:
+                return 0, n
+            return T.Bind(T.truncmod(n, height)), T.Bind(T.truncdiv(n, height))
 
         def begin(n: Expr, meanwhile: Elements | None = None) -> None:
             place: Place = lambda x, y: (self.scratch, lambda r: [x * ROWS + r, y * ROWS], GRANULE)  # noqa: E731
-            products(T.Bind(T.truncmod(n, height)), T.Bind(T.truncdiv(n, height)), place, meanwhile)
+            products(*at(n), place, meanwhile)
 
         def elements(n: Expr) -> Elements:
-            io, jo = T.Bind(T.truncmod(n, height)), T.Bind(T.truncdiv(n, height))
-            return lambda p, y: self._finish(dst, io, jo, p, y, start, finish, sources, into, wanted, self._tall(rows, io))
+            io, jo = at(n)
+            return lambda p, y: self._finish(dst, io, jo, p, y, start, finish, sources, into, self._tall(rows, io))
 
-        begin(T.int32(0))
+        self.turns.append((begin, elements))
+        # K S waits for Q S: in turns, one finds what the other has loaded of the state in the L1 cache.
+        if isinstance(b.source, State) and len(self.turns) < 2:
+            return
+        turns, self.turns = self.turns, []
+        self._in_turns(turns, count)
+
+    @staticmethod
+    def _in_turns(turns: list[tuple[Any, Any]], count: Expr) -> None:
+        """Blocks of products that have as many, block by block: those of all products, then the next ones.
+
+        On busy cores every product waits for the one before (docs/performance.md): the elements of a block are computed between
+        the next block's products. Behind them all they would be out of the core's sight.
+        """
+        first, last = turns[0][0], turns[-1][1]
+
+        def others(n: Expr) -> None:
+            for (_, elements), (begin, _) in pairwise(turns):
+                begin(n, elements(n))
+
+        first(T.int32(0))
         with T.serial(count - 1) as n:
-            begin(n + 1, elements(n))
-        last = elements(count - 1)
+            others(n)
+            first(n + 1, last(n))
+        others(count - 1)
+        left = last(count - 1)
         with T.serial(2) as y, T.serial(ROWS) as p:
-            last(p, y)
+            left(p, y)
 
     @staticmethod
     def _tall(rows: Expr | None, io: Expr) -> Expr | None:
@@ -117,7 +144,7 @@ class AmxChunkTiles(OperandTiles):
         b: MatrixOperand,
         io: Expr,
         jo: Expr,
-        steps: Expr,
+        steps: Any,
         limit: int,
         place: Place,
         added: bool,
@@ -136,7 +163,8 @@ class AmxChunkTiles(OperandTiles):
         # The rest of the pairs are below the rounding that the split leaves.
         limit = min(max(a.parts, b.parts), limit)
         pairs = [(part, other) for part in range(a.parts) for other in range(min(b.parts, limit - part))]
-        each = T.Bind(T.truncdiv(T.int32(ROWS - 1), T.Cast("int32", steps) * len(pairs)) + 1) if meanwhile else 0
+        times = steps * len(pairs)
+        each = -(-ROWS // times) if isinstance(times, int) else T.Bind(T.truncdiv(T.int32(ROWS - 1), T.Cast("int32", times)) + 1)
         with T.serial(2) as y:
             for x in (0, 1):
                 if added:
@@ -152,7 +180,10 @@ class AmxChunkTiles(OperandTiles):
                     for x in (0, 1):
                         with where(tall if x else None):
                             unit.dot(x, 4 + x, 6)
-                    if meanwhile:
+                    if meanwhile and isinstance(steps, int) and steps == 1:
+                        for p in range(number * each, min((number + 1) * each, ROWS)):
+                            meanwhile(p, y)
+                    elif meanwhile:
                         first = (T.Cast("int32", kk) * len(pairs) + number) * each
                         with T.serial(T.max(0, T.min(each, ROWS - first))) as p:
                             meanwhile(first + p, y)
@@ -164,13 +195,12 @@ class AmxChunkTiles(OperandTiles):
         dst: Tile,
         io: Expr,
         jo: Expr,
-        p: Expr,
+        p: Any,
         y: Expr,
         start: ElementFunction | None,
         finish: ElementFunction | None,
         sources: tuple[Tile, ...],
         into: tuple[Any, ...],
-        wanted: Expr | None,
         tall: Expr | None,
     ) -> None:
         """Two rows of half the columns from sums in the scratch tile to elements of the result, and to operands made of it.
@@ -187,7 +217,13 @@ class AmxChunkTiles(OperandTiles):
                 total = start(i, column, dst.get(i, jo * 2 + y, ROWS, lane), *values) + total
             return total if finish is None else finish(i, column, total, *values)
 
-        with where(None if tall is None else T.Or(tall, p < ROWS // 2)):
+        if tall is None:
+            used = unused = None
+        elif isinstance(p, int):
+            used, unused = (None, None) if p < ROWS // 2 else (tall, T.Not(tall))
+        else:
+            used, unused = T.Or(tall, p < ROWS // 2), T.And(T.Not(tall), p >= ROWS // 2)
+        with where(used):
             pair = local_array(2, ROWS)
             i = io * GRANULE + p * 2
             for n in (0, 1):
@@ -196,10 +232,9 @@ class AmxChunkTiles(OperandTiles):
                 if written:
                     with T.vectorized(ROWS) as lane:
                         dst.put(pair[n, lane], i + n, jo * 2 + y, ROWS, lane)
-            with where(wanted):
-                for operand in into:
-                    self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])
-        if tall is not None and into:
-            with where(T.And(T.Not(tall), p >= ROWS // 2)):
+            for operand in into:
+                self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])
+        if unused is not None and into:
+            with where(unused):
                 for operand in into:
                     operand.clear([io, jo * 2 + y, p])

@@ -46,9 +46,14 @@ define <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b) alwaysinline {
   ret <16 x i32> %c
 }
 """
-#: The same interleaved, rounded or cut off, the halves of the 32-bit pairs of two vectors, and pairs of a tile that was written
-#: as bf16 (an access of another type than the writing one's, which LLVM may not move across it).
+#: The same interleaved, rounded or cut off, or written to a tensor, the halves of the 32-bit pairs of two vectors, and pairs of a
+#: tile that was written as bf16 (an access of another type than the writing one's, which LLVM may not move across it).
 HELPERS = """
+define i32 @tvm_gdn_put(ptr %p, <16 x float> %a, <16 x float> %b) alwaysinline {
+  %r = call <16 x i32> @tvm_gdn_join(<16 x float> %a, <16 x float> %b)
+  store <16 x i32> %r, ptr %p, align 2
+  ret i32 0
+}
 define <16 x i32> @tvm_gdn_cut(<16 x float> %a, <16 x float> %b) alwaysinline {
   %x = bitcast <16 x float> %a to <16 x i32>
   %y = bitcast <16 x float> %b to <16 x i32>
@@ -212,16 +217,20 @@ class OperandTiles(ChunkTiles):
         super().enter(lane)
         self.unit.enter(used=(0, 1, 4, 5, 6))
         self.scratch = self.array(GRANULE, GRANULE)
-        self.state_operands = self._blocks(self.span * self.state_parts, self.K // 32, self.v_tile // 16)
+        #: Products that go through their blocks in turns with the next one: how a block begins, and its elements.
+        self.turns: list[tuple[Any, Any]] = []
+        self.state_operands = self._blocks(self.span * self.state_parts, self.K // 32, self.v_tile // 16, by_columns=True)
 
     def _take(self, count: int) -> Expr:
         """Like the others, a few lines apart: what a loop reads and writes side by side should not meet in a set of the cache."""
         return super()._take(count + STAGGER)
 
-    def _blocks(self, parts: int, *blocks: int) -> Any:
-        """Array of 16 x 16 words, [parts, *blocks, 16, 16]."""
-        size = prod(blocks) * ROWS * ROWS + STAGGER
-        strides = (size, blocks[1] * ROWS * ROWS, ROWS * ROWS, ROWS, 1)
+    def _blocks(self, parts: int, *blocks: int, by_columns: bool = False) -> Any:
+        """Array of 16 x 16 words, [parts, *blocks, 16, 16]; `by_columns`: those of the same columns lie together."""
+        words = ROWS * ROWS
+        size = prod(blocks) * words + STAGGER
+        outer = (words, blocks[0] * words) if by_columns else (blocks[1] * words, words)
+        strides = (size, *outer, ROWS, 1)
         offset = self._take(parts * size)
         shape = (parts, *blocks, ROWS, ROWS)
         return T.decl_buffer(shape, "int32", data=self.arena.data, elem_offset=offset, strides=strides, scope="local")
@@ -264,6 +273,17 @@ class OperandTiles(ChunkTiles):
                     with T.vectorized(ROWS) as lane:
                         dst.put(pair[n, lane], p * 2 + n, cb, ROWS, lane)
                 self._split_rows(operand, p * 2, pair[0, LANES], pair[1, LANES], [p // ROWS, cb, p % ROWS])
+
+    def store(self, dst: Tile, src: Tile, rows: Expr | None = None) -> None:
+        """Rounded to bf16 by the instruction; TVM takes seven for it."""
+        if dst.v_first or dst.buffer.dtype != "bfloat16" or src.cols % GRANULE:
+            super().store(dst, src, rows)
+            return
+        with T.serial(src.rows if rows is None else rows) as i:
+            with T.serial(self.units(GRANULE, dst, src)) as jo:
+                pair = (src.buffer[tuple(src.at(i, jo * 2 + n, ROWS, LANES))] for n in (0, 1))
+                address = T.address_of(dst.buffer[tuple(dst.at(i, jo, GRANULE))])
+                T.evaluate(T.call_extern("int32", "tvm_gdn_put", address, *pair))
 
     def block(self, tile: Tile, row: Expr, col: Expr, rows: int, cols: int) -> Tile:
         """Part of a row-major tile."""
