@@ -48,8 +48,7 @@ class AmxChunkTiles(OperandTiles):
         into: tuple[Any, ...] = (),
         wanted: Expr | None = None,
     ) -> None:
-        """Blocks of 32 x 32 results. `into` is made whether `wanted` or not: asking for every row would cost more."""
-        del wanted
+        """Blocks of 32 x 32 results."""
         if isinstance(a, Operand):
             super().mma(
                 dst, a, b, rows=rows, cols=cols, depth=depth, lower=lower, start=start, finish=finish, sources=sources
@@ -97,7 +96,7 @@ class AmxChunkTiles(OperandTiles):
 
         def elements(n: Expr) -> Elements:
             io, jo = at(n)
-            return lambda p, y: self._finish(dst, io, jo, p, y, start, finish, sources, into, self._tall(rows, io))
+            return lambda p, y: self._finish(dst, io, jo, p, y, start, finish, sources, into, wanted, self._tall(rows, io))
 
         self.turns.append((begin, elements))
         # K S waits for Q S: in turns, one finds what the other has loaded of the state in the L1 cache.
@@ -201,6 +200,7 @@ class AmxChunkTiles(OperandTiles):
         finish: ElementFunction | None,
         sources: tuple[Tile, ...],
         into: tuple[Any, ...],
+        wanted: Expr | None,
         tall: Expr | None,
     ) -> None:
         """Two rows of half the columns from sums in the scratch tile to elements of the result, and to operands made of it.
@@ -232,8 +232,9 @@ class AmxChunkTiles(OperandTiles):
                 if written:
                     with T.vectorized(ROWS) as lane:
                         dst.put(pair[n, lane], i + n, jo * 2 + y, ROWS, lane)
-            for operand in into:
-                self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])
+            with where(wanted):
+                for operand in into:
+                    self._split_rows(operand, i, pair[0, LANES], pair[1, LANES], [io, jo * 2 + y, p])
         if unused is not None and into:
             with where(unused):
                 for operand in into:
