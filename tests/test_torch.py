@@ -13,6 +13,7 @@ from tvm_gdn import cases, torch_ops
 from tvm_gdn.autograd import BackwardError
 from tvm_gdn.check import geometry_of
 from tvm_gdn.ops import OPS
+from tvm_gdn.packed_experts import PackedExperts
 
 POOLED = {"B": 3, "T": 4, "H": 2, "HV": 4, "K": 64, "V": 32, "S": 6, "with": POOL, "use_qk_l2norm_in_kernel": True}
 VARLEN = {
@@ -223,6 +224,22 @@ def test_inputs_that_require_grad(kernel):
             with pytest.raises(BackwardError, match=op):
                 got[name].sum().backward()
     assert all(x.grad is None for x in leaves.values())
+
+
+def test_a_gradient_is_refused_in_the_words_of_the_function_that_was_called():
+    """Operators on pools and on packs have no function of their own."""
+    op, case = LAST["chunk_kda_update"]
+    a = draw(op, case)
+    given = {name: a[name] for name in ("k", "v", "g", "beta", "initial_state_indices", "cu_seqlens", "state_v_first")}
+    o, _ = tvm_gdn.chunk_kda(a["q"].requires_grad_(), initial_state=a["initial_state_source"], **given)
+    want = call(op, {**draw(op, case), "use_qk_l2norm_in_kernel": False, "scale": None})["o"]
+    assert same_bits(o.detach(), want)
+    a = draw(*LAST["fused_experts_packed"])
+    pack = PackedExperts(a["w13"], a["w2"], None, None, a["scheme"], 0, a["x"].shape[1], 0)
+    rows = tvm_gdn.fused_experts(a["x"].requires_grad_(), pack, topk_weights=a["topk_weights"], topk_ids=a["topk_ids"])
+    for value, name in ((o, "chunk_kda"), (rows, "fused_experts")):
+        with pytest.raises(BackwardError, match=rf"^{name} has no backward yet.*reference\.{name},"):
+            value.sum().backward()
 
 
 def test_schemas_name_what_they_write():

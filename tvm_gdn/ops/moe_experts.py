@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tvm_gdn import direct
+from tvm_gdn.autograd import in_words_of
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops import draws
 from tvm_gdn.ops.moe import IDS, sizes
@@ -265,7 +266,7 @@ def fused_experts(
         if w2 is not None:
             raise ArgumentError("fused_experts: a pack holds both weights; pass topk_weights and topk_ids by name")
         try:
-            return _run_pack(x, w13, topk_weights, topk_ids, activation)
+            return in_words_of("fused_experts", _run_pack(x, w13, topk_weights, topk_ids, activation))
         except (ArgumentError, ArgumentTypeError) as error:
             # In the words of the function that was called.
             raise type(error)(f"fused_experts:{str(error).partition(':')[2]}") from None

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from tvm_gdn import direct
+from tvm_gdn.autograd import in_words_of
 from tvm_gdn.errors import ArgumentError, ArgumentTypeError
 from tvm_gdn.ops import draws
 from tvm_gdn.ops.arguments import (
@@ -151,6 +152,7 @@ def _call(
             # In the words of the function that was called.
             text = str(error).replace(f"{name}_update:", f"{name}:").replace("initial_state_source", "initial_state")
             raise type(error)(text) from None
+        o = in_words_of(name, o)
     return tokens_first(o) if one_token else o, final if output_final_state else None
 
 
