@@ -14,6 +14,7 @@ import pytest
 from processes import environment
 
 from tvm_gdn import cli, env, kernel_cache, parity
+from tvm_gdn.cases import label
 from tvm_gdn.commands import aot, parity_matrix, parity_record
 from tvm_gdn.commands import parity as command
 from tvm_gdn.errors import ArgumentError, BuildError
@@ -119,13 +120,27 @@ def test_what_another_machine_made_counts(made, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "1, stale, emulated 1" in out.replace("built 1, ", "")
 
-    page = subprocess.run(
-        [sys.executable, "tools/parity_page.py", str(file)], capture_output=True, text=True, check=True, cwd=ROOT,
-        env=environment(),
-    ).stdout  # fmt: skip
-    rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| `")}
+    rows = {line.split(" | ")[0]: line for line in page_of(file).splitlines() if line.startswith("| `")}
     assert rows[f"| `{GATING}`"].endswith("| **1 of 1**, 1.0e-03 of 5e-03 |")
     assert "*emulated* 1 of 1" in rows[f"| `{SORT}`"] and "stale" in rows[f"| `{STATS}`"]
+
+
+def page_of(file):
+    command = [sys.executable, "tools/parity_page.py", str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment()).stdout
+
+
+def test_rows_of_passed_cases_make_no_difference(made, tmp_path):
+    """Files of older versions have them: they merge and make the same page, and the next command drops them."""
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    runs = [outcome(GATING, "c", "device"), outcome(SORT, "c", "device", good=False), outcome(STATS, GPU, "emulated")]
+    old.write_text(json.dumps({"format": 1, "target": "all", "runs": runs}))
+    assert matrix("--target", "c,", *ops(GATING), "--merge", old, "--json", new) == 0 and not made[0]
+    rows = [row for run in json.loads(new.read_text())["runs"] for row in run["cases"]]
+    assert rows == runs[1]["cases"] and parity_record.load(new) == parity_record.load(old)
+    assert page_of(new) == page_of(old)
+    assert matrix("--target", "c,", *ops(GATING), "--merge", old, "--json", old) == 0
+    assert old.read_text() == new.read_text()
 
 
 def test_of_two_outcomes_the_better_stays():
@@ -198,7 +213,9 @@ def test_for_real(tmp_path, caplog):
     assert matrix("--target", f"{name},", *ops(GATING), "--json", file) == 0
     (key,) = found = parity_record.load(file)
     assert key == (GATING, name, "device") and parity_record.is_fresh(found[key])
-    assert found[key]["ops"][GATING]["passed"] == len(found[key]["cases"]) == 2
+    told = found[key]["ops"][GATING]
+    assert told["passed"] == told["cases"] == 2 and told["worst"]["case"] in map(label, parity.sample(OPS[GATING]))
+    assert found[key]["cases"] == []
     assert matrix("--target", name, *ops(GATING), "--json", file) == 0
     assert "1 of 1 outcomes are known" in caplog.text
     assert parity_record.load(file) == found

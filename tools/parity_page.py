@@ -79,9 +79,9 @@ def _origins(found: Mapping[Key, Outcome]) -> str:
     lines = []
     for way in ("device", "emulated", "built"):
         own = [outcome for key, outcome in found.items() if key[2] == way]
-        cases = [row["passed"] for outcome in own for row in outcome["cases"]]
+        told = [outcome["ops"][key[0]] for key, outcome in found.items() if key[2] == way]
         done = (
-            f"{sum(cases)} of {len(cases)} cases"
+            f"{sum(one['passed'] for one in told)} of {sum(one['cases'] for one in told)} cases"
             if way != "built"
             else f"{sum(map(passed, own))} of {len(own)} without a refusal"
         )

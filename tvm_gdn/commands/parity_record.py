@@ -1,7 +1,8 @@
 """Outcomes of parity runs as they come together: one per operator, target and way in which it came about, in one file.
 
 The file is JSON that is whole at any time: what is added is merged with what stands there by then, under a lock, and replaces it
-at once. Every outcome says what it was made of, so that one of other sources is known as such.
+at once. Every outcome says what it was made of, so that one of other sources is known as such. Of cases that passed it keeps how
+many there were and the one that came nearest to its limit (`commands.parity.summary`); every case that failed has its row.
 """
 
 from __future__ import annotations
@@ -92,12 +93,12 @@ def merged(old: Mapping[Key, Outcome], new: Iterable[Outcome]) -> dict[Key, Outc
 
 
 def outcomes_of(report: Mapping[str, Any]) -> list[Outcome]:
-    """The outcomes in a matrix, or in the report of one target."""
+    """The outcomes in a matrix, or in the report of one target, without the rows of cases that passed."""
     if "runs" in report:
         return [outcome for run in report["runs"] for outcome in outcomes_of(run)]
     whole = {**report, "target": report["target"].removeprefix(EMULATED)}
     return [
-        {**whole, "ops": {op: found}, "cases": [row for row in report["cases"] if row["op"] == op]}
+        {**whole, "ops": {op: found}, "cases": [row for row in report["cases"] if row["op"] == op and not row["passed"]]}
         for op, found in report["ops"].items()
     ]
 
