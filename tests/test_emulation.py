@@ -250,14 +250,32 @@ def test_misused_copies_end_the_process(tmp_path, dropped, message):
 def test_fragments_of_wmma_have_no_places_that_could_be_known(tmp_path, monkeypatch):
     image = compiled(tmp_path, WMMA, "square", "musa-mp31")
     believing = compiled(tmp_path, WMMA.replace(STORED, BELIEVED), "square", "musa-mp31")
-    hasty = compiled(tmp_path, WMMA.replace("    __syncwarp();\n", ""), "square", "musa-mp31")
+    # The left operand put down, as if it had the places of sums.
+    copied = "for (int n = 0; n < 8; ++n) sum[0].x[n] = float(left[0].x[n]);\n    "
+    mixing = compiled(tmp_path, WMMA.replace(STORED, copied + STORED), "square", "musa-mp31")
     for seed in (0, 1, 2):
         x, y = launched(image, "square", seed, monkeypatch)
         matrix = x.view(16, 16) - 100
         assert torch.equal(y.view(16, 16), matrix @ matrix.t())
-        for wrong in (believing, hasty):
-            x, y = launched(wrong, "square", seed, monkeypatch)
-            assert not torch.equal(y.view(16, 16), matrix @ matrix.t())
+        x, y = launched(believing, "square", seed, monkeypatch)
+        assert not torch.equal(y.view(16, 16), matrix @ matrix.t())
+        x, y = launched(mixing, "square", seed, monkeypatch)
+        assert torch.equal(y.sort()[0], matrix.flatten().sort()[0]) and not torch.equal(y.view(16, 16), matrix)
+
+
+@needs_cxx
+def test_loads_and_stores_of_wmma_are_no_barriers(tmp_path, monkeypatch):
+    """What a warp wrote for itself is not there before it has synchronized, nor what it has stored."""
+    alone = WMMA.replace("n < 256; n += 256", "n < 256 && threadIdx.x < 32; n += 32").replace("__syncthreads", "__syncwarp")
+    built = [
+        compiled(tmp_path, source, "square", "musa-mp31")
+        for source in (alone, alone.replace("  __syncwarp();\n", "", 1), WMMA.replace("    __syncwarp();\n", ""))
+    ]
+    for seed in (0, 1, 2):
+        for image in built:
+            x, y = launched(image, "square", seed, monkeypatch)
+            matrix = x.view(16, 16) - 100
+            assert torch.equal(y.view(16, 16), matrix @ matrix.t()) == (image == built[0])
 
 
 @needs_cxx

@@ -113,6 +113,7 @@ struct Fiber {
   std::vector<Copy> copies;  // asked for, not waited for
   int group;                 // of copies, the one that is open
   std::vector<std::function<int()>> products;  // begun, not waited for
+  uint64_t named;  // mixes the addresses of the fragments of wmma that it loaded and stored
 };
 struct Block {
   std::vector<Fiber> fibers;
@@ -129,6 +130,10 @@ static thread_local Block* block;
 [[noreturn]] static inline void fail(const char* what) {
   fprintf(stderr, "emulation: %s in block (%u, %u, %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z);
   abort();
+}
+// What two threads of a warp have named in wmma.
+static inline void agree(uint64_t one, uint64_t other) {
+  if (one != other) fail("fragments of wmma whose threads name different addresses");
 }
 // Fragments of matrix instructions: a compiler for the device drops what lies outside of an array, padding here would hide it.
 #define TVM_GDN_INSIDE(size, at, count) \
@@ -299,6 +304,7 @@ static void run_block(Block& own, int threads, std::mt19937* random) {
     fiber.copies.clear();
     fiber.products.clear();
     fiber.group = 0;
+    fiber.named = 0;
     fiber.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / (blockDim.x * blockDim.y)};
     fiber.context.make(fiber.stack.data(), fiber.stack.size(), entry);
   }
@@ -337,6 +343,7 @@ static void run_block(Block& own, int threads, std::mt19937* random) {
     }
     if (alive && !progress) fail("a barrier or warp operation that not all threads reach");
   }
+  for (int n = 0; n < threads; ++n) agree(own.fibers[n].named, own.fibers[n / EMULATED_WARP * EMULATED_WARP].named);
 }
 
 typedef std::function<void(void**)> Body;
