@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import functools
 
 import numpy as np
 import pytest
+import sampling
 import torch
 from oracle import num, oracle_delta, oracle_gates
 
 import tvm_gdn
 from tvm_gdn import cases, dispatch, parity
+from tvm_gdn.check import geometry_of
 from tvm_gdn.ops import OPS
 
 GATING = "fused_gdn_gating"
@@ -24,36 +26,78 @@ BUFFER = ("intermediate_states_buffer", "intermediate_state_indices")
 TREE = (*BUFFER, "retrieve_parent_token")
 
 
+def _values(op, case, first):
+    """What a case is told apart by from others of its algorithm; those of the algorithm's first operator by all of it again."""
+    geometry = geometry_of(OPS[op], cases.meta(OPS[op], case))
+    values = {**case, **geometry.dtype, **dict(geometry.attrs), "with": None}
+    values |= {"square": case.get("K") == case.get("V"), "grouped": case.get("H") != case.get("HV")}
+    own = values if op == first else {name: case.get(name) for name in ("dtype", "state_dtype")}
+    return {**values, "op": op, **{(op, name): value for name, value in own.items()}}
+
+
+@functools.cache
 def every_case():
-    """A test parameter for every case of every SPEC; storage dtypes and layouts beyond two of a shape are slow.
+    """A test parameter for every case of every SPEC, slow but for a sample of every algorithm (`sampling.py`).
 
-    The two rotate from shape to shape, so that every combination occurs for every operator. Of operators whose definition
-    another one has shown already, two of three of these are slow: other ones from operator to operator.
+    The sample has every size, dtype, layout, scalar and optional tensor, given or not, that the cases of its operators have, and
+    of each operator every dtype of data and of states.
     """
-    storage = {"dtype", "state_dtype", "state_v_first"}
-    parameters, shown = [], set()
-    for op, spec in OPS.items():
-        shapes, step = {}, 3 if spec.algorithm in shown else 1
-        shown.add(spec.algorithm)
-        for case in spec.cases:
-            shapes.setdefault(json.dumps({k: v for k, v in case.items() if k not in storage}), []).append(case)
-        for shape, variants in enumerate(shapes.values()):
-            usual = {(2 * shape + n) % len(variants) for n in (0, 1)} if len(variants) > 6 else set(range(len(variants)))
-            for n, case in enumerate(variants):
-                marks = () if n in usual and len(parameters) % step == 0 else pytest.mark.slow
-                parameters.append(pytest.param((op, case), id=f"{op} {cases.label(case)}", marks=marks))
-    return parameters
+    found = [(op, case) for op, spec in OPS.items() for case in spec.cases]
+    usual = set()
+    for algorithm in {spec.algorithm for spec in OPS.values()}:
+        own = [place for place, (op, _) in enumerate(found) if OPS[op].algorithm == algorithm]
+        usual |= {own[n] for n in sampling.places([_values(*found[place], found[own[0]][0]) for place in own])}
+    return tuple(
+        pytest.param((op, case), id=f"{op} {cases.label(case)}", marks=() if place in usual else pytest.mark.slow)
+        for place, (op, case) in enumerate(found)
+    )
 
 
-def kernels_of_a_model(dim_k, dim_v):
-    """What a patched model in fp32 calls in its gated-delta-net layers: prompts, steps of one sequence and of several."""
-    sizes = {"B": 1, "T": 1, "H": 1, "HV": 1, "K": dim_k, "V": dim_v, "S": 2}
+#: The first operator of every algorithm: the others are other uses of one definition.
+ALGORITHMS = tuple({spec.algorithm: op for op, spec in reversed(OPS.items())}.values())
+#: A parameter for every operator, slow but for those.
+each_operator = [op if op in ALGORITHMS else pytest.param(op, marks=pytest.mark.slow) for op in OPS]
+
+
+def usual_kernel(op):
+    """The first case of an operator that every run has, as a kernel: it is compiled already."""
+    return next(parameter.values[0] for parameter in every_case() if not parameter.marks and parameter.values[0][0] == op)
+
+
+def kernels_of_a_model(dim_k, dim_v, dtype="float32"):
+    """What a patched model calls in its gated-delta-net layers: prompts, steps of one sequence and of several."""
+    sizes = {"B": 1, "T": 1, "H": 1, "HV": 1, "K": dim_k, "V": dim_v, "S": 2, "dtype": dtype, "state_dtype": "float32"}
+    whole = dict.fromkeys(("A_log", "a", "b", "dt_bias"), dtype)
+    taps = {"weight_dtype": dtype, "state_dtype": dtype, "activation": "silu"}
     return [
         ("chunk_gated_delta_rule", {**sizes, "output_final_state": True, "with": ()}),
-        ("fused_conv_gated_delta_rule_update", {**sizes, "L": 4, "with": ()}),
-        (SIGMOID, {**sizes, "with": POOL[:1]}),
-        ("causal_conv1d_update", {"B": 1, "D": 8, "L": 4, "T": 1, "activation": "silu", "with": ()}),
-        ("rms_norm_gated", {"M": 1, "G": 1, "D": dim_v, "with": ("z",)}),
+        (
+            "fused_conv_gated_delta_rule_update",
+            {**sizes, "L": 4, "dtypes": {**whole, "conv_state": dtype, "conv_weight": dtype}, "with": ()},
+        ),
+        (SIGMOID, {**sizes, "dtypes": whole, "with": POOL[:1]}),
+        ("causal_conv1d_update", {"B": 1, "D": 8, "L": 4, "T": 1, "dtype": dtype, **taps, "with": ()}),
+        ("rms_norm_gated", {"M": 1, "G": 1, "D": dim_v, "dtype": dtype, "dtypes": {"weight": dtype}, "with": ("z",)}),
+    ]
+
+
+def kernels_of_packed_prompts(dim_k, dim_v, dtype, index_dtype):
+    """What a patched model calls for sequences in one row, and for one of them alone, without a cache."""
+    sizes = {"H": 1, "HV": 1, "K": dim_k, "V": dim_v, "dtype": dtype, "index_dtype": index_dtype}
+    taps = {"D": 8, "W": 4, "L": 0, "activation": "silu", "dtype": dtype, "weight_dtype": dtype, "index_dtype": index_dtype}
+    return [
+        ("chunk_gated_delta_rule", {"lengths": (2, 2), **sizes, "with": ("cu_seqlens",)}),
+        ("chunk_gated_delta_rule", {"B": 1, "T": 1, **sizes, "with": ()}),
+        ("causal_conv1d_fn", {"lengths": (2, 2), **taps, "with": ("query_start_loc",)}),
+    ]
+
+
+def kernels_of_experts(count, hidden, inner, dtype="float32", weights=None, **routing):
+    """What a patched model calls in its mixtures of experts; `weights` is the dtype of the choices' weights."""
+    sizes = {"T": 1, "E": count, "dtype": dtype}
+    return [
+        ("moe_route", {**sizes, "top_k": 1, **routing}),
+        ("fused_experts", {**sizes, "k": 1, "D": hidden, "I": inner, "dtypes": {"topk_weights": weights or dtype}}),
     ]
 
 

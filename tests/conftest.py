@@ -4,7 +4,7 @@
 instead of passing on the torch reference. Where NAME is an accelerator that this machine lacks, its device code runs emulated on
 the CPU: parity only, at small shapes (modules with ``EMULATED = True``). What the collected tests will call is compiled in one batch before the first of them:
 a module lists its kernels as ``KERNELS = [(operator, case), ...]``, a parametrized test takes one as its argument ``kernel``.
-(Or as pairs of SPEC and geometry.)
+(Or as pairs of SPEC and geometry.) One of another target than that under test is the argument ``elsewhere``: (target, operator, case).
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sampling
 from filelock import FileLock
 
 from tvm_gdn import cases, check, env, kernel_cache
 from tvm_gdn.ops import OPS
-from tvm_gdn.spec import Geometry
+from tvm_gdn.spec import Geometry, OpSpec
 from tvm_gdn.target import TargetSpec, concrete, emulation_of, resolve, runnable
 
 
@@ -31,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; runs only with --slow")
+    config.addinivalue_line("markers", "sampled(pairs=False): of this matrix a run without --slow has a part; see sampling.py")
     text = config.getoption("--target") or env.target_name()
     # Two workers have twice as many threads as the machine has cores: who waits for another thread must not keep it from running.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -49,6 +53,7 @@ def _runnable(target: TargetSpec) -> TargetSpec:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--slow"):
+        sampling.mark(items)
         skip = pytest.mark.skip(reason="slow; run with --slow")
         for item in items:
             if "slow" in item.keywords:
@@ -65,23 +70,22 @@ def compiled_kernels(request: pytest.FixtureRequest) -> None:
     """Compile, once for all workers, the kernels that the collected tests need."""
     slow = request.config.getoption("--slow")
     items = [item for item in request.session.items if slow or "slow" not in item.keywords]
-    if resolve(env.target_name()).emulated:
+    target = resolve(env.target_name())
+    if target.emulated:
         items = [item for item in items if getattr(item.getparent(pytest.Module).obj, "EMULATED", False)]
-    wanted = []
+    wanted: dict[TargetSpec, list[tuple[Any, Any]]] = {target: []}
     for module in {item.getparent(pytest.Module) for item in items}:
-        wanted += getattr(getattr(module, "obj", None), "KERNELS", ())
+        wanted[target] += getattr(getattr(module, "obj", None), "KERNELS", ())
     for item in items:
-        callspec = getattr(item, "callspec", None)
-        if callspec is not None and "kernel" in callspec.params:
-            wanted.append(callspec.params["kernel"])
-    if not wanted:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if "kernel" in params:
+            wanted[target].append(params["kernel"])
+        if "elsewhere" in params:
+            wanted.setdefault(resolve(params["elsewhere"][0]), []).append(params["elsewhere"][1:])
+    if not any(wanted.values()):
         return
     folder = Path(env.cache_dir())
     folder.mkdir(parents=True, exist_ok=True)
-    kernels = [
-        (op, case) if isinstance(case, Geometry) else (OPS[op], check.geometry_of(OPS[op], cases.draw(OPS[op], case)))
-        for op, case in wanted
-    ]
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
     def tell(done: int, missing: int) -> None:
@@ -89,9 +93,16 @@ def compiled_kernels(request: pytest.FixtureRequest) -> None:
             print(f"tests: {done} of {missing} kernels compiled", file=sys.stderr, flush=True)
 
     with FileLock(folder / "tests.lock"):
-        failed = kernel_cache.prebuild(kernels, resolve(env.target_name()), progress=tell)
-    # A device's schedule may refuse a geometry (shared memory); the test of that case says so.
-    assert not failed or resolve(env.target_name()).emulated, "\n".join(failed)
+        failed = {one: kernel_cache.prebuild(_geometries(kernels), one, progress=tell) for one, kernels in wanted.items()}
+    # A device's schedule may refuse a geometry (shared memory), a compiler may be missing; the test of that case says so.
+    assert target.emulated or not failed[target], "\n".join(failed[target])
+
+
+def _geometries(kernels: Iterable[tuple[Any, Any]]) -> list[tuple[OpSpec, Geometry]]:
+    return [
+        (op, case) if isinstance(case, Geometry) else (OPS[op], check.geometry_of(OPS[op], cases.draw(OPS[op], case)))
+        for op, case in kernels
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,8 @@ def test_where_chunks_go_ahead(change, knobs):
 @pytest.mark.parametrize(
     "change",
     [
-        {}, {"K": 96, "V": 8, "chunk": 32, "ahead": 8, "warps": 8},
+        {},
+        pytest.param({"K": 96, "V": 8, "chunk": 32, "ahead": 8, "warps": 8}, marks=pytest.mark.slow),
         pytest.param({"K": 32, "V": 32, "chunk": 16}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip

@@ -149,8 +149,9 @@ def test_warps_of_groups_alone_are_refused():
 @pytest.mark.parametrize(
     ("change", "groups"),
     [
-        ({}, 2), ({"K": 64}, 1), ({"T": 150, "H": 2, "HV": 4, "V": 64}, 2), ({"T": 65, "K": 64, "V": 96}, 3),
-        ({"T": 300, "H": 2, "HV": 4, "V": 64}, 3),
+        ({"T": 150, "H": 2, "HV": 4, "V": 64}, 2), ({"T": 65, "K": 64, "V": 96}, 3),
+        *(pytest.param(*shape, marks=pytest.mark.slow)
+          for shape in (({}, 2), ({"K": 64}, 1), ({"T": 300, "H": 2, "HV": 4, "V": 64}, 3))),
     ],
 )  # fmt: skip
 def test_groups_meet_the_reference(tmp_path, change, groups):

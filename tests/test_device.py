@@ -94,61 +94,68 @@ def emulated(monkeypatch):
     dispatch.reset()
 
 
-@needs_cxx
-@pytest.mark.parametrize(
-    ("op", "case"),
-    [
-        (GATING, {"M": 65, "HV": 33, "dtype": "bfloat16"}),
-        (DECODE, {**SMALL, "dtype": "bfloat16", "state_dtype": "float32"}),
-        # Two chunks, both passes, several fragments per warp.
-        (CHUNK, {"B": 1, "T": 65, "H": 1, "HV": 2, "K": 32, "V": 48, "with": ("initial_state",), "dtype": "bfloat16"}),
-        (CONV, {"B": 2, "D": 70, "T": 65, "with": ("conv_states",), "dtype": "bfloat16", "weight_dtype": "bfloat16"}),
-        # Strips of channels in vectors: blocks with and without a sequence's first tokens, of which one is not full; one token.
-        (CONV, {"B": 2, "D": 76, "T": 70, "with": ("conv_states",), "dtype": "bfloat16", **HALF}),
-        (
-            CONV_STEP,
-            {"B": 3, "D": 72, "T": 1, "S": 5, "with": ("conv_state_indices",), "padding": True, "dtype": "float16", **HALF},
-        ),
-        # Nine tiles of value columns for four warps; padding; channels that threads convolve for one another.
-        (FUSED, {**STEP, "with": ("conv_state_indices", "initial_state_indices", "conv_bias"), "dtype": "bfloat16"}),
-        # Vectors, a last one that not every thread has, and elements behind it.
-        (NORM, {"M": 7, "G": 3, "D": 130, "with": ("z",), "dtype": "float16"}),
-    ],
-)
-def test_emulated_device_code_meets_the_reference(emulated, op, case):
-    result = parity.check_case(OPS[op], case)
-    assert result.passed, result
-    assert "emulated:cuda-sm80" in result.served
-    arguments = cases.draw(OPS[op], case)
-    for name, value in parity.expected(OPS[op], arguments).items():
-        assert parity.rms_ratio(torch.zeros_like(value), value) > 0.5, name
+def whole(case):
+    """A case of a chunked rule with states in and out."""
+    return {**case, "output_final_state": True, "with": ("initial_state", "cu_seqlens") if "lengths" in case else ()}
+
+
+GATED = whole({"B": 1, "T": 37, "H": 1, "HV": 2, "K": 32, "V": 16, "dtype": "bfloat16"})
+PER_CHANNEL = whole({"lengths": (21, 0, 1), "H": 1, "HV": 1, "K": 16, "V": 32, "S": 3, "dtype": "float16"})
+#: The matrix units of AMD's two families take both rules; a run has one of each.
+ELSEWHERE_SLOW = [("rocm-gfx1100", CHUNK, GATED), ("rocm-gfx942", "chunk_kda", PER_CHANNEL)]
+ELSEWHERE = [
+    ("cuda-sm80", GATING, {"M": 65, "HV": 33, "dtype": "bfloat16"}),
+    ("cuda-sm80", DECODE, {**SMALL, "dtype": "bfloat16", "state_dtype": "float32"}),
+    # Two chunks, both passes, several fragments per warp.
+    ("cuda-sm80", CHUNK, {"B": 1, "T": 65, "H": 1, "HV": 2, "K": 32, "V": 48, "with": ("initial_state",), "dtype": "bfloat16"}),
+    ("cuda-sm80", CONV, {"B": 2, "D": 70, "T": 65, "with": ("conv_states",), "dtype": "bfloat16", "weight_dtype": "bfloat16"}),
+    # Strips of channels in vectors: blocks with and without a sequence's first tokens, of which one is not full; one token.
+    ("cuda-sm80", CONV, {"B": 2, "D": 76, "T": 70, "with": ("conv_states",), "dtype": "bfloat16", **HALF}),
+    (
+        "cuda-sm80",
+        CONV_STEP,
+        {"B": 3, "D": 72, "T": 1, "S": 5, "with": ("conv_state_indices",), "padding": True, "dtype": "float16", **HALF},
+    ),
+    # Nine tiles of value columns for four warps; padding; channels that threads convolve for one another.
+    ("cuda-sm80", FUSED, {**STEP, "with": ("conv_state_indices", "initial_state_indices", "conv_bias"), "dtype": "bfloat16"}),
+    # Vectors, a last one that not every thread has, and elements behind it.
+    ("cuda-sm80", NORM, {"M": 7, "G": 3, "D": 130, "with": ("z",), "dtype": "float16"}),
+    ("rocm-gfx942", CHUNK, GATED),
+    ("rocm-gfx1100", "chunk_kda", PER_CHANNEL),
+    # What 64 KiB hold of a gate per channel in fp32: chunks of one block.
+    ("musa-mp31", "chunk_kda", whole({"B": 1, "T": 37, "H": 1, "HV": 1, "K": 64, "V": 32, "dtype": "float32"})),
+    # Columns that are no multiple of a fragment of wmma; chunks of 64 tokens, whose inverse is merged by products.
+    (
+        "musa-mp31",
+        "chunk_kda",
+        whole({"lengths": (21, 0, 1), "H": 1, "HV": 1, "K": 16, "V": 20, "S": 3, "dtype": "float16"}),
+    ),
+    ("musa-mp31", CHUNK, whole({"B": 1, "T": 70, "H": 1, "HV": 2, "K": 32, "V": 48, "dtype": "bfloat16"})),
+]
 
 
 @needs_cxx
 @pytest.mark.parametrize(
-    ("target", "op", "case"),
+    "elsewhere",
     [
-        ("rocm-gfx942", CHUNK, {"B": 1, "T": 37, "H": 1, "HV": 2, "K": 32, "V": 16, "dtype": "bfloat16"}),
-        ("rocm-gfx942", "chunk_kda", {"lengths": (21, 0, 1), "H": 1, "HV": 1, "K": 16, "V": 32, "S": 3, "dtype": "float16"}),
-        ("rocm-gfx1100", CHUNK, {"B": 1, "T": 37, "H": 1, "HV": 2, "K": 32, "V": 16, "dtype": "bfloat16"}),
-        ("rocm-gfx1100", "chunk_kda", {"lengths": (21, 0, 1), "H": 1, "HV": 1, "K": 16, "V": 32, "S": 3, "dtype": "float16"}),
-        # What 64 KiB hold of a gate per channel in fp32: chunks of one block.
-        ("musa-mp31", "chunk_kda", {"B": 1, "T": 37, "H": 1, "HV": 1, "K": 64, "V": 32, "dtype": "float32"}),
-        # Columns that are no multiple of a fragment of wmma; chunks of 64 tokens, whose inverse is merged by products.
-        ("musa-mp31", "chunk_kda", {"lengths": (21, 0, 1), "H": 1, "HV": 1, "K": 16, "V": 20, "S": 3, "dtype": "float16"}),
-        ("musa-mp31", CHUNK, {"B": 1, "T": 70, "H": 1, "HV": 2, "K": 32, "V": 48, "dtype": "bfloat16"}),
+        pytest.param(
+            (f"{PREFIX}{target}", op, case),
+            id=f"{target} {op} {cases.label(case)}",
+            marks=pytest.mark.slow if listed is ELSEWHERE_SLOW else (),
+        )
+        for listed in (ELSEWHERE, ELSEWHERE_SLOW)
+        for target, op, case in listed
     ],
 )
-def test_emulated_chunks_on_other_devices_meet_the_reference(monkeypatch, target, op, case):
-    monkeypatch.setenv("TVM_GDN_TARGET", f"{PREFIX}{target}")
+def test_emulated_device_code_meets_the_reference(monkeypatch, elsewhere):
+    target, op, case = elsewhere
+    monkeypatch.setenv("TVM_GDN_TARGET", target)
     dispatch.reset()
     try:
-        extra = ("initial_state", "cu_seqlens") if "lengths" in case else ()
-        whole = {**case, "output_final_state": True, "with": extra}
-        result = parity.check_case(OPS[op], whole)
+        result = parity.check_case(OPS[op], case)
         assert result.passed, result
-        assert f"emulated:{target}" in result.served
-        for name, value in parity.expected(OPS[op], cases.draw(OPS[op], whole)).items():
+        assert target in result.served
+        for name, value in parity.expected(OPS[op], cases.draw(OPS[op], case)).items():
             assert parity.rms_ratio(torch.zeros_like(value), value) > 0.5, name
     finally:
         monkeypatch.undo()
@@ -172,7 +179,11 @@ def with_knobs(target, folder, op, arguments, **knobs):
     ("case", "knobs"),
     [
         ({"dtype": "bfloat16", "state_dtype": "float32"}, {"column_lanes": 8, "columns": 4, "group": 2}),
-        ({"dtype": "float32", "state_dtype": "bfloat16"}, {"column_lanes": 4, "columns": 8, "group": 2}),
+        pytest.param(
+            {"dtype": "float32", "state_dtype": "bfloat16"},
+            {"column_lanes": 4, "columns": 8, "group": 2},
+            marks=pytest.mark.slow,
+        ),
         ({"dtype": "bfloat16", "state_dtype": "bfloat16", "state_v_first": True}, {"column_lanes": 8, "columns": 2, "group": 4}),
     ],
     ids=lambda value: str(value.get("state_dtype", "")),
@@ -196,9 +207,9 @@ def test_states_that_pass_through_shared_memory(emulated, tmp_path, case, knobs)
     ("op", "case", "few"),
     [
         (DECODE, {"state_dtype": "float32"}, 4),
-        (DECODE, {"state_dtype": "bfloat16", "state_v_first": True}, 0),
+        pytest.param(DECODE, {"state_dtype": "bfloat16", "state_v_first": True}, 0, marks=pytest.mark.slow),
         # Several tokens, and none; states of less than fp32 are not rounded between tokens: those calls have a plan of their own.
-        (UPDATE, {"state_dtype": "float32", "lengths": (2, 0, 1), "S": 4}, 0),
+        pytest.param(UPDATE, {"state_dtype": "float32", "lengths": (2, 0, 1), "S": 4}, 0, marks=pytest.mark.slow),
         (UPDATE, {"state_dtype": "bfloat16", "T": 3}, 0),
     ],
     ids=lambda value: str(value.get("state_dtype", "")) if isinstance(value, dict) else str(value),

@@ -19,14 +19,14 @@ from tvm_gdn.ops import OPS
 C_KERNELS = [
     ("fused_gdn_gating", "dtype=bfloat16"),
     ("moe_route", ""),
-    (CHUNK, "K=32,V=16,dtype=float32,state_v_first=1"),
     ("chunk_kda", "K=16,V=32,dtype=bfloat16,with=initial_state+cu_seqlens"),
-    ("packed_decode_gated_delta_rule", "K=32,V=16,dtype=float32,state=bfloat16"),
-    ("causal_conv1d_fn", f"W=4,L=3,dtype=float32,state=float32,with={'+'.join(CONV)}"),
     ("rms_norm_gated", "D=33,dtype=bfloat16,norm_before_gate=0,activation=sigmoid"),
     ("fused_experts", "D=51,I=65,dtype=float32"),  # more weights than a self-test carries
 ]
 C_MORE = [
+    (CHUNK, "K=32,V=16,dtype=float32,state_v_first=1"),
+    ("packed_decode_gated_delta_rule", "K=32,V=16,dtype=float32,state=bfloat16"),
+    ("causal_conv1d_fn", f"W=4,L=3,dtype=float32,state=float32,with={'+'.join(CONV)}"),
     ("causal_conv1d_update", "W=4,L=5,dtype=bfloat16,state=bfloat16,activation=silu,with=conv_state_indices"),
     ("moe_sort", ""),
     ("expert_stats", ""),

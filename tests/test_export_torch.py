@@ -205,7 +205,7 @@ def test_a_decode_step_on_a_pool_goes_to_onnx(tmp_path):
             "W=4,L=3,dtype=float32,state=float32,with=conv_states+cache_indices+has_initial_state",
             marks=pytest.mark.slow,
         ),
-        (FUSED, "K=32,V=16,W=4,L=3,dtype=float32,state=float32"),
+        pytest.param(FUSED, "K=32,V=16,W=4,L=3,dtype=float32,state=float32", marks=pytest.mark.slow),
         ("moe_route", "E=16,dtype=float32,scoring=sigmoid,num_expert_group=4,topk_group=2,with=correction_bias"),
         ("fused_experts", "D=24,I=40,dtype=float32"),
     ],

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from calls import kernels_of_a_model, kernels_of_experts
 
 pytest.importorskip("transformers.models.qwen3_next")
 
@@ -18,6 +19,21 @@ from tvm_gdn.integrations import experts
 from tvm_gdn.integrations import transformers as integration
 from tvm_gdn.integrations.transformers import patch
 
+#: What the tests call of a gated-delta-net layer: in bf16 a prompt alone.
+LAYER = {"bfloat16": ("chunk_gated_delta_rule", "rms_norm_gated")}
+LAYER["float32"] = (*LAYER["bfloat16"], "fused_sigmoid_gating_delta_rule_update")
+
+GROUPS = {"scoring": "sigmoid", "num_expert_group": 4, "topk_group": 2, "with": ("correction_bias",)}
+PACKS = {"T": 1, "k": 1, "E": 2, "D": 64, "I": 48}
+KERNELS = [
+    *kernels_of_experts(10, 64, 48), *kernels_of_experts(10, 64, 48, "bfloat16"),
+    # DeepSeek's router is kept in fp32.
+    *kernels_of_experts(16, 64, 48, **GROUPS), kernels_of_experts(16, 64, 48, "bfloat16", "float32")[1],
+    kernels_of_experts(16, 64, 48, **GROUPS, dtypes={"correction_bias": "bfloat16"})[0],
+    ("fused_experts_packed", {**PACKS, "scheme": "fp32"}),
+    ("fused_experts_quantized", {**PACKS, "scheme": "int8", "scale_dtype": "float32"}),
+    *(kernel for dtype, ops in LAYER.items() for kernel in kernels_of_a_model(32, 32, dtype) if kernel[0] in ops),
+]  # fmt: skip
 COMMON = {
     "vocab_size": 256,
     "hidden_size": 64,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from calls import kernels_of_packed_prompts
 
 pytest.importorskip("transformers.models.qwen3_next")
 
@@ -12,6 +13,11 @@ from test_transformers import FAMILIES, build, calls  # noqa: F401
 from tvm_gdn.errors import ArgumentError
 from tvm_gdn.integrations.transformers import patch
 
+KERNELS = [
+    kernel
+    for dtype, index_dtype in (("float32", "int32"), ("float32", "int64"), ("bfloat16", "int32"))
+    for kernel in kernels_of_packed_prompts(32, 48, dtype, index_dtype)
+]
 LENGTHS = (17, 1, 65, 2, 30)
 BOUNDS = torch.tensor((0, *LENGTHS)).cumsum(0, dtype=torch.int32)
 NUMBERS = torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS)).unsqueeze(0).int()

@@ -187,7 +187,7 @@ sys.exit(cli.main(["parity", "--target", "c,x86", "--json", sys.argv[1], "--jobs
 """
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_an_end_at_any_time_leaves_a_whole_file(end, tmp_path):
     file = tmp_path / "matrix.json"
     start = [sys.executable, "-c", KILLED, str(file)]

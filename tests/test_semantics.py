@@ -57,16 +57,11 @@ def mixed(cu, slots, buffer_slots):
     }  # fmt: skip
 
 
-def layouts(case):
-    return [{**case, **variant, "state_v_first": v_first} for variant in VARIANTS.values() for v_first in (False, True)]
-
-
 KERNELS = [
-    *((op, case) for op in (UPDATE, SIGMOID) for case in (*layouts(POOLED), *layouts(VERIFY))),
+    *((op, case) for op in (UPDATE, SIGMOID) for case in (POOLED, VERIFY)),
     *((op, {**VARLEN, "index_dtype": "int32", "state_v_first": v}) for op in (UPDATE, SIGMOID) for v in (False, True)),
     *((UPDATE, {**VARLEN, "index_dtype": "int32", **variant}) for variant in VARIANTS.values()),
     (UPDATE, TREE), (UPDATE, {**TREE, **VARIANTS["bf16-state"]}), (SIGMOID, TREE),
-    *((UPDATE, odd(*sizes, v_first)) for sizes in ODD_SIZES for v_first in (False, True)),
     *((UPDATE, mixed(*dtypes)) for dtypes in INDEX_DTYPES),
     *((RECURRENT, {**SEPARATE, "state_v_first": v}) for v in (False, True)),
     (RECURRENT, {**SEPARATE, "dtype": "bfloat16"}), (RECURRENT, NO_STATE),
@@ -80,6 +75,21 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS)
 each_pool_op = pytest.mark.parametrize("op", [UPDATE, SIGMOID])
 
 
+def each_layout_of(case):
+    """Both operators on pools, with every dtype and layout of states: a sample of the products of the three."""
+
+    def parametrized(test):
+        kernels = {
+            f"{op} {name}{' v-first' if v_first else ''}": (op, {**case, **variant, "state_v_first": v_first})
+            for op in (UPDATE, SIGMOID)
+            for v_first in (False, True)
+            for name, variant in VARIANTS.items()
+        }
+        return pytest.mark.sampled(pairs=True)(pytest.mark.parametrize("kernel", kernels.values(), ids=kernels)(test))
+
+    return parametrized
+
+
 def poison(states):
     """Fill with signalling NaNs, whose bits survive no arithmetic and no change of dtype."""
     bits(states)[...] = {torch.float32: 0x7FA00001, torch.bfloat16: 0x7FA1, torch.float16: 0x7D01}[states.dtype]
@@ -89,11 +99,10 @@ def flat_gates(op):
     return ("g", "beta") if op in {UPDATE, RECURRENT} else ("a", "b")
 
 
-@each_variant
-@each_layout
-@each_pool_op
-def test_pool_and_padding(op, v_first, variant):
-    a = draw(op, {**POOLED, **VARIANTS[variant], "state_v_first": v_first}, initial_state_indices=tensor([4, -1, 1]))
+@each_layout_of(POOLED)
+def test_pool_and_padding(kernel):
+    op, case = kernel
+    a = draw(op, case, initial_state_indices=tensor([4, -1, 1]))
     pool = a["initial_state_source"]
     before = pool.clone()
     got = check(op, {**a, "initial_state_source": pool.clone()})
@@ -151,11 +160,9 @@ def test_packed_decode_padding(v_first):
     assert same_bits(pool[[1, 2, 4, 5]], before[[1, 2, 4, 5]])
 
 
-@each_variant
-@each_layout
-@each_pool_op
-def test_disabled_update_leaves_every_bit_of_the_pool(op, v_first, variant):
-    case = {**VERIFY, **VARIANTS[variant], "state_v_first": v_first, "disable_state_update": True}
+@each_layout_of({**VERIFY, "disable_state_update": True})
+def test_disabled_update_leaves_every_bit_of_the_pool(kernel):
+    op, case = kernel
     a = draw(op, case, initial_state_indices=tensor([2, 0]), intermediate_state_indices=tensor([-1, 1]))
     poison(a["initial_state_source"][1])
     pool, buffer = a["initial_state_source"].clone(), a["intermediate_states_buffer"].clone()
@@ -246,11 +253,10 @@ def test_split_equals_whole(cut, v_first):
     assert same_bits(torch.cat(parts, 1), whole["o"]) and same_bits(state, whole["final_state"])
 
 
-@each_variant
-@each_layout
-@each_pool_op
-def test_token_by_token_on_a_pool_equals_one_call(op, v_first, variant):
-    a = draw(op, {**POOLED, **VARIANTS[variant], "state_v_first": v_first})
+@each_layout_of(POOLED)
+def test_token_by_token_on_a_pool_equals_one_call(kernel):
+    op, case = kernel
+    a = draw(op, case)
     pool = a["initial_state_source"].clone()
     whole = check(op, a)
     steps = []
@@ -332,10 +338,10 @@ def test_defaults_of_pool_and_slots():
     check(UPDATE, draw(UPDATE, {**ONE, "with": ()}))
 
 
-@each_layout
-@pytest.mark.parametrize("sizes", ODD_SIZES, ids=str)
-def test_any_head_size(sizes, v_first):
-    check(UPDATE, draw(UPDATE, odd(*sizes, v_first)))
+@pytest.mark.sampled
+@pytest.mark.parametrize("kernel", [(UPDATE, odd(*sizes, v_first)) for sizes in ODD_SIZES for v_first in (False, True)])
+def test_any_head_size(kernel):
+    check(UPDATE, draw(*kernel))
 
 
 def test_one_token_sequences_on_the_batch_axis():
@@ -394,10 +400,10 @@ def allocated(function):
     return sum(size for size in sizes if size > 0)
 
 
-@each_variant
-@each_pool_op
-def test_slices_of_a_packed_projection_are_not_copied(op, variant):
-    a = draw(op, {**POOLED, **VARIANTS[variant], "T": 65})
+@each_layout_of({**POOLED, "T": 65})
+def test_slices_of_a_packed_projection_are_not_copied(kernel):
+    op, case = kernel
+    a = draw(op, case)
     want = check(op, {**a, "initial_state_source": a["initial_state_source"].clone()})
     mixed = torch.cat([a["q"].flatten(2), a["k"].flatten(2), a["v"].flatten(2), a["v"].flatten(2) * torch.nan], 2)
     q, k, v, _ = mixed.split([128, 128, 128, 128], 2)
@@ -412,7 +418,7 @@ def test_slices_of_a_packed_projection_are_not_copied(op, variant):
     turned = {name: a[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("q", "k", "v")}
     turned["k"] = torch.stack([a["k"], a["k"] * torch.nan], 3).flatten(2, 3)[:, :, ::2]
     assert not turned["k"].is_contiguous()
-    pool = draw(op, {**POOLED, **VARIANTS[variant], "T": 65})["initial_state_source"]
+    pool = draw(op, case)["initial_state_source"]
     assert same_bits(call(op, {**a, **turned, "initial_state_source": pool})["o"], want["o"])
 
 
@@ -424,11 +430,10 @@ def test_packed_decode_rows_may_be_strided():
     assert same_bits(call(PACKED, {**a, **gates, "mixed_qkv": rows})["o"], want["o"])
 
 
-@each_variant
-@each_layout
-@each_pool_op
-def test_one_layer_of_a_pool_of_layers(op, v_first, variant):
-    a = draw(op, {**POOLED, **VARIANTS[variant], "state_v_first": v_first})
+@each_layout_of(POOLED)
+def test_one_layer_of_a_pool_of_layers(kernel):
+    op, case = kernel
+    a = draw(op, case)
     pool = a["initial_state_source"].clone()
     want = check(op, a)
     layers = torch.empty(6, 3, *pool.shape[1:], dtype=pool.dtype)
@@ -490,10 +495,10 @@ def test_gating_takes_any_strides_and_leading_axes():
         assert same_bits(got, want[0, 0])
 
 
-@each_variant
-@each_pool_op
-def test_tensors_aligned_to_one_element(op, variant):
-    a = draw(op, {**POOLED, **VARIANTS[variant]})
+@each_layout_of(POOLED)
+def test_tensors_aligned_to_one_element(kernel):
+    op, case = kernel
+    a = draw(op, case)
 
     def shifted(x):
         if not isinstance(x, torch.Tensor):

@@ -40,7 +40,7 @@ KERNELS = [
     *(("fused_recurrent_gated_delta_rule", {"B": 1, "T": 4, **SHAPE, "with": given}) for given in (STATE, ())),
     *((op, {"B": 1, "T": 4, **SHAPE, "with": given}) for op in CHUNKED[1:] for given in (STATE, ())),
     *((op, {"lengths": (2, 2), **SHAPE, "with": ("cu_seqlens",)}) for op in CHUNKED[1:]),
-    *((f"{op}_update", pooled_case(v, dtype)) for op in FAMILY for v, dtype in LAYOUTS),
+    (CHUNK + "_update", pooled_case(False, "float32")),
 ]
 
 
@@ -182,12 +182,16 @@ def test_backward_is_an_error_not_silence():
         o.sum().backward()
 
 
-@pytest.mark.parametrize(("v_first", "dtype"), LAYOUTS)
-@pytest.mark.parametrize("op", FAMILY)
-def test_final_states_beside_a_pool(op, v_first, dtype):
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    "kernel",
+    [pytest.param((f"{op}_update", pooled_case(*layout)), id=f"{op} {layout[1]}") for op in FAMILY for layout in LAYOUTS],
+)
+def test_final_states_beside_a_pool(kernel):
     """The pool is updated in place and the final states come back as well, those of padding sequences too."""
-    spec = OPS[f"{op}_update"]
-    a = cases.draw(spec, pooled_case(v_first, dtype))
+    spec, case = OPS[kernel[0]], kernel[1]
+    op, v_first = spec.name.removesuffix("_update"), case["state_v_first"]
+    a = cases.draw(spec, case)
     tensors = [a[name] for name in ("q", "k", "v", "g", "beta") if name in a]
     slots, pool = torch.tensor([4, -1, 7, -1]), a["initial_state_source"]
     before = pool.clone()

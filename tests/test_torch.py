@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calls import BUFFER, GATING, PACKED, POOL, RECURRENT, SIGMOID, UPDATE, call, draw, every_case, function, same_bits
+from calls import (
+    BUFFER,
+    GATING,
+    PACKED,
+    POOL,
+    RECURRENT,
+    SIGMOID,
+    UPDATE,
+    call,
+    draw,
+    every_case,
+    function,
+    same_bits,
+    usual_kernel,
+)
 from compilers import needs_cxx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -47,15 +61,7 @@ CALLS = {
     "packed": (PACKED, PACKED_STEP),
     "packed-v-first": (PACKED, {**PACKED_STEP, "state_v_first": True}),
 }
-#: Cases whose last one has zeros as right answer.
-FIRST = {"moe_route", "expert_stats"}
-#: The last of those that every run has: their kernels are there.
-LAST = {op: (op, case) for op, case in (parameter.values[0] for parameter in every_case() if not parameter.marks)}
-CALLS |= {
-    op: (op, spec.cases[0]) if op in FIRST else LAST[op]
-    for op, spec in OPS.items()
-    if op not in {name for name, _ in CALLS.values()}
-}
+CALLS |= {op: usual_kernel(op) for op in OPS if op not in {name for name, _ in CALLS.values()}}
 each_call = pytest.mark.parametrize("kernel", CALLS.values(), ids=CALLS)
 
 
@@ -228,13 +234,13 @@ def test_inputs_that_require_grad(kernel):
 
 def test_a_gradient_is_refused_in_the_words_of_the_function_that_was_called():
     """Operators on pools and on packs have no function of their own."""
-    op, case = LAST["chunk_kda_update"]
+    op, case = usual_kernel("chunk_kda_update")
     a = draw(op, case)
     given = {name: a[name] for name in ("k", "v", "g", "beta", "initial_state_indices", "cu_seqlens", "state_v_first")}
     o, _ = tvm_gdn.chunk_kda(a["q"].requires_grad_(), initial_state=a["initial_state_source"], **given)
     want = call(op, {**draw(op, case), "use_qk_l2norm_in_kernel": False, "scale": None})["o"]
     assert same_bits(o.detach(), want)
-    a = draw(*LAST["fused_experts_packed"])
+    a = draw(*usual_kernel("fused_experts_packed"))
     pack = PackedExperts(a["w13"], a["w2"], None, None, a["scheme"], 0, a["x"].shape[1], 0)
     rows = tvm_gdn.fused_experts(a["x"].requires_grad_(), pack, topk_weights=a["topk_weights"], topk_ids=a["topk_ids"])
     for value, name in ((o, "chunk_kda"), (rows, "fused_experts")):

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers.models.qwen3_next")
 
 import transformers
-from calls import kernels_of_a_model
+from calls import kernels_of_a_model, kernels_of_experts
 from compilers import needs_cxx
 from transformers.cache_utils import DynamicCache
 from transformers.models.qwen3_next import modeling_qwen3_next
@@ -49,7 +49,15 @@ COMMON = {
     "pad_token_id": 0,
     "eos_token_id": None,
 }
-KERNELS = kernels_of_a_model(32, 48)
+STATES = {"B": 1, "T": 1, "H": 1, "HV": 1, "K": 32, "V": 48, "S": 2, "state_dtype": "float32"}
+WHOLE_BF16 = {"dtype": "bfloat16", "dtypes": {"A_log": "bfloat16", "dt_bias": "bfloat16"}}
+KERNELS = [
+    *kernels_of_a_model(32, 48), *kernels_of_a_model(32, 48, "bfloat16"), *kernels_of_experts(8, 64, 32),
+    kernels_of_experts(8, 128, 64)[1],  # the demo's
+    *((UPDATE, {**STATES, "dtype": dtype, "with": ("initial_state_source",)}) for dtype in ("float32", "bfloat16")),
+    *((op, {**STATES, "output_final_state": True, "with": ("initial_state",)}) for op in ("chunk_gated_delta_rule", FUNCTIONAL)),
+    ("fused_gdn_gating", {"M": 1, "HV": 1, **WHOLE_BF16}),
+]  # fmt: skip
 MLP = {"intermediate_size": 96}
 MOE = {
     "num_experts": 8,
@@ -175,6 +183,7 @@ def test_a_wrong_operator_is_noticed(model, monkeypatch, operator, batch):
     assert (wrong_logits - logits).abs().max() > 0.1
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "Qwen3Next"])
 def test_other_families(calls, family, batch):
