@@ -32,7 +32,8 @@ KERNELS = [
     kernels_of_experts(16, 64, 48, **GROUPS, dtypes={"correction_bias": "bfloat16"})[0],
     ("fused_experts_packed", {**PACKS, "scheme": "fp32"}),
     ("fused_experts_quantized", {**PACKS, "scheme": "int8", "scale_dtype": "float32"}),
-    *(kernel for dtype, ops in LAYER.items() for kernel in kernels_of_a_model(32, 32, dtype) if kernel[0] in ops),
+    # The layer around them is that of test_transformers.
+    *(kernel for dtype, ops in LAYER.items() for kernel in kernels_of_a_model(32, 48, dtype) if kernel[0] in ops),
 ]  # fmt: skip
 COMMON = {
     "vocab_size": 256,
@@ -56,7 +57,7 @@ def build(name, **options):
     elif name == "qwen3-next":
         config = transformers.Qwen3NextConfig(
             **common, head_dim=16, num_experts=10, shared_expert_intermediate_size=48, linear_num_key_heads=2,
-            linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=32,
+            linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=48,
             layer_types=["linear_attention", "full_attention"],
         )  # fmt: skip
     else:
