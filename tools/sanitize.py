@@ -34,7 +34,7 @@ from typing import Any
 import torch
 
 import tvm_gdn
-from tvm_gdn import build, cases, kernel_cache, parity, records
+from tvm_gdn import build, cases, kernel_cache, models, parity, records
 from tvm_gdn.bench import machine
 from tvm_gdn.commands.arguments import geometry_of_case, use_target
 from tvm_gdn.commands.parity import without_schedule
@@ -115,7 +115,9 @@ def chosen(ops: list[str], count: int, target: TargetSpec) -> list[Run]:
 def tuned(ops: list[str], target: TargetSpec) -> list[Run]:
     """A short case of every kernel whose knobs are a record's."""
     found: dict[tuple[str, str], Run] = {}
-    for op, shape in ((name, shape) for name in ops for shape in OPS[name].bench):
+    # Experts of every model: their hidden sizes are part of a record's key.
+    shapes = [(op, shape) for op in ops for name in (None, *models.MODELS) for shape in models.bench(OPS[op], name)]
+    for op, shape in shapes:
         sizes = _SHORT.keys() - set(OPS[op].static_axes)
         short = {name: min(value, _SHORT[name]) if name in sizes else value for name, value in shape.items()}
         case = {**short, **({"lengths": (63, 1, 40)} if "lengths" in shape else {})}

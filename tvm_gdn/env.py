@@ -38,7 +38,7 @@ def pack_path() -> list[Path]:
 
 
 def jit_disabled() -> bool:
-    """`TVM_GDN_DISABLE_JIT=1`: never compile during a call; a kernel that no pack holds is an error."""
+    """`TVM_GDN_DISABLE_JIT=1`: never compile during a call; a kernel that neither a pack nor the cache holds is an error."""
     return _flag("TVM_GDN_DISABLE_JIT", default=False)
 
 

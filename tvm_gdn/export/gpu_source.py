@@ -64,7 +64,8 @@ def maker(language: str) -> tuple[Callable[[Request], dict[str, bytes]], Callabl
         if made["refusal"]:
             told = "%s: source of its second algorithm, right but slow on long sequences: %s"
             _log.warning(told, request.spec.name, made["refusal"])
-        launch = {"operator": request.spec.name, "geometry": request.geometry.to_json(), **made["launch"]}
+        refusal = {"refusal": made["refusal"]} if made["refusal"] else {}
+        launch = {"operator": request.spec.name, "geometry": request.geometry.to_json(), **refusal, **made["launch"]}
         return {
             f"{request.symbol}{suffix}": made["source"].encode(),
             f"{request.symbol}.json": (json.dumps(launch, indent=1) + "\n").encode(),

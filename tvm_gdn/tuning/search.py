@@ -107,6 +107,11 @@ class Search:
         How to search.
     model : str, optional
         Model whose sizes the benchmark shapes have.
+
+    Raises
+    ------
+    TuneError
+        The target's schedule has nothing to choose from, or no plan for the geometry (the operator's second algorithm serves it).
     """
 
     def __init__(
@@ -118,6 +123,10 @@ class Search:
         #: What a candidate is compiled for: the benchmark shapes of a key may be calls of several forms.
         self.forms = list(dict.fromkeys(geometry_of_case(spec, case) for case in (*self.timed, *checked)))
         self.space = schedule.knob_space(spec, geometry, target)
+        self.current = schedule.choose(spec, geometry, target)
+        if self.current.refusal and spec.second:
+            told = f"{self.current.refusal}: {spec.second.name}'s algorithm serves, with that operator's records: tune it"
+            raise TuneError(f"{spec.name} [{key}]: {told}")
         self.result = Result(spec.name, key)
 
     @property
@@ -157,12 +166,8 @@ class Search:
             except TuneError as error:
                 self.result.failures[str(error)] += 1
                 return self.result
-            current = schedule.choose(self.spec, self.geometry, self.target)
-            if current.refusal and self.spec.second:
-                told = f"{current.refusal}: {self.spec.second.name}'s algorithm serves, with that operator's records: tune it"
-                self.result.failures[told] += 1
-                return self.result
             default = schedule.find_space(self.spec.algorithm, self.target)[0].default(self.geometry)
+            current = self.current
             first = [default, current.knobs] if current.origin == "tuned" and current.knobs != default else [default]
             now = time.monotonic()
             share = (deadline - now) / remaining * min(remaining, GENEROSITY)

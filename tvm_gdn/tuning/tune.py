@@ -129,6 +129,8 @@ def tune(
             idle.append(str(error))
     if not searches:
         raise TuneError("; ".join(dict.fromkeys(idle)))
+    for told in dict.fromkeys(idle):
+        _log.info("not tuned: %s", told)
     studies = study.open_storage(place)
     at_once = min(len(searches), max(1, options.jobs // 2))
     total = sum(search.trials for search in searches)
