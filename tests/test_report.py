@@ -15,7 +15,7 @@ from tvm_gdn import cli, env
 from tvm_gdn.ops import OPS
 from tvm_gdn.report import data
 from tvm_gdn.report.compare import compare
-from tvm_gdn.report.matrix import cells, columns_of, dtypes_of, heatmap
+from tvm_gdn.report.matrix import Heat, cells, columns_of, dtypes_of, heatmap
 from tvm_gdn.target import target_names
 
 pytest.importorskip("jinja2")
@@ -23,6 +23,7 @@ pytest.importorskip("matplotlib")
 
 GATING = "fused_gdn_gating"
 CHUNK = "chunk_gated_delta_rule"
+SORT = "moe_sort"
 HARDWARE = {"cpu": "Quick CPU", "machine": "x86_64", "system": "Linux-6", "cores": 2, "torch_threads": 2, "memory_gb": 8.0}
 VERSIONS = {"python": "3.12.1", "tvm_gdn": "0.1.0", "torch": "2.13.0"}
 
@@ -345,6 +346,24 @@ def test_emulated_is_never_works(report, tmp_path, write, capsys):
         cli.main(["report", str(write("b", bench(bench_case(CHUNK, "T512", 20.0)))), str(wrong), "-o", str(tmp_path / "x")]) == 2
     )
     assert "'ran': expected one of device, emulated, built, none, got 'somehow'" in capsys.readouterr().err
+
+
+def test_rows_that_a_matrix_has_dropped_count(tmp_path):
+    """Of cases that passed it has how many there were and the one nearest to its limit; of those that failed every row."""
+    worst = {"case": "M63 HV6 bf16", "tensor": "beta", "error": 1.6e-3, "limit": 5e-3, "of_limit": 0.32}
+    passed = parity(target="rocm-gfx942", ops=(GATING, CHUNK, SORT), ran="emulated")
+    told = {"kernels": 2, "cases": 12, "passed": 12, "served_by": ["compiled (rocm-gfx942, default)"], "ran": "emulated"}
+    passed["ops"] |= {GATING: {**told, "worst": worst}, SORT: {**told, "worst": None}}
+    failed = parity(parity_case(CHUNK, "T65 bf16", 7.5e-2, 5e-3, passed=False))
+    failed["ops"][CHUNK] |= {"cases": 10, "passed": 9}
+    runs = [loaded(tmp_path, content) for content in (passed, failed)]
+    found = cells(runs)
+    assert found[GATING, "rocm-gfx942"].text == "emulated (12 cases, 2e-03)"
+    assert found[GATING, "rocm-gfx942"].detail == "nearest to its limit: beta 1.6e-03 of 5e-03 at M63 HV6 bf16"
+    assert found[SORT, "rocm-gfx942"].text == "emulated (12 cases)"
+    assert found[CHUNK, "rocm-gfx942"].status == "planned"
+    assert found[CHUNK, "x86-avx512"].text == "1 of 10 cases fail"
+    assert heatmap(runs, "rocm-gfx942")[1] == {GATING: {"bf16": [Heat(1.6e-3, 5e-3, "beta", "M63 HV6 bf16", 1)]}}
 
 
 def test_dtypes_in_labels():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -125,7 +126,9 @@ class ParityCase:
 
 @dataclass(frozen=True)
 class Parity(Run):
-    """A parity run; `kernels` by operator, `cases` empty where it only compiled.
+    """A parity run; `kernels` by operator, `cases` empty where it only compiled, `counts` how many there were by operator.
+
+    A matrix has no rows of cases that passed (`commands.parity_record`): the one that came nearest to its limit stands for them.
 
     `ran` says by operator how its outcome came about: ``device`` (on the target itself), ``emulated`` (device code on a CPU),
     ``built`` (compiled, not run) or ``none``; `notes` what else is told of it, such as machine code that was built and not run.
@@ -135,7 +138,8 @@ class Parity(Run):
     kernels: Mapping[str, int]
     cases: tuple[ParityCase, ...]
     ran: Mapping[str, str]
-    notes: Mapping[str, str] = field(default_factory=dict)
+    notes: Mapping[str, str]
+    counts: Mapping[str, int]
 
     @property
     def shown(self) -> str:
@@ -287,20 +291,35 @@ def _bench_case(row: _Object) -> BenchCase:
 def _parity(root: _Object, common: dict[str, Any]) -> Parity:
     ops = _Object(root.get("ops", dict), f"{root.where}: ops")
     kernels = {op: _Object(found, f"{ops.where}: {op}").get("kernels", int) for op, found in ops.value.items()}
-    cases = tuple(ParityCase(**_outcome(row), failure=row.get("failure", str, "")) for row in root.objects("cases"))
+    cases = [ParityCase(**_outcome(row), failure=row.get("failure", str, "")) for row in root.objects("cases")]
     compile_only = root.get("compile_only", bool)
     emulated = common["target"].startswith(EMULATED)
     usual = "built" if compile_only else "emulated" if emulated else "device"
-    ran, notes = {}, {}
+    ran, notes, counts = {}, {}, {}
+    rows = Counter(case.op for case in cases)
     for op, found in ops.value.items():
         entry = _Object(found, f"{ops.where}: {op}")
+        counts[op] = max(rows[op], entry.get("cases", int, 0))
+        if counts[op] and not rows[op]:
+            cases.append(_nearest(op, entry))
         ran[op] = entry.get("ran", str, usual)
         if ran[op] not in RAN:
             raise ArgumentError(f"{entry.where}: 'ran': expected one of {', '.join(RAN)}, got {ran[op]!r}")
         image = _Object(entry.get("image", dict, {}), f"{entry.where}: image")
         notes[op] = image.get("text", str, entry.get("reason", str, ""))
     common["target"] = common["target"].removeprefix(EMULATED)
-    return Parity(**common, compile_only=compile_only, kernels=kernels, cases=cases, ran=ran, notes=notes)
+    return Parity(**common, compile_only=compile_only, kernels=kernels, cases=tuple(cases), ran=ran, notes=notes, counts=counts)
+
+
+def _nearest(op: str, entry: _Object) -> ParityCase:
+    """The case of an operator whose rows were dropped, all of them passed, that came nearest to its limit."""
+    errors, limits, case = {}, {}, ""
+    if found := entry.get("worst", (dict, type(None)), None):
+        worst = _Object(found, f"{entry.where}: worst")
+        tensor, case = worst.get("tensor", str), worst.get("case", str)
+        errors[tensor], limits[tensor] = (float(worst.get(name, (int, float))) for name in ("error", "limit"))
+    served = ", ".join(entry.get("served_by", list, []))
+    return ParityCase(op, case, passed=True, served_by=served, errors=errors, limits=limits, failure="")
 
 
 def _outcome(row: _Object) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def cells(runs: Sequence[Parity]) -> dict[tuple[str, str], Cell]:
 
 def _cell(op: str, run: Parity) -> Cell:
     rows = [row for row in run.cases if row.op == op]
+    count = run.counts[op]
     if run.ran[op] == "built" and not rows:
         return Cell("compiles", "compiles", f"{run.kernels[op]} kernels compiled, nothing run")
     if not rows:
@@ -76,14 +77,12 @@ def _cell(op: str, run: Parity) -> Cell:
         status = "emulated" if run.ran[op] == "emulated" else "works"
         note = run.notes.get(op, "")
         if worst is None:
-            return Cell(status, f"{status} ({len(rows)} cases)", note)
+            return Cell(status, f"{status} ({count} cases)", note)
         detail = f"nearest to its limit: {worst.tensor} {worst.error:.1e} of {worst.limit:.0e} at {worst.case}"
-        return Cell(status, f"{status} ({len(rows)} cases, {worst.error:.0e})", f"{detail}; {note}" if note else detail)
+        return Cell(status, f"{status} ({count} cases, {worst.error:.0e})", f"{detail}; {note}" if note else detail)
     if all(_fell_back(row) for row in failed):
-        return Cell("fallback", f"fallback ({len(failed)} of {len(rows)} cases)", failed[0].served_by)
-    return Cell(
-        "fails", f"{len(failed)} of {len(rows)} cases fail", f"{failed[0].case}: {failed[0].failure or 'error above limit'}"
-    )
+        return Cell("fallback", f"fallback ({len(failed)} of {count} cases)", failed[0].served_by)
+    return Cell("fails", f"{len(failed)} of {count} cases fail", f"{failed[0].case}: {failed[0].failure or 'error above limit'}")
 
 
 def _fell_back(row: ParityCase) -> bool:
